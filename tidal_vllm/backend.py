@@ -1,0 +1,156 @@
+"""The backend class vLLM selects, and everything that it refuses at start-up."""
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from tidal_vllm.attention import TidalImpl
+from tidal_vllm.metadata import TidalMetadataBuilder
+from tidal_vllm.plugin import NAME
+from tidal_vllm.policy import check_pipeline_stage
+from tidal_vllm.startup import is_selected, resolve
+from tidal_vllm.versions import unsupported_vllm
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+logger = init_logger("vllm.tidal.backend")
+
+if _reason := unsupported_vllm():
+    raise ImportError(_reason)
+
+
+class TidalBackend(AttentionBackend):
+    """Dense, selecting and sparse attention over vLLM's paged KV cache."""
+
+    forward_includes_kv_cache_update: bool = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    ]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
+    supported_head_sizes: ClassVar[list[int]] = [
+        *(32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+    ]
+
+    @staticmethod
+    def get_name() -> str:
+        return NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[TidalImpl]:
+        return TidalImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[TidalMetadataBuilder]:
+        return TidalMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int | MultipleOf]:
+        return [MultipleOf(1)]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return cls.supported_head_sizes
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # All heads of a token side by side suit scope "sequence"; every other
+        # layout is read through its strides.
+        first = (KVCacheLayout.LBNHC, KVCacheLayout.LBHNC)
+        return (*first, *(layout for layout in KVCacheLayout if layout not in first))
+
+    @classmethod
+    def validate_configuration(cls, **asked) -> list[str]:
+        """Say why a layer cannot run here; an empty list means that it can.
+
+        Takes vLLM's selector fields as keywords. Each reason names the field,
+        its value and what is allowed.
+        """
+        explained = {
+            "head_size not supported": (
+                f"head_size = {asked['head_size']}: allowed {cls.supported_head_sizes}"
+            ),
+            "dtype not supported": (
+                f"dtype = {asked['dtype']}: allowed {cls.supported_dtypes}"
+            ),
+            "kv_cache_dtype not supported": (
+                f"kv_cache_dtype = {asked['kv_cache_dtype']}: "
+                f"allowed {cls.supported_kv_cache_dtypes}"
+            ),
+            "MLA not supported": (
+                "use_mla = True: allowed are models with separate K and V heads "
+                "(MHA, GQA, MQA)"
+            ),
+            f"attention type {asked.get('attn_type')} not supported": (
+                f"attn_type = {asked.get('attn_type')}: "
+                f"allowed {AttentionType.DECODER.value}"
+            ),
+            "sliding window not supported": (
+                "sliding_window is set: allowed are layers that attend to the "
+                "whole sequence"
+            ),
+        }
+        reasons = super().validate_configuration(**asked)
+        return [explained.get(reason, reason) for reason in reasons]
+
+    @classmethod
+    def require_supported(cls, asked: "AttentionSelectorConfig") -> None:
+        """Raise a ValueError with every reason why a layer cannot run here."""
+        reasons = cls.validate_configuration(
+            device_capability=None, **asked._asdict()
+        )
+        if reasons:
+            raise ValueError(
+                f"The {NAME} attention backend cannot run this model: "
+                + "; ".join(reasons)
+            )
+
+
+def check_setup(vllm_config: "VllmConfig") -> None:
+    """Refuse, before any process is spawned or weight is read, what cannot run.
+
+    Raises:
+        ValueError: Names the key, the value and what is allowed.
+    """
+    model_config = vllm_config.model_config
+    if model_config is None:
+        return
+    if not is_selected(vllm_config):
+        if "tidal" in (vllm_config.additional_config or {}):
+            logger.warning(
+                "additional_config['tidal'] has no effect: the attention backend "
+                "TIDAL is not selected (--attention-backend tidal)"
+            )
+        return
+    if model_config.use_mla:
+        raise ValueError(
+            f"model = {model_config.model}: MLA attention is not supported; allowed "
+            "are models with separate K and V heads (MHA, GQA, MQA)"
+        )
+    if model_config.attn_type != "decoder":
+        raise ValueError(
+            f"model = {model_config.model}: attention type "
+            f"{model_config.attn_type!r} is not supported; allowed: 'decoder'"
+        )
+    startup = resolve(vllm_config)
+    cache_config = vllm_config.cache_config
+    if cache_config.block_size is not None:
+        startup.config.check_kv_block_size(cache_config.block_size)
+    _check_pipeline_stages(vllm_config, startup.plan)
+    if startup.plan.warning:
+        logger.warning(startup.plan.warning)
+
+
+def _check_pipeline_stages(vllm_config: "VllmConfig", plan) -> None:
+    from vllm.distributed.utils import get_pp_indices
+
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    for stage in range(stages):
+        first, end = get_pp_indices(len(plan.roles), stage, stages)
+        check_pipeline_stage(plan, first, end)

@@ -1,0 +1,98 @@
+"""The `tidal-vllm` command."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from tidal_vllm import __version__
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand and return the exit code."""
+    arguments = _parser().parse_args(argv)
+    return arguments.run(arguments)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from tidal_vllm.doctor import examine, report
+
+    findings = examine()
+    print(report(findings))
+    return 0 if all(finding.ok for finding in findings) else 1
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from tidal_vllm.demo import run_demo
+
+    return run_demo(
+        arguments.model_dir, arguments.contexts, arguments.token_budget
+    )
+
+
+def _planted(arguments: argparse.Namespace) -> int:
+    from tidal_vllm.planted import PlantedSpec, build_planted_model
+
+    spec = PlantedSpec(num_layers=arguments.num_layers, hops=arguments.hops)
+    print(build_planted_model(arguments.out, spec))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tidal-vllm",
+        description="Sparse decoding of long contexts for vLLM: "
+        "vllm serve MODEL --attention-backend tidal",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    doctor = commands.add_parser(
+        "doctor", help="check this machine; exit code 0 if all is well, else 1"
+    )
+    doctor.set_defaults(run=_doctor)
+
+    demo = commands.add_parser(
+        "demo", help="dense and sparse decoding side by side, answers checked"
+    )
+    demo.add_argument(
+        "--model-dir",
+        type=Path,
+        default=Path(".cache/planted"),
+        help="where the demo's model is built (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--contexts",
+        type=_positive_int,
+        nargs="+",
+        default=[1000, 4000, 16000],
+        metavar="TOKENS",
+        help="prompt lengths (default: 1000 4000 16000)",
+    )
+    demo.add_argument(
+        "--token-budget",
+        type=_positive_int,
+        default=1024,
+        metavar="TOKENS",
+        help="tokens a sparse layer may attend to (default: %(default)s)",
+    )
+    demo.set_defaults(run=_demo)
+
+    planted = commands.add_parser(
+        "planted", help="build the planted model, a checkpoint with known answers"
+    )
+    planted.add_argument("out", type=Path, help="folder to write")
+    planted.add_argument("--num-layers", type=_positive_int, default=8)
+    planted.add_argument("--hops", type=_positive_int, default=1)
+    planted.set_defaults(run=_planted)
+    return parser
+
+
+def _positive_int(text: str) -> int:
+    number = int(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be positive")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

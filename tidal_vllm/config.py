@@ -1,0 +1,323 @@
+"""Every knob of the TIDAL backend: unit, range, default and what is refused.
+
+Read once at start-up from ``--additional-config '{"tidal": {...}}'``. Knows neither
+torch nor vLLM; which layers a model really has is checked in ``policy.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+SCOPES = ("sequence", "kv_head", "query_head")
+MAX_TOKENS = 2**31 - 1  # positions and block indices are int32 on the device
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {
+        "token_budget": 4096,
+        "select_block_size": 16,
+        "scope": "sequence",
+        "sink_tokens": 4,
+        "recent_fraction": 0.25,
+    },
+    # TidalDecode, arXiv 2410.05076: every query head keeps its own top-k tokens;
+    # nothing is forced (the authors' code has attention_sink=0), except that the
+    # current token must attend to itself. 4096 is the larger of the paper's two
+    # LongBench budgets.
+    "tidaldecode": {
+        "token_budget": 4096,
+        "select_block_size": 1,
+        "scope": "query_head",
+        "sink_tokens": 0,
+        "recent_fraction": 0.0,
+    },
+    # LessIsMore, arXiv 2508.07101: one set of tokens for all heads, r = 0.25 of the
+    # budget for the newest tokens and "four tokens as attention sinks in all
+    # experiments" (v2, section 4.1). The paper merges the heads' top-k lists by rank,
+    # we by attention mass; its budgets are 1K to 8K.
+    "lessismore": {
+        "token_budget": 4096,
+        "select_block_size": 1,
+        "scope": "sequence",
+        "sink_tokens": 4,
+        "recent_fraction": 0.25,
+    },
+}
+
+
+class TidalConfigError(ValueError):
+    """A refused setting: the key, the value given and what would be allowed.
+
+    Its arguments stay positional so that it survives pickling between vLLM's
+    processes.
+    """
+
+    def __init__(self, key: str, value: object, allowed: str) -> None:
+        super().__init__(key, value, allowed)
+        self.key, self.value, self.allowed = key, value, allowed
+
+    def __str__(self) -> str:
+        shown = repr(self.value)
+        if len(shown) > 200:
+            shown = shown[:197] + "..."
+        return f"{self.key} = {shown}: {self.allowed}"
+
+
+class _FromPreset:
+    """Default of the fields that a preset fills in."""
+
+    def __repr__(self) -> str:
+        return "<from the preset>"
+
+
+_FROM_PRESET: Any = _FromPreset()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TidalConfig:
+    """The validated configuration; building one with a bad value raises.
+
+    Attributes:
+        preset: Named starting point, one of ``PRESETS``: "default", "tidaldecode",
+            "lessismore". Any key given explicitly wins over it.
+        token_budget: Tokens a set may hold, forced ones included. A positive multiple
+            of ``select_block_size`` with room for the forced tokens. Default 4096.
+        select_block_size: Tokens per selection block, >= 1; must divide the KV cache
+            block size (``check_kv_block_size``). Default 16; 1 selects single tokens.
+        scope: Who shares one set: "sequence" (all heads of the rank, default),
+            "kv_head" (the query heads of one KV head) or "query_head" (nobody).
+        sink_tokens: Tokens at the start of a sequence that are always kept, >= 0.
+            Default 4.
+        recent_fraction: Share of ``token_budget`` forced to the newest tokens, in
+            [0, 1). 0 forces only the current token. Default 0.25.
+        dense_layers: 0-based layers that attend to everything and choose nothing.
+            Null (default): from the profile; where ``select_layers`` is given, all
+            layers before the first of those.
+        select_layers: 0-based layers that attend to everything and choose the blocks
+            that later SPARSE layers read. Null (default): from the profile. Empty:
+            sparse decoding is off.
+        profile: Where the layer roles come from: the name of a packaged or user
+            profile, or a path to a .json file. Null (default): by the model's name.
+        min_sparse_len: Tokens, >= 0. Sequences up to this length keep all their
+            blocks, so their attention is exact. Null (default): ``token_budget``. May
+            be below the budget; those between take the sparse path over all blocks.
+    """
+
+    preset: str = "default"
+    token_budget: int = _FROM_PRESET
+    select_block_size: int = _FROM_PRESET
+    scope: str = _FROM_PRESET
+    sink_tokens: int = _FROM_PRESET
+    recent_fraction: float = _FROM_PRESET
+    dense_layers: tuple[int, ...] | None = None
+    select_layers: tuple[int, ...] | None = None
+    profile: str | None = None
+    min_sparse_len: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("tidal.preset", self.preset, PRESETS)
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is _FROM_PRESET:
+                self._set(name, value)
+        check_choice("tidal.scope", self.scope, SCOPES)
+        self._check_tokens()
+        self._check_layers()
+        if self.profile is not None and (
+            not isinstance(self.profile, str) or not self.profile.strip()
+        ):
+            allowed = (
+                "must be the name of a profile, a path to a .json file, or null "
+                "(chosen by the model's name)"
+            )
+            raise TidalConfigError("tidal.profile", self.profile, allowed)
+
+    @classmethod
+    def from_additional_config(
+        cls, additional_config: Mapping[str, Any] | None
+    ) -> TidalConfig:
+        """Read ``additional_config["tidal"]`` of vLLM's configuration.
+
+        Args:
+            additional_config: vLLM's ``additional_config``. None, or one without a
+                "tidal" entry, gives the defaults; entries of others are left alone.
+
+        Raises:
+            TidalConfigError: Anything unknown, mistyped, out of range or
+                contradictory, and our keys written outside the "tidal" object.
+        """
+        if additional_config is None:
+            return cls()
+        if not isinstance(additional_config, Mapping):
+            allowed = 'must be a JSON object such as {"tidal": {"token_budget": 4096}}'
+            raise TidalConfigError("additional_config", additional_config, allowed)
+        if "tidal" not in additional_config:
+            _refuse_misplaced(additional_config)
+            return cls()
+        settings = additional_config["tidal"]
+        if not isinstance(settings, Mapping):
+            allowed = f"must be a JSON object with keys among {', '.join(KEYS)}"
+            raise TidalConfigError("tidal", settings, allowed)
+        for key, value in settings.items():
+            if key not in KEYS:
+                allowed = "unknown key" + suggestion(key, KEYS)
+                allowed += f"; the keys are {', '.join(KEYS)}"
+                raise TidalConfigError(f"tidal.{key}", value, allowed)
+        return cls(**settings)
+
+    @property
+    def recent_tokens(self) -> int:
+        """Newest tokens that are always kept, the current one included; >= 1."""
+        return max(1, math.floor(self.recent_fraction * self.token_budget))
+
+    @property
+    def sparse_threshold(self) -> int:
+        """Longest sequence, in tokens, that is exact whatever the budget."""
+        if self.min_sparse_len is None:
+            return self.token_budget
+        return self.min_sparse_len
+
+    @property
+    def max_blocks(self) -> int:
+        """Blocks that a set's row must have room for.
+
+        More than the budget's where ``min_sparse_len`` exceeds it. Not limited by the
+        longest sequence the model allows; the caller knows that one.
+        """
+        longest = max(self.token_budget, self.sparse_threshold)
+        return -(-longest // self.select_block_size)
+
+    def check_kv_block_size(self, kv_block_size: int) -> None:
+        """Raise unless ``select_block_size`` divides vLLM's KV cache block size."""
+        if kv_block_size % self.select_block_size == 0:
+            return
+        divisors = [n for n in range(1, kv_block_size + 1) if kv_block_size % n == 0]
+        allowed = (
+            f"must divide the KV cache block size ({kv_block_size} tokens): one of "
+            f"{', '.join(map(str, divisors))}"
+        )
+        raise TidalConfigError(
+            "tidal.select_block_size", self.select_block_size, allowed
+        )
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_tokens(self) -> None:
+        size = self.select_block_size
+        allowed = "must be an integer >= 1 (tokens) that divides the KV block size"
+        check_int("tidal.select_block_size", size, 1, allowed)
+        allowed = f"must be a positive multiple of select_block_size ({size})"
+        check_int("tidal.token_budget", self.token_budget, 1, allowed)
+        if self.token_budget % size:
+            raise TidalConfigError("tidal.token_budget", self.token_budget, allowed)
+        allowed = "must be an integer >= 0 (tokens)"
+        check_int("tidal.sink_tokens", self.sink_tokens, 0, allowed)
+        fraction = self.recent_fraction
+        if type(fraction) not in (int, float) or not 0 <= fraction < 1:
+            allowed = "must be a number in [0, 1), a share of token_budget"
+            allowed += _not_a(fraction, (int, float))
+            raise TidalConfigError("tidal.recent_fraction", fraction, allowed)
+        self._set("recent_fraction", float(fraction))
+        if self.min_sparse_len is not None:
+            allowed = (
+                "must be an integer >= 0 (tokens), or null for token_budget "
+                f"({self.token_budget})"
+            )
+            check_int("tidal.min_sparse_len", self.min_sparse_len, 0, allowed)
+        self._check_room_for_forced()
+
+    def _check_room_for_forced(self) -> None:
+        size = self.select_block_size
+        needed = self._forced_blocks(self.token_budget)
+        if needed <= self.token_budget // size:
+            return
+        # Enough for any recent_fraction f < 1: n >= sink_blocks + f * n + 2.
+        sink_blocks = -(-self.sink_tokens // size)
+        enough = math.ceil((sink_blocks + 2) / (1 - self.recent_fraction))
+        allowed = (
+            f"must have room for its forced tokens: {self.sink_tokens} sink and "
+            f"{self.recent_tokens} recent tokens can touch {needed} blocks of {size}, "
+            f"it holds {self.token_budget // size}; raise it (e.g. to "
+            f"{enough * size}) or lower sink_tokens or recent_fraction"
+        )
+        raise TidalConfigError("tidal.token_budget", self.token_budget, allowed)
+
+    def _forced_blocks(self, token_budget: int) -> int:
+        """Most blocks that the forced tokens touch, over all sequence lengths."""
+        size = self.select_block_size
+        recent = max(1, math.floor(self.recent_fraction * token_budget))
+        return -(-self.sink_tokens // size) + -(-(recent - 1) // size) + 1
+
+    def _check_layers(self) -> None:
+        for name in ("dense_layers", "select_layers"):
+            value = getattr(self, name)
+            if value is not None:
+                nullable = ", or null (from the profile)"
+                self._set(name, check_layers(f"tidal.{name}", value, nullable))
+        both = sorted({*(self.dense_layers or ())} & {*(self.select_layers or ())})
+        if both:
+            allowed = (
+                f"overlaps dense_layers = {list(self.dense_layers or ())} in {both}: "
+                "must name other layers, a layer has one role"
+            )
+            raise TidalConfigError(
+                "tidal.select_layers", list(self.select_layers or ()), allowed
+            )
+
+
+KEYS = tuple(field.name for field in dataclasses.fields(TidalConfig))
+
+
+def check_int(key: str, value: object, minimum: int, allowed: str) -> None:
+    """Refuse anything but an int (no bool, no 16.0) from ``minimum`` to MAX_TOKENS."""
+    if type(value) is not int:
+        raise TidalConfigError(key, value, allowed + _not_a(value, (int,)))
+    if value > MAX_TOKENS:
+        allowed += f", at most {MAX_TOKENS}"
+    if not minimum <= value <= MAX_TOKENS:
+        raise TidalConfigError(key, value, allowed)
+
+
+def check_choice(key: str, value: object, choices: Iterable[str]) -> None:
+    """Refuse anything but one of ``choices``; suggest the nearest."""
+    choices = tuple(choices)
+    if not isinstance(value, str) or value not in choices:
+        allowed = "must be one of " + ", ".join(map(repr, choices))
+        raise TidalConfigError(key, value, allowed + suggestion(value, choices))
+
+
+def check_layers(key: str, value: object, alternative: str = "") -> tuple[int, ...]:
+    """Return the layer indices ascending; refuse all but different ints >= 0."""
+    allowed = f"must be a list of different layers >= 0 such as [2, 13]{alternative}"
+    if not isinstance(value, list | tuple):
+        raise TidalConfigError(key, value, allowed + _not_a(value, (list,)))
+    for layer in value:
+        if type(layer) is not int or layer < 0:
+            raise TidalConfigError(key, value, f"{allowed}; {layer!r} is not one")
+    repeated = sorted({layer for layer in value if value.count(layer) > 1})
+    if repeated:
+        raise TidalConfigError(key, value, f"{allowed}; {repeated} appears twice")
+    return tuple(sorted(value))
+
+
+def suggestion(given: object, known: Sequence[str]) -> str:
+    """Say which known word was probably meant: "; did you mean 'x'?", or nothing."""
+    near = difflib.get_close_matches(str(given).lower(), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _not_a(value: object, types: tuple[type, ...]) -> str:
+    return "" if type(value) in types else f", not a {type(value).__name__}"
+
+
+def _refuse_misplaced(additional_config: Mapping[str, Any]) -> None:
+    """Catch what would otherwise be ignored: "Tidal", or our keys one level up."""
+    for key, value in additional_config.items():
+        ours = key in KEYS and "_" in key
+        if ours or str(key).strip().lower() == "tidal":
+            inner = f'{{"tidal": {{"{key}": ...}}}}' if ours else '{"tidal": {...}}'
+            allowed = f"would be ignored; settings must stand inside {inner}"
+            raise TidalConfigError(f"additional_config.{key}", value, allowed)

@@ -1,0 +1,161 @@
+"""The CPU default: vLLM's V1 engine where there is neither GPU nor CPU build.
+
+vLLM's CUDA wheel has no CPU kernels, but its scheduler, paged KV cache, model
+code and HTTP server are Python: this platform runs them on PyTorch.
+"""
+
+import os
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+from vllm.logger import init_logger
+from vllm.platforms.cpu import CpuPlatform
+from vllm.platforms.interface import PlatformEnum
+from vllm.utils.mem_constants import GiB_bytes
+from vllm.utils.torch_utils import startup_omp_num_threads
+
+from tidal_vllm.plugin import BACKEND_PATH, NAME
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+logger = init_logger("vllm.tidal.platform")
+
+STOCK_BLOCK_SIZE = 128  # tokens, what CpuPlatform sets where the user does not
+
+
+class TidalCpuPlatform(CpuPlatform):
+    """vLLM on plain PyTorch, with TIDAL as its only attention backend.
+
+    `OOT` makes vLLM's layers take their native PyTorch paths; `CPU` would take
+    the CPU build's compiled ones.
+    """
+
+    _enum = PlatformEnum.OOT
+    # Ray has no accelerator resource to reserve here; `ray start --num-gpus N`
+    # gives it N logical slots under this name.
+    ray_device_key: str = "GPU"
+
+    @property
+    def supported_dtypes(self) -> list[torch.dtype]:
+        # The first one is what vLLM makes of an fp32 checkpoint: left as it is,
+        # since half the bits are not faster in PyTorch's CPU matmuls.
+        return [torch.float32, torch.bfloat16, torch.float16]
+
+    @classmethod
+    def get_attn_backend_cls(
+        cls,
+        selected_backend: "AttentionBackendEnum | None",
+        attn_selector_config: "AttentionSelectorConfig",
+        num_heads: int | None = None,
+    ) -> str:
+        from tidal_vllm.backend import TidalBackend
+
+        if selected_backend is not None and selected_backend.name != NAME:
+            raise ValueError(
+                f"attention_backend = {selected_backend.name}: not available without "
+                f"an accelerator; allowed: {NAME} (sparse decoding), or none "
+                "(dense attention)"
+            )
+        TidalBackend.require_supported(attn_selector_config)
+        return BACKEND_PATH
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
+        from vllm.config import CompilationMode, CUDAGraphMode
+
+        from tidal_vllm.backend import check_setup
+
+        parallel = vllm_config.parallel_config
+        executor = parallel.distributed_executor_backend
+        automatic_worker = parallel.worker_cls == "auto"
+        _set_kv_cache_default(vllm_config)
+        super().check_and_update_config(vllm_config)
+        if automatic_worker:
+            parallel.worker_cls = "tidal_vllm.cpu_worker.TidalCpuWorker"
+        # The stock platform starts a worker process of its own to bind OpenMP
+        # threads with the CPU build's ops; there is nothing to bind here.
+        parallel.distributed_executor_backend = executor
+        # Attention is PyTorch on all cores; vLLM would leave one thread for serving.
+        threads = startup_omp_num_threads(parallel.local_world_size)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        compilation = vllm_config.compilation_config
+        compilation.mode = CompilationMode.NONE
+        compilation.cudagraph_mode = CUDAGraphMode.NONE
+        compilation.custom_ops = ["none"]
+        check_setup(vllm_config)
+
+    @classmethod
+    def import_kernels(cls) -> None:
+        """There are none to import."""
+
+    @classmethod
+    def register_triton_kernel_overrides(cls) -> None:
+        from vllm.triton_utils import HAS_TRITON
+        from vllm.triton_utils.dispatcher import register_kernels
+
+        from tidal_vllm.cpu_worker import compute_slot_mapping
+
+        if not HAS_TRITON:
+            register_kernels(
+                {
+                    "vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": (
+                        compute_slot_mapping
+                    )
+                }
+            )
+
+
+def _set_kv_cache_default(vllm_config: "VllmConfig") -> None:
+    """Size the KV cache where the user stated nothing.
+
+    The stock default reserves 92 % of the machine and refuses to start when other
+    programs use more than the rest. Here: 4 GiB, more if one sequence of
+    `max_model_len` needs more, never over half of the memory that is free now.
+    """
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    stated = (
+        cache.kv_cache_memory_bytes is not None
+        or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+        or cache.gpu_memory_utilization != type(cache)().gpu_memory_utilization
+    )
+    if stated or model is None:
+        return
+    parallel = vllm_config.parallel_config
+    token_bytes = (
+        2
+        * model.get_num_layers(parallel)
+        * model.get_num_kv_heads(parallel)
+        * model.get_head_size()
+        * model.dtype.itemsize
+    )
+    one_sequence = token_bytes * (model.max_model_len + 2 * STOCK_BLOCK_SIZE)
+    free = psutil.virtual_memory().available // parallel.world_size
+    cache.kv_cache_memory_bytes = min(max(4 * GiB_bytes, one_sequence), free // 2)
+
+
+def accept_tidal(platform_cls: type[CpuPlatform]) -> None:
+    """Let vLLM's own CPU platform hand out TIDAL when it is asked for.
+
+    Args:
+        platform_cls: The platform class in use. Ours and one that was already
+            changed are left alone.
+    """
+    stock = platform_cls.get_attn_backend_cls
+    if issubclass(platform_cls, TidalCpuPlatform) or hasattr(stock, "accepts_tidal"):
+        return
+
+    def get_attn_backend_cls(
+        cls, selected_backend, attn_selector_config, num_heads=None
+    ) -> str:
+        if selected_backend is not None and selected_backend.name == NAME:
+            return TidalCpuPlatform.get_attn_backend_cls(
+                selected_backend, attn_selector_config, num_heads
+            )
+        return stock(selected_backend, attn_selector_config, num_heads)
+
+    get_attn_backend_cls.accepts_tidal = True
+    platform_cls.get_attn_backend_cls = classmethod(get_attn_backend_cls)

@@ -1,0 +1,78 @@
+"""What vLLM calls through entry points: `register` and `cpu_platform`.
+
+vLLM calls both in every process (front end, engine core, workers), possibly
+several times, before it parses its command line. So both are idempotent and
+import nothing heavy before it is needed.
+"""
+
+import copyreg
+import logging
+
+from tidal_vllm.versions import unsupported_vllm
+
+NAME = "TIDAL"
+BACKEND_PATH = "tidal_vllm.backend.TidalBackend"
+CPU_PLATFORM_PATH = "tidal_vllm.platform.TidalCpuPlatform"
+
+# vLLM configures handlers for the loggers below its own name only.
+logger = logging.getLogger("vllm.tidal")
+
+
+def register() -> None:
+    """Make `--attention-backend tidal` known to vLLM (entry point)."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    if not hasattr(AttentionBackendEnum, "register"):
+        logger.error("The TIDAL attention backend is off: %s", unsupported_vllm())
+        return
+    _member()
+    copyreg.pickle(AttentionBackendEnum, _reduce_member)
+    _let_stock_cpu_platform_select_it()
+
+
+def cpu_platform() -> str | None:
+    """Offer our CPU platform where vLLM would find no device (entry point).
+
+    Returns:
+        The platform's class path, or None where one of vLLM's own platforms
+        (an accelerator, or vLLM's CPU build) is present.
+    """
+    from vllm.platforms import builtin_platform_plugins
+
+    if any(detect() is not None for detect in builtin_platform_plugins.values()):
+        return None
+    if reason := unsupported_vllm():
+        logger.error("The TIDAL CPU platform is off: %s", reason)
+        return None
+    return CPU_PLATFORM_PATH
+
+
+def _member():
+    """The TIDAL member of vLLM's registry, registered on first use."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    if NAME not in AttentionBackendEnum.__members__:
+        AttentionBackendEnum.register(NAME, BACKEND_PATH)
+    return AttentionBackendEnum[NAME]
+
+
+def _resolve_member(name: str):
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return _member() if name == NAME else AttentionBackendEnum[name]
+
+
+def _reduce_member(member):
+    # NOTE: Enum pickles by value, and a spawned process unpickles vLLM's config
+    # before it loads plug-ins: the value would be unknown there.
+    return _resolve_member, (member.name,)
+
+
+def _let_stock_cpu_platform_select_it() -> None:
+    """vLLM's CPU platform ignores every backend but its own; let it take TIDAL."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from tidal_vllm.platform import accept_tidal
+
+        accept_tidal(type(current_platform))

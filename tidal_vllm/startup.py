@@ -1,0 +1,57 @@
+"""From a vLLM config to the decisions of this run; the same in every process.
+
+Reads vLLM's config objects but imports nothing of vLLM, so that the front end,
+the engine core and each worker come to the same result from the same config.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tidal_vllm.config import TidalConfig
+from tidal_vllm.policy import LayerPlan, SelectionRule, all_dense, plan_layers
+from tidal_vllm.plugin import NAME
+from tidal_vllm.profiles import find_profile, layer_count_warning
+
+
+@dataclass(frozen=True)
+class Startup:
+    """What was asked for, and what follows from it for this model."""
+
+    config: TidalConfig
+    plan: LayerPlan
+    rule: SelectionRule
+
+
+def is_selected(vllm_config: Any) -> bool:
+    """Whether the user chose the TIDAL attention backend."""
+    attention = vllm_config.attention_config
+    chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
+    return any(member is not None and member.name == NAME for member in chosen)
+
+
+def resolve(vllm_config: Any) -> Startup:
+    """Read the configuration and decide the role of each layer.
+
+    Raises:
+        TidalConfigError: A key, a profile or a layer list that cannot be used.
+    """
+    model_config = vllm_config.model_config
+    num_layers = model_config.get_total_num_hidden_layers()
+    if not is_selected(vllm_config):
+        config = TidalConfig()
+        plan = all_dense(num_layers, "nowhere", "the attention backend TIDAL is not selected")
+    else:
+        config = TidalConfig.from_additional_config(vllm_config.additional_config)
+        profile = find_profile(config.profile, model_config.model, num_layers)
+        plan = plan_layers(config, num_layers, profile)
+        mismatch = layer_count_warning(model_config.model, num_layers)
+        if profile is None and plan.warning and mismatch:
+            plan = replace(plan, warning=f"{mismatch}; {plan.warning}")
+        if plan.sparse and vllm_config.speculative_config is not None:
+            plan = all_dense(
+                num_layers,
+                plan.source,
+                "speculative decoding is on: its queries are longer than one "
+                "token, which are attended to densely",
+            )
+    return Startup(config, plan, SelectionRule.from_config(config))
