@@ -5,6 +5,7 @@ code and HTTP server are Python: this platform runs them on PyTorch.
 """
 
 import os
+import warnings
 from typing import TYPE_CHECKING
 
 import psutil
@@ -99,7 +100,11 @@ class TidalCpuPlatform(CpuPlatform):
 
         from tidal_vllm.cpu_worker import compute_slot_mapping
 
-        if not HAS_TRITON:
+        if HAS_TRITON:
+            return
+        with warnings.catch_warnings():
+            # Its scan of all loaded modules touches deprecated attributes.
+            warnings.simplefilter("ignore", FutureWarning)
             register_kernels(
                 {
                     "vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": (

@@ -2,6 +2,7 @@
 
 import math
 import threading
+from collections.abc import Iterator
 
 import torch
 
@@ -110,6 +111,18 @@ class KVRuns:
         if self.token_starts is not None:
             rows = rows[..., None] + self.token_starts
         return rows
+
+    def tiles(
+        self, ids: torch.Tensor, max_rows: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Slices of row ids for reads of at most max_rows rows, but at least a run.
+
+        Yields:
+            The tile's first token, counted along dim 1 of the ids, and its ids.
+        """
+        step = max(max_rows // (self.lanes * self.span), 1)
+        for first in range(0, ids.shape[1], step):
+            yield first * self.span, ids[:, first : first + step]
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
         """Gathers runs; the result lives in a scratch buffer until the next read.

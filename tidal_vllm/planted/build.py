@@ -11,6 +11,7 @@ from tidal_vllm.planted.tokenizer import write_tokenizer
 from tidal_vllm.planted.weights import INTERMEDIATE_SIZE, state_dict
 
 MARKER = "planted.json"
+# NOTE: raise it whenever a spec comes to build other files, or old ones are reused.
 FORMAT = 1
 
 

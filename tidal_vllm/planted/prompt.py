@@ -20,7 +20,8 @@ class PlantedPrompt:
         needle_positions: For each answer token, the 0-based prompt positions that have
             to be read for it, one per hop.
         text: The prompt as text, without ``<bos>``, which the tokenizer adds.
-        answer_text: The answer's words, without ``<eos>``.
+        answer_text: The answer's words, without ``<eos>``. As a completion it comes
+            with a leading space, so that ``text`` and it can be joined.
     """
 
     prompt_token_ids: list[int]

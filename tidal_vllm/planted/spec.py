@@ -47,6 +47,9 @@ class PlantedSpec:
     still attend to the blocks of the hop before, and miss. Earlier ones cannot know
     the alias. More SELECT layers than these do no harm.
 
+    NOTE: keys and values depend on the tokens alone, not on what sparse layers found:
+    answers cannot show whether polluted KV was corrected.
+
     Attributes:
         hops: Look-ups per answered word, 1..4.
         num_layers: 4..32; at least ``hops + 3`` for several hops.

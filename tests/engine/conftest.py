@@ -1,0 +1,51 @@
+"""Engines and models, made once per session."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from .harness import Engines
+from .models import build_random_model
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def engine():
+    """`engine(model, tidal=..., **kwargs)`: see `harness.Engines`."""
+    engines = Engines()
+    yield engines
+    engines.shutdown()
+
+
+@pytest.fixture(scope="session")
+def random_llama(tmp_path_factory) -> Path:
+    return build_random_model(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="session")
+def random_qwen(tmp_path_factory) -> Path:
+    return build_random_model(tmp_path_factory.mktemp("qwen3"), "qwen3")
+
+
+@pytest.fixture(scope="session")
+def planted(tmp_path_factory):
+    """`planted(hops=2)` gives the spec and the model folder."""
+    from tidal_vllm.planted import PlantedSpec, build_planted_model
+
+    root = tmp_path_factory.mktemp("planted")
+
+    def build(**fields):
+        spec = PlantedSpec(**fields)
+        name = "-".join(map(str, dataclasses.astuple(spec))).replace(" ", "")
+        return spec, build_planted_model(root / name, spec)
+
+    return build

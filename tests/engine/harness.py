@@ -1,0 +1,192 @@
+"""Driving vLLM's real engine: start it, reconfigure it, ask it, look inside it."""
+
+import copy
+import gc
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import LLM, SamplingParams, envs
+
+MiB = 1 << 20
+
+
+class Engines:
+    """Engines of this process, started once per model and arguments, then kept.
+
+    They live side by side: each has its model, KV cache, scheduler and builders, and
+    they share only vLLM's process groups of one rank.
+    """
+
+    def __init__(self) -> None:
+        self._running: dict[str, LLM] = {}
+
+    def __call__(
+        self,
+        model: Path,
+        tidal: dict | None = None,
+        layout: str | None = None,
+        **kwargs: Any,
+    ) -> LLM:
+        """An engine with an empty prefix cache.
+
+        Args:
+            tidal: Our settings; None leaves the backend unselected: dense attention.
+            layout: The KV cache layout; by default the backend's choice.
+            kwargs: More arguments of `LLM`.
+        """
+        kwargs = engine_kwargs(tidal, **kwargs)
+        key = json.dumps([str(model), layout, kwargs], sort_keys=True)
+        if key not in self._running:
+            self._running[key] = _start(model, layout, kwargs)
+        llm = self._running[key]
+        assert llm.reset_prefix_cache(), "blocks are in use: a request never ended"
+        return llm
+
+    def shutdown(self) -> None:
+        gc.freeze()  # each engine collects garbage twice, which takes a second
+        for llm in self._running.values():
+            llm.llm_engine.engine_core.shutdown()
+        self._running.clear()
+
+
+def engine_kwargs(tidal: dict | None = None, **kwargs: Any) -> dict[str, Any]:
+    """Arguments of `LLM`: a small KV cache, few sequences, TIDAL if configured."""
+    defaults: dict[str, Any] = {
+        "block_size": 16,
+        "max_num_seqs": 4,
+        "max_model_len": 2048,
+        "kv_cache_memory_bytes": 64 * MiB,
+        "skip_tokenizer_init": True,
+        "seed": 0,
+    }
+    if tidal is not None:
+        defaults["attention_backend"] = "TIDAL"
+        defaults["additional_config"] = {"tidal": tidal}
+    return defaults | kwargs
+
+
+def _start(model: Path, layout: str | None, kwargs: dict[str, Any]) -> LLM:
+    # NOTE: the first engine makes vLLM read its environment once and for all.
+    envs.disable_envs_cache()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.delenv("VLLM_KV_CACHE_LAYOUT", raising=False)
+        if layout is not None:
+            patch.setenv("VLLM_KV_CACHE_LAYOUT", layout)
+        llm = LLM(str(model), **kwargs)
+    assert llm.llm_engine.vllm_config.cache_config.kv_cache_layout == layout or not (
+        layout
+    )
+    return llm
+
+
+def scheduler(llm: LLM) -> Any:
+    """The V1 scheduler of an in-process engine."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def runner(llm: LLM) -> Any:
+    """The model runner of an in-process engine with one worker."""
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    return executor.driver_worker.worker.model_runner
+
+
+@contextmanager
+def reconfigured(llm: LLM, **tidal: Any) -> Iterator[LLM]:
+    """The engine under other settings: its real metadata builders are made anew.
+
+    Prompts stay in the prefix cache, for their KV is dense under all settings.
+    """
+    groups = [group for groups in runner(llm).attn_groups for group in groups]
+    config = copy.copy(runner(llm).vllm_config)
+    config.additional_config = {"tidal": tidal}
+    kept = [group.metadata_builders for group in groups]
+    try:
+        for group in groups:
+            group.metadata_builders = [
+                type(old)(old.kv_cache_spec, old.layer_names, config, old.device)
+                for old in group.metadata_builders
+            ]
+        yield llm
+    finally:
+        for group, builders in zip(groups, kept, strict=True):
+            group.metadata_builders = builders
+
+
+def counters(llm: LLM) -> Counter:
+    """Decode counters since the builders were made; subtract to get a difference."""
+    (counts,) = llm.collective_rpc("tidal_counters")
+    return Counter(counts)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a request got."""
+
+    token_ids: list[int]
+    logprobs: list[dict[int, float]]
+    """The likeliest tokens at each step; empty where none were asked for."""
+    num_cached_tokens: int
+
+    @classmethod
+    def of(cls, output: Any) -> "Answer":
+        (completion,) = output.outputs
+        steps = completion.logprobs or ()
+        logprobs = [{i: p.logprob for i, p in step.items()} for step in steps]
+        return cls(list(completion.token_ids), logprobs, output.num_cached_tokens)
+
+
+def greedy_params(max_tokens: int, **more: Any) -> SamplingParams:
+    more = {"temperature": 0.0, "ignore_eos": True, "detokenize": False} | more
+    return SamplingParams(max_tokens=max_tokens, **more)
+
+
+def generate(
+    llm: LLM, prompts: Sequence[list[int]], max_tokens: int = 16, **params: Any
+) -> list[Answer]:
+    """Greedy answers, all prompts in one go."""
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    sampling = greedy_params(max_tokens, **params)
+    return [Answer.of(o) for o in llm.generate(inputs, sampling, use_tqdm=False)]
+
+
+def tokens(answers: Sequence[Answer]) -> list[list[int]]:
+    return [answer.token_ids for answer in answers]
+
+
+def serve(
+    llm: LLM, arrivals: Sequence[tuple[int, list[int], int]]
+) -> list[list[int]]:
+    """Token ids of requests that come one after another.
+
+    Args:
+        arrivals: Step of the engine before which a request arrives, its prompt and
+            how many tokens it wants.
+    """
+    engine = llm.llm_engine
+    found: dict[str, list[int]] = {}
+    waiting = sorted(enumerate(arrivals), key=lambda item: item[1][0])
+    step = 0
+    while waiting or engine.has_unfinished_requests():
+        while waiting and waiting[0][1][0] <= step:
+            index, (_, prompt, max_tokens) = waiting.pop(0)
+            request = {"prompt_token_ids": prompt}
+            engine.add_request(str(index), request, greedy_params(max_tokens))
+        for output in engine.step():
+            if output.finished:
+                found[output.request_id] = list(output.outputs[0].token_ids)
+        step += 1
+    return [found[str(index)] for index in range(len(arrivals))]
+
+
+def child_environment(**more: str) -> dict[str, str]:
+    """The environment of a child that runs an engine as users do."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
+    return inherited | {"VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"} | more

@@ -1,0 +1,82 @@
+"""What the ops mean, in float64 and plain loops over K and V that were never paged."""
+
+import math
+
+import torch
+
+Rows = list[torch.Tensor]  # one [seq_len, num_kv_heads, head_size] per sequence
+
+
+def attend(query, keys, values, positions, scale):
+    """One head: softmax(scale * q.k) over `positions`, its lse and its scores."""
+    scores = [scale * float(query @ keys[t]) for t in positions]
+    if not scores:
+        return torch.zeros(len(query), dtype=torch.float64), -math.inf, []
+    top = max(scores)
+    total = sum(math.exp(s - top) for s in scores)
+    output = torch.zeros(len(query), dtype=torch.float64)
+    for s, t in zip(scores, positions, strict=True):
+        output += math.exp(s - top) / total * values[t]
+    return output, top + math.log(total), scores
+
+
+def lse(scores) -> float:
+    if not scores:
+        return -math.inf
+    top = max(scores)
+    return top + math.log(sum(math.exp(s - top) for s in scores))
+
+
+def decode(query, keys: Rows, values: Rows, scale, positions_of=None):
+    """Every row and head; positions_of(row, head) lists the positions attended to."""
+    query = query.double()
+    num_seqs, num_heads, head_size = query.shape
+    output = torch.zeros(num_seqs, num_heads, head_size, dtype=torch.float64)
+    lses = torch.full((num_seqs, num_heads), -math.inf, dtype=torch.float64)
+    scores = {}
+    for row in range(num_seqs):
+        k, v = keys[row].double(), values[row].double()
+        for head in range(num_heads):
+            kv_head = head // (num_heads // k.shape[1])
+            positions = (
+                range(len(k)) if positions_of is None else positions_of(row, head)
+            )
+            output[row, head], lses[row, head], scores[row, head] = attend(
+                query[row, head], k[:, kv_head], v[:, kv_head], positions, scale
+            )
+    return output, lses, scores
+
+
+def block_lse(scores, num_seqs, num_heads, num_blocks, size):
+    result = torch.full((num_seqs, num_heads, num_blocks), -math.inf).double()
+    for (row, head), s in scores.items():
+        for block in range(num_blocks):
+            result[row, head, block] = lse(s[block * size : (block + 1) * size])
+    return result
+
+
+def extend(query, keys: Rows, values: Rows, query_lens, scale):
+    """Causal: the last query token of a sequence stands at its last position."""
+    outputs, first = [], 0
+    for k, v, query_len in zip(keys, values, query_lens, strict=True):
+        for i in range(query_len):
+            seen = len(k) - query_len + i + 1
+            one = query[first + i][None]
+            outputs.append(decode(one, [k[:seen]], [v[:seen]], scale)[0][0])
+        first += query_len
+    return torch.stack(outputs)
+
+
+def select(mass, seq_len, rule) -> list[int]:
+    """The blocks that one set keeps; `mass` is a list of floats, one per block."""
+    size = rule.select_block_size
+    total = len(mass)
+    if seq_len <= max(rule.sparse_threshold, rule.token_budget):
+        return list(range(total))
+    kept = {t // size for t in range(rule.sink_tokens)}
+    kept |= {t // size for t in range(seq_len - rule.recent_tokens, seq_len)}
+    kept.add((seq_len - 1) // size)
+    for block in sorted(range(total), key=lambda b: (-mass[b], b)):
+        if len(kept) < rule.token_budget // size:
+            kept.add(block)
+    return sorted(kept)

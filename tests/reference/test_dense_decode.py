@@ -1,0 +1,177 @@
+import math
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tidal_vllm.ops import reference
+from tidal_vllm.ops.reference import dense_decode
+
+from . import naive
+from .cases import (
+    DTYPES,
+    GROUPS,
+    LAYOUTS,
+    SELECT_BLOCK_SIZES,
+    assert_close,
+    batches,
+    law,
+    make_batch,
+)
+
+
+def check(batch, select_block_size, chunk_rows=4096):
+    with mock.patch.object(reference, "CHUNK_ROWS", chunk_rows):
+        output, lse, block_lse = dense_decode(
+            *batch.paged, scale=batch.scale, select_block_size=select_block_size
+        )
+    exact, exact_lse, scores = naive.decode(
+        batch.query, batch.keys, batch.values, batch.scale
+    )
+    assert output.dtype == batch.query.dtype
+    assert lse.dtype == torch.float32
+    assert_close(output, exact, batch, "output")
+    assert_close(lse, exact_lse, batch, "lse")
+    if select_block_size is None:
+        assert block_lse is None
+        return
+    longest = max(batch.seq_lens.tolist(), default=0)
+    shape = (*batch.query.shape[:2], -(-longest // select_block_size))
+    exact_blocks = naive.block_lse(scores, *shape, select_block_size)
+    assert block_lse.dtype == torch.float32
+    assert_close(block_lse, exact_blocks, batch, "block_lse")
+    assert_close(block_lse.double().logsumexp(-1), exact_lse, batch, "sum of blocks")
+
+
+@law
+@given(
+    batches(),
+    st.sampled_from((None, *SELECT_BLOCK_SIZES)),
+    st.sampled_from((1, 64, 128, 4096)),
+)
+def test_it_means_what_the_loops_say(batch, select_block_size, chunk_rows):
+    check(batch, select_block_size, chunk_rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_and_dtype(layout, dtype):
+    check(make_batch([37, 0, 64], layout=layout, dtype=dtype), 4, chunk_rows=64)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_head_grouping(group, num_kv_heads):
+    check(make_batch([50, 17], group=group, num_kv_heads=num_kv_heads), 16)
+
+
+@pytest.mark.parametrize("seq_len", [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 95, 97])
+@pytest.mark.parametrize("select_block_size", SELECT_BLOCK_SIZES)
+def test_lengths_around_block_and_chunk_boundaries(seq_len, select_block_size):
+    check(make_batch([seq_len]), select_block_size, chunk_rows=64)  # 32 tokens
+
+
+@pytest.mark.parametrize("num_tiles", [1, 2])
+def test_lengths_around_the_real_chunk(num_tiles):
+    """Against one softmax over everything, in float64."""
+    edge = num_tiles * reference.CHUNK_ROWS
+    for seq_len in (edge - 1, edge, edge + 1):
+        batch = make_batch([seq_len], num_kv_heads=1, group=2)
+        output, lse, block_lse = dense_decode(
+            *batch.paged, scale=batch.scale, select_block_size=16
+        )
+        scores = batch.query[0].double() @ batch.keys[0][:, 0].double().T * batch.scale
+        exact = scores.softmax(-1) @ batch.values[0][:, 0].double()
+        assert_close(output[0], exact, batch)
+        assert_close(lse[0], scores.logsumexp(-1), batch)
+        assert_close(block_lse[0].double().logsumexp(-1), scores.logsumexp(-1), batch)
+
+
+def test_a_far_lighter_block_keeps_its_lse():
+    """It must not underflow because another block is e**200 times heavier."""
+    batch = make_batch([48], num_kv_heads=1, group=1, head_size=4)
+    batch.query[:] = torch.tensor([1.0, 0, 0, 0])
+    batch.kv_cache[batch.block_table[0, 1], :, :, 0] += 400
+    batch.keys[0][16:32, :, 0] += 400
+    check(batch, 16)
+    check(batch, 4)
+
+
+def test_an_empty_row_gives_zeros_and_no_mass():
+    batch = make_batch([0, 20, 0])
+    output, lse, block_lse = dense_decode(
+        *batch.paged, scale=batch.scale, select_block_size=4
+    )
+    for row in (0, 2):
+        assert torch.equal(output[row], torch.zeros_like(output[row]))
+        assert (lse[row] == -math.inf).all()
+        assert (block_lse[row] == -math.inf).all()
+
+
+def test_a_batch_of_empty_rows_and_an_empty_batch():
+    for lens in ([0, 0], []):
+        batch = make_batch(lens)
+        output, lse, block_lse = dense_decode(
+            *batch.paged, scale=batch.scale, select_block_size=4
+        )
+        assert not output.any()
+        assert (lse == -math.inf).all()
+        assert block_lse.shape == (len(lens), batch.num_heads, 0)
+
+
+@law
+@given(batches(min_seqs=3), st.data())
+def test_a_batch_permuted_gives_the_output_permuted_bit_for_bit(batch, data):
+    order = data.draw(st.permutations(range(3)))[: data.draw(st.integers(1, 3))]
+    output, lse, block_lse = dense_decode(
+        *batch.paged, scale=batch.scale, select_block_size=4
+    )
+    other = batch.rows(order)
+    output2, lse2, block_lse2 = dense_decode(
+        *other.paged, scale=batch.scale, select_block_size=4
+    )
+    assert torch.equal(output2, output[order])
+    assert torch.equal(lse2, lse[order])
+    assert torch.equal(block_lse2, block_lse[order][..., : block_lse2.shape[2]])
+
+
+def test_a_row_is_the_same_with_and_without_block_lse():
+    batch = make_batch([200, 33])
+    plain = dense_decode(*batch.paged, scale=batch.scale)
+    selecting = dense_decode(*batch.paged, scale=batch.scale, select_block_size=16)
+    assert torch.equal(plain[0], selecting[0])
+    assert torch.equal(plain[1], selecting[1])
+
+
+def test_it_runs_outside_inference_mode_after_running_inside():
+    batch = make_batch([40])
+    with torch.inference_mode():
+        inside = dense_decode(*batch.paged, scale=batch.scale)
+    outside = dense_decode(*batch.paged, scale=batch.scale)
+    assert torch.equal(inside[0], outside[0])
+
+
+def test_a_nan_in_one_sequence_stays_there():
+    batch = make_batch([40, 40])
+    batch.kv_cache[batch.block_table[1, 2], :, 0] = math.nan
+    output, lse, _ = dense_decode(*batch.paged, scale=batch.scale)
+    assert not output[0].isnan().any()
+    assert output[1].isnan().all()
+    assert lse[1].isnan().all()
+
+
+@pytest.mark.parametrize("select_block_size", [0, -1, 3, 32])
+def test_a_select_block_size_that_does_not_divide_is_refused(select_block_size):
+    batch = make_batch([5])
+    with pytest.raises(ValueError, match=f"select_block_size = {select_block_size}"):
+        dense_decode(*batch.paged, scale=1.0, select_block_size=select_block_size)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    batch = make_batch([5])
+    with pytest.raises(ValueError, match="2 \\* head_size"):
+        dense_decode(batch.query[..., :4], *batch.paged[1:], scale=1.0)
+    with pytest.raises(ValueError, match="3 heads must be a multiple of 2"):
+        dense_decode(batch.query[:, :3], *batch.paged[1:], scale=1.0)

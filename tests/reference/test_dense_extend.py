@@ -1,0 +1,158 @@
+import math
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tidal_vllm.ops import reference
+from tidal_vllm.ops.reference import dense_decode, dense_extend
+
+from . import naive
+from .cases import DTYPES, GROUPS, LAYOUTS, assert_close, batches, law, make_batch
+
+
+def starts(query_lens):
+    return torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
+
+
+def run(batch, query_lens, chunk_rows=8192):
+    with mock.patch.object(reference, "EXTEND_CHUNK_ROWS", chunk_rows):
+        return dense_extend(*batch.paged, starts(query_lens), scale=batch.scale)
+
+
+def check(batch, query_lens, chunk_rows=8192):
+    output = run(batch, query_lens, chunk_rows)
+    assert output.dtype == batch.query.dtype
+    if sum(query_lens) == 0:
+        assert output.shape == batch.query.shape
+        return
+    exact = naive.extend(batch.query, batch.keys, batch.values, query_lens, batch.scale)
+    assert_close(output[: len(exact)], exact, batch)
+
+
+@pytest.fixture(params=["flash", "plain"])
+def either_kernel(request):
+    """Torch's CPU kernel, and what runs on devices that lack it."""
+    if request.param == "flash":
+        yield
+    else:
+        with mock.patch.object(reference, "_attend", reference._attend_plain):
+            yield
+
+
+@st.composite
+def extends(draw):
+    batch = draw(batches(max_len=70))
+    query_lens = [draw(st.integers(0, min(n, 40))) for n in batch.seq_lens.tolist()]
+    rng = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    query = torch.randn(sum(query_lens), *batch.query.shape[1:], generator=rng)
+    query = query.to(batch.query.dtype)
+    return replace(batch, query=query), query_lens
+
+
+@law
+@given(extends(), st.sampled_from((1, 48, 8192)))
+def test_it_means_what_the_loops_say(case, chunk_rows):
+    batch, query_lens = case
+    check(batch, query_lens, chunk_rows)
+
+
+@pytest.mark.parametrize("chunk_rows", [32, 8192])
+def test_both_kernels(either_kernel, chunk_rows):
+    check(make_batch([50, 20, 33], num_queries=43), [7, 20, 16], chunk_rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_and_dtype(layout, dtype):
+    batch = make_batch([37, 12], layout=layout, dtype=dtype, num_queries=14)
+    check(batch, [9, 5], chunk_rows=64)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_head_grouping(group, num_kv_heads):
+    batch = make_batch([40, 9], group=group, num_kv_heads=num_kv_heads, num_queries=11)
+    check(batch, [5, 6])
+
+
+@pytest.mark.parametrize("context", [0, 1, 15, 16, 17, 31, 32, 33])
+@pytest.mark.parametrize("query_len", [1, 2, 15, 16, 17, 33])
+def test_contexts_and_queries_around_block_and_chunk_boundaries(context, query_len):
+    batch = make_batch([context + query_len], num_queries=query_len)
+    check(batch, [query_len], chunk_rows=64)  # 32 tokens
+
+
+def test_one_new_token_is_a_decode():
+    batch = make_batch([1, 16, 45])
+    output = run(batch, [1, 1, 1])
+    expected, _, _ = dense_decode(*batch.paged, scale=batch.scale)
+    assert_close(output, expected.double(), batch)
+
+
+def test_chunks_of_a_prefill_give_what_the_whole_gives():
+    """Each chunk sees exactly the tokens before it, whatever follows in the cache."""
+    batch = make_batch([77], num_queries=77)
+    whole = run(batch, [77])
+    done = 0
+    for size in (5, 32, 1, 39):
+        part = replace(
+            batch,
+            query=batch.query[done : done + size],
+            seq_lens=torch.tensor([done + size]),
+        )
+        assert_close(run(part, [size]), whole[done : done + size].double(), batch)
+        done += size
+
+
+def test_a_batch_permuted_gives_the_output_permuted_bit_for_bit():
+    lens, query_lens, order = [50, 20, 33, 9], [7, 20, 1, 4], [2, 3, 0]
+    batch = make_batch(lens, num_queries=sum(query_lens))
+    output = run(batch, query_lens).split(query_lens)
+    queries = batch.query.split(query_lens)
+    permuted = replace(
+        batch,
+        query=torch.cat([queries[i] for i in order]),
+        block_table=batch.block_table[order],
+        seq_lens=batch.seq_lens[order],
+    )
+    expected = torch.cat([output[i] for i in order])
+    assert torch.equal(run(permuted, [query_lens[i] for i in order]), expected)
+
+
+def test_rows_of_no_sequence_are_zeros_and_an_empty_query_is_nothing():
+    batch = make_batch([30, 30, 0], num_queries=9)
+    output = run(batch, [4, 0, 0])
+    assert output[:4].abs().sum() > 0
+    assert not output[4:].any()
+
+
+def test_more_sequences_than_query_ranges_are_left_alone():
+    """vLLM pads block table and lengths beyond the batch."""
+    batch = make_batch([30, 20, 10], num_queries=6)
+    output = run(batch, [4, 2])
+    assert torch.equal(output, run(batch, [4, 2, 0]))
+
+
+def test_sharp_attention_over_many_tiles():
+    """Scores of several hundred: no overflow, and the lse decides between tiles."""
+    check(make_batch([90], sharpness=30.0, num_queries=20), [20], chunk_rows=16)
+
+
+def test_a_long_context_against_float64():
+    context, new = 9000, 130
+    batch = make_batch([context + new], num_kv_heads=1, num_queries=new)
+    q, k = batch.query.double(), batch.keys[0][:, 0].double()
+    scores = torch.einsum("nhd,td->hnt", q, k) * batch.scale
+    scores += torch.full((new, context + new), -math.inf).double().triu(context + 1)
+    exact = scores.softmax(-1) @ batch.values[0][:, 0].double()
+    assert_close(run(batch, [new]), exact.transpose(0, 1), batch)
+
+
+def test_a_query_longer_than_its_sequence_is_refused():
+    batch = make_batch([5], num_queries=6)
+    with pytest.raises(ValueError, match="6 query tokens in a sequence of 5"):
+        run(batch, [6])
