@@ -10,7 +10,7 @@ installed. Arguments behind `demo` and `test` are handed on, for instance
 `python3 bootstrap.py test tests/unit -k config`.
 """
 
-# NOTE: must run, far enough to say what is missing, on any Python 3.
+# NOTE: must run, far enough to say what is missing, on Pythons from 3.7 on.
 import hashlib
 import os
 import shutil
@@ -29,38 +29,42 @@ CUDA_ONLY = ["torchvision", "torchaudio", "torchcodec"]
 
 
 def fail(problem, cure):
-    sys.stderr.write("\ntidal_vllm cannot be set up: %s\n  %s\n" % (problem, cure))
+    sys.stderr.write(f"\ntidal_vllm cannot be set up: {problem}\n  {cure}\n")
     sys.exit(1)
 
 
 def check_machine():
     """Say what is missing, and how to get it, before anything is done."""
     found = sys.version_info[:2]
+    name = "python" + dotted(found)
     if not PYTHON_FIRST <= found < PYTHON_END:
-        wanted = "%d.%d to %d.%d" % (
-            PYTHON_FIRST + (PYTHON_END[0], PYTHON_END[1] - 1)
-        )
+        last = (PYTHON_END[0], PYTHON_END[1] - 1)
         fail(
-            "this is Python %d.%d; allowed: %s" % (found + (wanted,)),
+            f"this is Python {dotted(found)}; allowed: "
+            f"{dotted(PYTHON_FIRST)} to {dotted(last)}",
             "Install one, for instance `apt-get install python3.11 python3.11-venv`, "
             "and run this with it: `python3.11 bootstrap.py ...`",
         )
     if not sys.platform.startswith("linux"):
-        fail("this is %s" % sys.platform, "vLLM publishes wheels for Linux only.")
+        fail(f"this is {sys.platform}", "vLLM publishes wheels for Linux only.")
     try:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
     except ImportError as missing:
         fail(
-            "Python's module %s is missing" % missing.name,
-            "Install it, for instance `apt-get install python%d.%d-venv`" % found,
+            f"Python's module {missing.name} is missing",
+            f"Install it, for instance `apt-get install {name}-venv`",
         )
     free = shutil.disk_usage(HERE).free / 2**30
     if not os.path.exists(STAMP) and free < NEEDED_GIB:
         fail(
-            "%.1f GiB are free in %s; needed: %d" % (free, HERE, NEEDED_GIB),
+            f"{free:.1f} GiB are free in {HERE}; needed: {NEEDED_GIB}",
             "Free some space there, or clone the repository to a larger disk.",
         )
+
+
+def dotted(numbers):
+    return ".".join(map(str, numbers))
 
 
 def wanted_stamp():
@@ -80,23 +84,24 @@ def set_up():
                 return
     python = os.path.join(VENV, "bin", "python")
     pip = [python, "-m", "pip"]
-    install = pip + ["install", "--disable-pip-version-check"]
+    install = [*pip, "install", "--disable-pip-version-check"]
     steps = [
         ("Creating .venv", [sys.executable, "-m", "venv", "--clear", VENV]),
-        ("Updating pip", install + ["--quiet", "--upgrade", "pip"]),
-        ("Installing %s" % TORCH, install + [TORCH]),
-        ("Installing %s (about 2 GB)" % VLLM, install + [VLLM, TORCH]),
-        ("Installing tidal_vllm", install + ["--editable", HERE + "[test,lint]"]),
+        ("Updating pip", [*install, "--quiet", "--upgrade", "pip"]),
+        (f"Installing {TORCH}", [*install, TORCH]),
+        (f"Installing {VLLM} (about 2 GB)", [*install, VLLM, TORCH]),
+        ("Installing tidal_vllm", [*install, "--editable", HERE + "[test,lint]"]),
     ]
+    last = len(steps) + 1
     for number, (title, command) in enumerate(steps, 1):
-        run_step("[%d/%d] %s" % (number, len(steps) + 1, title), command)
-    version = subprocess.check_output([python, "-c", PRINT_TORCH], text=True)
-    title = "[%d/%d] torch %s" % (len(steps) + 1, len(steps) + 1, version.strip())
+        run_step(f"[{number}/{last}] {title}", command)
+    version = subprocess.check_output([python, "-c", PRINT_TORCH], text=True).strip()
+    title = f"[{last}/{last}] torch {version}"
     if "+cpu" in version:
-        command = pip + ["uninstall", "--yes", "--quiet"] + CUDA_ONLY
-        run_step(title + ": removing CUDA builds of " + ", ".join(CUDA_ONLY), command)
+        title += ": removing CUDA builds of " + ", ".join(CUDA_ONLY)
+        run_step(title, [*pip, "uninstall", "--yes", "--quiet", *CUDA_ONLY])
     else:
-        print(title + ": keeping " + ", ".join(CUDA_ONLY), flush=True)
+        print(f"{title}: keeping " + ", ".join(CUDA_ONLY), flush=True)
     with open(STAMP, "w") as done:
         done.write(stamp)
 
@@ -110,10 +115,10 @@ def run_step(title, command):
     status = subprocess.call(command)
     if status:
         fail(
-            "%s: exit status %d" % (title, status),
+            f"{title}: exit status {status}",
             "The lines above say why; run the command again to resume.",
         )
-    print("    done in %.0f s" % (time.time() - start), flush=True)
+    print(f"    done in {time.time() - start:.0f} s", flush=True)
 
 
 def main():

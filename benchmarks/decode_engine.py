@@ -81,9 +81,7 @@ class Engine:
             for builder in group.metadata_builders
         ]
         self.sparse_plan = self.builder.plan
-        self.kv_bytes = sum(
-            tensor.nbytes for tensor in worker.model_runner.kv_caches
-        )
+        self.kv_bytes = sum(tensor.nbytes for tensor in worker.model_runner.kv_caches)
         self.attention_s = _time_attention()
 
     def switch(self, sparse: bool) -> None:

@@ -32,7 +32,10 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
         }
         for key, value in refused.items():
             if value is not None:
-                raise ValueError(f"{key} = {value}: TIDAL allows only layers without")
+                raise ValueError(
+                    f"{key} = {value}: not supported by the TIDAL attention backend; "
+                    "allowed None"
+                )
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)

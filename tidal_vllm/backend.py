@@ -3,25 +3,56 @@
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+import vllm.envs as envs
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
+from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from tidal_vllm.attention import TidalImpl
 from tidal_vllm.metadata import TidalMetadataBuilder
 from tidal_vllm.plugin import NAME
 from tidal_vllm.policy import check_pipeline_stage
-from tidal_vllm.startup import is_selected, resolve
+from tidal_vllm.startup import has_settings, is_selected, resolve
 from tidal_vllm.versions import unsupported_vllm
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.attention.selector import AttentionSelectorConfig
 
 logger = init_logger("vllm.tidal.backend")
 
 if _reason := unsupported_vllm():
     raise ImportError(_reason)
+
+# vLLM's words for a layer's property, and what it should have said.
+_EXPLAINED = {
+    "MLA not supported": (
+        "use_mla = True: allowed are models with separate K and V heads (MHA, GQA, MQA)"
+    ),
+    "sliding window not supported": (
+        "has_sliding_window = True: allowed are models whose layers all attend to the "
+        "whole sequence"
+    ),
+    "attention sinks not supported": (
+        "has_sink = True: allowed are models without attention sinks"
+    ),
+    "partial multimodal token full attention not supported": (
+        "use_mm_prefix = True: allowed are models that are causal over all tokens"
+    ),
+    "sparse not supported": (
+        "use_sparse = True: allowed are models without sparse attention of their own"
+    ),
+    "per-head quant scales not supported": (
+        "use_per_head_quant_scales = True: allowed are KV caches without scales"
+    ),
+    "non-causal attention not supported": (
+        "use_non_causal = True: allowed are causal models"
+    ),
+    "R-SWA not supported": "use_rswa = True: allowed are models without R-SWA",
+    "batch invariance not supported": "VLLM_BATCH_INVARIANT = 1: allowed 0",
+    "PCP not supported": "prefill_context_parallel_size > 1: allowed 1",
+    "DCP not supported": "decode_context_parallel_size > 1: allowed 1",
+}
 
 
 class TidalBackend(AttentionBackend):
@@ -72,7 +103,8 @@ class TidalBackend(AttentionBackend):
         Takes vLLM's selector fields as keywords. Each reason names the field,
         its value and what is allowed.
         """
-        explained = {
+        attn_type = asked["attn_type"]
+        explained = _EXPLAINED | {
             "head_size not supported": (
                 f"head_size = {asked['head_size']}: allowed {cls.supported_head_sizes}"
             ),
@@ -83,31 +115,24 @@ class TidalBackend(AttentionBackend):
                 f"kv_cache_dtype = {asked['kv_cache_dtype']}: "
                 f"allowed {cls.supported_kv_cache_dtypes}"
             ),
-            "MLA not supported": (
-                "use_mla = True: allowed are models with separate K and V heads "
-                "(MHA, GQA, MQA)"
-            ),
-            f"attention type {asked.get('attn_type')} not supported": (
-                f"attn_type = {asked.get('attn_type')}: "
-                f"allowed {AttentionType.DECODER.value}"
-            ),
-            "sliding window not supported": (
-                "sliding_window is set: allowed are layers that attend to the "
-                "whole sequence"
+            f"attention type {attn_type} not supported": (
+                f"attn_type = {attn_type}: allowed {AttentionType.DECODER.value}"
             ),
         }
         reasons = super().validate_configuration(**asked)
+        if asked["use_mla"]:  # its head size is that of the latents
+            reasons = ["MLA not supported"]
         return [explained.get(reason, reason) for reason in reasons]
 
     @classmethod
-    def require_supported(cls, asked: "AttentionSelectorConfig") -> None:
+    def require_supported(
+        cls, asked: AttentionSelectorConfig, model: str = "this model"
+    ) -> None:
         """Raise a ValueError with every reason why a layer cannot run here."""
-        reasons = cls.validate_configuration(
-            device_capability=None, **asked._asdict()
-        )
+        reasons = cls.validate_configuration(device_capability=None, **asked._asdict())
         if reasons:
             raise ValueError(
-                f"The {NAME} attention backend cannot run this model: "
+                f"The {NAME} attention backend cannot run {model}: "
                 + "; ".join(reasons)
             )
 
@@ -122,22 +147,13 @@ def check_setup(vllm_config: "VllmConfig") -> None:
     if model_config is None:
         return
     if not is_selected(vllm_config):
-        if "tidal" in (vllm_config.additional_config or {}):
+        if has_settings(vllm_config):
             logger.warning(
                 "additional_config['tidal'] has no effect: the attention backend "
                 "TIDAL is not selected (--attention-backend tidal)"
             )
         return
-    if model_config.use_mla:
-        raise ValueError(
-            f"model = {model_config.model}: MLA attention is not supported; allowed "
-            "are models with separate K and V heads (MHA, GQA, MQA)"
-        )
-    if model_config.attn_type != "decoder":
-        raise ValueError(
-            f"model = {model_config.model}: attention type "
-            f"{model_config.attn_type!r} is not supported; allowed: 'decoder'"
-        )
+    TidalBackend.require_supported(_selector_config(vllm_config), model_config.model)
     startup = resolve(vllm_config)
     cache_config = vllm_config.cache_config
     if cache_config.block_size is not None:
@@ -145,6 +161,33 @@ def check_setup(vllm_config: "VllmConfig") -> None:
     _check_pipeline_stages(vllm_config, startup.plan)
     if startup.plan.warning:
         logger.warning(startup.plan.warning)
+
+
+def _selector_config(vllm_config: "VllmConfig") -> AttentionSelectorConfig:
+    """What vLLM's layers will ask of the backend, as far as the config tells.
+
+    Sinks, ALiBi slopes, soft caps and KV sharing are known to the layers only:
+    those are refused when the model is built.
+    """
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    parallel = vllm_config.parallel_config
+    layer_types = getattr(model.hf_text_config, "layer_types", None) or ()
+    some_slide = (
+        model.get_sliding_window() is not None and "sliding_attention" in layer_types
+    )
+    return AttentionSelectorConfig(
+        head_size=model.get_head_size(),
+        dtype=model.dtype,
+        kv_cache_dtype=cache.cache_dtype,
+        block_size=None,  # vLLM aligns it with what the backend supports
+        use_mla=model.use_mla,
+        use_mm_prefix=model.is_mm_prefix_lm,
+        attn_type=model.attn_type,
+        has_sliding_window=cache.sliding_window is not None or some_slide,
+        use_batch_invariant=envs.VLLM_BATCH_INVARIANT,
+        use_pcp=parallel.prefill_context_parallel_size > 1,
+        use_dcp=parallel.decode_context_parallel_size > 1,
+    )
 
 
 def _check_pipeline_stages(vllm_config: "VllmConfig", plan) -> None:

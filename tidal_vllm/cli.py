@@ -10,23 +10,27 @@ from tidal_vllm import __version__
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand and return the exit code."""
     arguments = _parser().parse_args(argv)
-    return arguments.run(arguments)
+    try:
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        return 130  # what a shell expects of a program stopped by SIGINT
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from tidal_vllm.doctor import examine, report
+    from tidal_vllm.doctor import examine
 
-    findings = examine()
-    print(report(findings))
-    return 0 if all(finding.ok for finding in findings) else 1
+    ready = True
+    for finding in examine():
+        print(finding, flush=True)
+        ready = finding.ok
+    print("Ready: tidal-vllm demo" if ready else "Not ready: see the fix above.")
+    return 0 if ready else 1
 
 
 def _demo(arguments: argparse.Namespace) -> int:
     from tidal_vllm.demo import run_demo
 
-    return run_demo(
-        arguments.model_dir, arguments.contexts, arguments.token_budget
-    )
+    return run_demo(arguments.model_dir, arguments.contexts, arguments.token_budget)
 
 
 def _planted(arguments: argparse.Namespace) -> int:

@@ -46,9 +46,7 @@ if not hasattr(torch.ops._C, "init_cpu_memory_env"):
     # The CPU build binds memory to a NUMA node with it; here the system decides.
     _c_ops = torch.library.Library("_C", "FRAGMENT")
     _c_ops.define("init_cpu_memory_env(int[] nodes) -> ()")
-    _c_ops.impl(
-        "init_cpu_memory_env", lambda nodes: None, "CompositeExplicitAutograd"
-    )
+    _c_ops.impl("init_cpu_memory_env", lambda nodes: None, "CompositeExplicitAutograd")
 
 
 # vLLM's clean-up calls it wherever the platform is not its own CPU one.

@@ -4,6 +4,7 @@ vLLM's CUDA wheel has no CPU kernels, but its scheduler, paged KV cache, model
 code and HTTP server are Python: this platform runs them on PyTorch.
 """
 
+import logging
 import os
 import warnings
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from vllm.utils.mem_constants import GiB_bytes
 from vllm.utils.torch_utils import startup_omp_num_threads
 
 from tidal_vllm.plugin import BACKEND_PATH, NAME
+from tidal_vllm.startup import chosen_backends
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -55,12 +57,8 @@ class TidalCpuPlatform(CpuPlatform):
     ) -> str:
         from tidal_vllm.backend import TidalBackend
 
-        if selected_backend is not None and selected_backend.name != NAME:
-            raise ValueError(
-                f"attention_backend = {selected_backend.name}: not available without "
-                f"an accelerator; allowed: {NAME} (sparse decoding), or none "
-                "(dense attention)"
-            )
+        if selected_backend is not None:
+            _require_tidal(selected_backend.name)
         TidalBackend.require_supported(attn_selector_config)
         return BACKEND_PATH
 
@@ -68,8 +66,8 @@ class TidalCpuPlatform(CpuPlatform):
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         from vllm.config import CompilationMode, CUDAGraphMode
 
-        from tidal_vllm.backend import check_setup
-
+        for name in sorted(chosen_backends(vllm_config)):
+            _require_tidal(name)
         parallel = vllm_config.parallel_config
         executor = parallel.distributed_executor_backend
         automatic_worker = parallel.worker_cls == "auto"
@@ -83,11 +81,13 @@ class TidalCpuPlatform(CpuPlatform):
         # Attention is PyTorch on all cores; vLLM would leave one thread for serving.
         threads = startup_omp_num_threads(parallel.local_world_size)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        # One of vLLM's dependencies would start building CUDA programs behind its back.
+        os.environ.setdefault("HUMMING_DISABLE_PARALLEL_BUILD", "1")
+        _quieten_shutdown()
         compilation = vllm_config.compilation_config
         compilation.mode = CompilationMode.NONE
         compilation.cudagraph_mode = CUDAGraphMode.NONE
         compilation.custom_ops = ["none"]
-        check_setup(vllm_config)
 
     @classmethod
     def import_kernels(cls) -> None:
@@ -112,6 +112,40 @@ class TidalCpuPlatform(CpuPlatform):
                     )
                 }
             )
+
+
+def _quieten_shutdown() -> None:
+    """Keep vLLM from logging a server's orderly end as the death of its engine.
+
+    NOTE: `AsyncLLM.shutdown` stops the engine before the task that reads from it,
+    which then logs a traceback (vLLM issue 48745, open in 0.32).
+    """
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.async_llm import logger as engine_logger
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    stock = AsyncLLM.shutdown
+    if hasattr(stock, "is_quiet"):
+        return
+
+    def expected(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not isinstance(error, EngineDeadError)
+
+    def shutdown(self, *args, **kwargs) -> None:
+        engine_logger.addFilter(expected)
+        stock(self, *args, **kwargs)
+
+    shutdown.is_quiet = True
+    AsyncLLM.shutdown = shutdown
+
+
+def _require_tidal(name: str) -> None:
+    if name != NAME:
+        raise ValueError(
+            f"attention_backend = {name}: not available without an accelerator; "
+            f"allowed: {NAME} (sparse decoding), or none (dense attention)"
+        )
 
 
 def _set_kv_cache_default(vllm_config: "VllmConfig") -> None:

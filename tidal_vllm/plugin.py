@@ -5,6 +5,7 @@ several times, before it parses its command line. So both are idempotent and
 import nothing heavy before it is needed.
 """
 
+import contextlib
 import copyreg
 import logging
 
@@ -20,14 +21,21 @@ logger = logging.getLogger("vllm.tidal")
 
 def register() -> None:
     """Make `--attention-backend tidal` known to vLLM (entry point)."""
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    if not hasattr(AttentionBackendEnum, "register"):
-        logger.error("The TIDAL attention backend is off: %s", unsupported_vllm())
+    if reason := unsupported_vllm():
+        logger.error("The TIDAL attention backend is off: %s", reason)
+        with contextlib.suppress(Exception):
+            _member()  # choosing it repeats the reason
         return
     _member()
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
     copyreg.pickle(AttentionBackendEnum, _reduce_member)
-    _let_stock_cpu_platform_select_it()
+    _check_setup_early(type(current_platform))
+    if current_platform.is_cpu():
+        from tidal_vllm.platform import accept_tidal
+
+        accept_tidal(type(current_platform))
 
 
 def cpu_platform() -> str | None:
@@ -68,11 +76,25 @@ def _reduce_member(member):
     return _resolve_member, (member.name,)
 
 
-def _let_stock_cpu_platform_select_it() -> None:
-    """vLLM's CPU platform ignores every backend but its own; let it take TIDAL."""
-    from vllm.platforms import current_platform
+def _check_setup_early(platform_cls: type) -> None:
+    """Refuse bad input where vLLM completes its config, before it starts anything.
 
-    if current_platform.is_cpu():
-        from tidal_vllm.platform import accept_tidal
+    Args:
+        platform_cls: The platform class in use; one that was already changed is
+            left alone.
+    """
+    stock = platform_cls.check_and_update_config
+    if hasattr(stock, "checks_tidal"):
+        return
 
-        accept_tidal(type(current_platform))
+    def check_and_update_config(cls, vllm_config) -> None:
+        from tidal_vllm.startup import has_settings, is_selected
+
+        stock(vllm_config)
+        if is_selected(vllm_config) or has_settings(vllm_config):
+            from tidal_vllm.backend import check_setup
+
+            check_setup(vllm_config)
+
+    check_and_update_config.checks_tidal = True
+    platform_cls.check_and_update_config = classmethod(check_and_update_config)

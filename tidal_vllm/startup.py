@@ -4,12 +4,13 @@ Reads vLLM's config objects but imports nothing of vLLM, so that the front end,
 the engine core and each worker come to the same result from the same config.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tidal_vllm.config import TidalConfig
-from tidal_vllm.policy import LayerPlan, SelectionRule, all_dense, plan_layers
 from tidal_vllm.plugin import NAME
+from tidal_vllm.policy import LayerPlan, SelectionRule, all_dense, plan_layers
 from tidal_vllm.profiles import find_profile, layer_count_warning
 
 
@@ -22,11 +23,22 @@ class Startup:
     rule: SelectionRule
 
 
-def is_selected(vllm_config: Any) -> bool:
-    """Whether the user chose the TIDAL attention backend."""
+def chosen_backends(vllm_config: Any) -> set[str]:
+    """Names of the attention backends the user chose; empty if none."""
     attention = vllm_config.attention_config
     chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
-    return any(member is not None and member.name == NAME for member in chosen)
+    return {member.name for member in chosen if member is not None}
+
+
+def is_selected(vllm_config: Any) -> bool:
+    """Whether the user chose the TIDAL attention backend."""
+    return NAME in chosen_backends(vllm_config)
+
+
+def has_settings(vllm_config: Any) -> bool:
+    """Whether the user gave `additional_config["tidal"]`."""
+    additional = vllm_config.additional_config
+    return isinstance(additional, Mapping) and "tidal" in additional
 
 
 def resolve(vllm_config: Any) -> Startup:
@@ -39,7 +51,9 @@ def resolve(vllm_config: Any) -> Startup:
     num_layers = model_config.get_total_num_hidden_layers()
     if not is_selected(vllm_config):
         config = TidalConfig()
-        plan = all_dense(num_layers, "nowhere", "the attention backend TIDAL is not selected")
+        plan = all_dense(
+            num_layers, "nowhere", "the attention backend TIDAL is not selected"
+        )
     else:
         config = TidalConfig.from_additional_config(vllm_config.additional_config)
         profile = find_profile(config.profile, model_config.model, num_layers)

@@ -163,15 +163,15 @@ def tokens(answers: Sequence[Answer]) -> list[list[int]]:
 
 def serve(
     llm: LLM, arrivals: Sequence[tuple[int, list[int], int]]
-) -> list[list[int]]:
-    """Token ids of requests that come one after another.
+) -> list[Answer]:
+    """Greedy answers to requests that come one after another.
 
     Args:
         arrivals: Step of the engine before which a request arrives, its prompt and
             how many tokens it wants.
     """
     engine = llm.llm_engine
-    found: dict[str, list[int]] = {}
+    found: dict[str, Answer] = {}
     waiting = sorted(enumerate(arrivals), key=lambda item: item[1][0])
     step = 0
     while waiting or engine.has_unfinished_requests():
@@ -181,9 +181,35 @@ def serve(
             engine.add_request(str(index), request, greedy_params(max_tokens))
         for output in engine.step():
             if output.finished:
-                found[output.request_id] = list(output.outputs[0].token_ids)
+                found[output.request_id] = Answer.of(output)
         step += 1
     return [found[str(index)] for index in range(len(arrivals))]
+
+
+@dataclass
+class Watched:
+    """What the scheduler decided while it was watched."""
+
+    tokens: list[list[int]]
+    """Per step, the tokens of each scheduled request."""
+    num_preemptions: int = 0
+
+
+@contextmanager
+def watched(llm: LLM) -> Iterator[Watched]:
+    seen = Watched([])
+    schedule = scheduler(llm).schedule
+
+    def spied(*args, **kwargs):
+        output = schedule(*args, **kwargs)
+        if output.num_scheduled_tokens:
+            seen.tokens.append(list(output.num_scheduled_tokens.values()))
+        seen.num_preemptions += len(output.preempted_req_ids or ())
+        return output
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler(llm), "schedule", spied)
+        yield seen
 
 
 def child_environment(**more: str) -> dict[str, str]:

@@ -37,6 +37,13 @@ def assert_answered(llm, prompts):
     assert counted["dense_steps"] == before["dense_steps"]
 
 
+def assert_only_the_first_word_is_right(answers, prompts):
+    """The first word comes from the prompt, which is dense; then all goes wrong."""
+    for answer, prompt in zip(answers, prompts, strict=True):
+        pairs = zip(answer, prompt.answer_token_ids, strict=True)
+        assert [a == b for a, b in pairs] == [True] + [False] * (len(answer) - 1)
+
+
 class Case:
     """A planted model in an engine, and questions to it."""
 
@@ -182,10 +189,7 @@ def test_a_sliding_window_of_the_same_budget_fails(case, select_block_size):
         answers = answer_all(llm, case.prompts)
         counted = counters(llm)
     assert counted["sparse_steps"]
-    for answer, prompt in zip(answers, case.prompts, strict=True):
-        hits = sum(map(int.__eq__, answer, prompt.answer_token_ids))
-        print('HITS',hits)
-        assert hits <= 2  # the first token comes from the dense prompt
+    assert_only_the_first_word_is_right(answers, case.prompts)
 
 
 @pytest.mark.parametrize("wrong", [None, 4, 6], ids=["none", "early", "late"])
@@ -195,10 +199,7 @@ def test_two_hops_fail_under_the_wrong_second_select_layer(two_hops, wrong):
     select_layers = [first] if wrong is None else [first, wrong]
     with two_hops.under(token_budget=64, select_layers=select_layers) as llm:
         answers = answer_all(llm, two_hops.prompts)
-    for answer, prompt in zip(answers, two_hops.prompts, strict=True):
-        hits = sum(map(int.__eq__, answer, prompt.answer_token_ids))
-        print('HITS',hits)
-        assert hits <= 2
+    assert_only_the_first_word_is_right(answers, two_hops.prompts)
 
 
 def test_more_select_layers_than_needed_do_no_harm(two_hops):

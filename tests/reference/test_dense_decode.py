@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidal_vllm.ops import reference
+from tidal_vllm.ops import kv_rows, reference
 from tidal_vllm.ops.reference import dense_decode
 
 from . import naive
@@ -147,6 +147,7 @@ def test_a_row_is_the_same_with_and_without_block_lse():
 
 def test_it_runs_outside_inference_mode_after_running_inside():
     batch = make_batch([40])
+    kv_rows._scratch.buffers.clear()
     with torch.inference_mode():
         inside = dense_decode(*batch.paged, scale=batch.scale)
     outside = dense_decode(*batch.paged, scale=batch.scale)

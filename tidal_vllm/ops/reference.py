@@ -350,7 +350,7 @@ def _begin(
 
 def _by_lane(query: torch.Tensor, scale: float, lanes: int) -> torch.Tensor:
     """[num_heads, head_size] to scaled fp32 [lanes, heads of a lane, head_size]."""
-    return query.float().mul(scale).view(lanes, -1, query.shape[1])
+    return query.float().mul(scale).reshape(lanes, -1, query.shape[1])
 
 
 def _keys(kv: torch.Tensor) -> torch.Tensor:
@@ -390,13 +390,16 @@ def _combine(
     parts: list[tuple[torch.Tensor, ...]], output: torch.Tensor, lse: torch.Tensor
 ) -> None:
     """Joins the tiles of one row, into [num_heads, head_size] and [num_heads]."""
-    tops, sums, outs = (torch.stack(part) for part in zip(*parts, strict=True))
-    top = tops.amax(0)
-    weights = (tops - top).exp_()
-    total = (weights * sums).sum(0)
-    # At least 1, by the largest score itself, but for an empty set.
-    out = (weights * outs).sum(0).div_(total.clamp(min=1))
-    output.copy_(out.flatten(0, 1))
+    if len(parts) == 1:
+        ((top, total, out),) = parts
+    else:
+        tops, sums, outs = (torch.stack(part) for part in zip(*parts, strict=True))
+        top = tops.amax(0)
+        weights = (tops - top).exp_()
+        total = (weights * sums).sum(0)
+        out = (weights * outs).sum(0)
+    # The largest score itself makes the total 1 or more, but for an empty set.
+    output.copy_((out / total.clamp(min=1)).flatten(0, 1))
     lse.copy_(total.log_().add_(top).flatten())
 
 
@@ -405,7 +408,7 @@ def _heaviest(mass: torch.Tensor, kept: int) -> torch.Tensor:
     smallest = mass.topk(kept, sorted=False).values.amin(1, keepdim=True)
     above, ties = mass > smallest, mass == smallest
     room = kept - above.sum(1, keepdim=True)
-    chosen = above | (ties & (ties.cumsum(1) <= room))
+    chosen = above | (ties & (ties.cumsum(1, dtype=torch.int32) <= room))
     return chosen.nonzero()[:, 1].view(-1, kept)
 
 

@@ -1,0 +1,136 @@
+"""A spy on the ops: which layer read which tokens of which row, step by step."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tidal_vllm import attention, ops
+from tidal_vllm.attention import TidalImpl
+from tidal_vllm.metadata import TidalMetadata, TidalMetadataBuilder
+
+
+@dataclass
+class Call:
+    """One op of one layer."""
+
+    op: str
+    layer: int
+    tokens: list[list[int]]
+    """How many tokens were read: per row, per set."""
+    selects: bool = False
+
+
+@dataclass
+class Step:
+    """One step of the engine.
+
+    Its metadata's tensors are buffers of the runner: later steps overwrite them.
+    """
+
+    metadata: TidalMetadata
+    seq_lens: list[int]
+    calls: list[Call] = field(default_factory=list)
+
+    @property
+    def decode_lens(self) -> list[int]:
+        return self.seq_lens[: self.metadata.num_decodes]
+
+    def of(self, *names: str) -> list[Call]:
+        return [call for call in self.calls if call.op in names]
+
+
+@contextmanager
+def spying() -> Iterator[list[Step]]:
+    """Record every step, and let ops read nothing but what they are said to read.
+
+    Each op gets a copy of the layer's KV cache that holds NaN wherever its arguments
+    do not point to: reading one token more would make the output NaN.
+    """
+    steps: list[Step] = []
+    layer = SimpleNamespace(index=None)
+    build, forward = TidalMetadataBuilder.build, TidalImpl.forward
+
+    def spied_build(self, *args, **kwargs):
+        metadata = build(self, *args, **kwargs)
+        steps.append(Step(metadata, metadata.seq_lens.tolist()))
+        return metadata
+
+    def spied_forward(self, vllm_layer, *args, **kwargs):
+        layer.index = int(vllm_layer.layer_name.split(".")[2])
+        output = forward(self, vllm_layer, *args, **kwargs)
+        assert not output.isnan().any()
+        return output
+
+    def record(op, tokens, selects=False):
+        steps[-1].calls.append(Call(op, layer.index, tokens, selects))
+
+    def dense(op):
+        def spied(query, kv_cache, block_table, seq_lens, *args, **kwargs):
+            positions = [[torch.arange(n)] for n in seq_lens.tolist()]
+            kv_cache = _only(kv_cache, block_table, positions)
+            selects = kwargs.get("select_block_size") is not None
+            record(op, _counts(positions), selects)
+            return getattr(ops, op)(
+                query, kv_cache, block_table, seq_lens, *args, **kwargs
+            )
+
+        return spied
+
+    def sparse_decode(
+        query, kv_cache, block_table, topk_blocks, topk_lens, seq_lens, **kwargs
+    ):
+        size = kwargs["select_block_size"]
+        positions = [
+            [
+                _positions(blocks[:count], size, seq_len)
+                for blocks, count in zip(sets, counts, strict=True)
+            ]
+            for sets, counts, seq_len in zip(
+                topk_blocks, topk_lens.tolist(), seq_lens.tolist(), strict=True
+            )
+        ]
+        kv_cache = _only(kv_cache, block_table, positions)
+        record("sparse_decode", _counts(positions))
+        return ops.sparse_decode(
+            query, kv_cache, block_table, topk_blocks, topk_lens, seq_lens, **kwargs
+        )
+
+    spies = SimpleNamespace(
+        write_kv=ops.write_kv,
+        select_blocks=ops.select_blocks,
+        dense_decode=dense("dense_decode"),
+        dense_extend=dense("dense_extend"),
+        sparse_decode=sparse_decode,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "ops", spies)
+        patch.setattr(TidalMetadataBuilder, "build", spied_build)
+        patch.setattr(TidalImpl, "forward", spied_forward)
+        yield steps
+
+
+def _positions(blocks: torch.Tensor, size: int, seq_len: int) -> torch.Tensor:
+    """Positions in a set's blocks; each block once."""
+    assert (blocks.diff() > 0).all() and (blocks >= 0).all()
+    positions = (blocks[:, None].long() * size + torch.arange(size)).flatten()
+    return positions[positions < seq_len]
+
+
+def _counts(positions: list[list[torch.Tensor]]) -> list[list[int]]:
+    return [[p.numel() for p in sets] for sets in positions]
+
+
+def _only(kv_cache, block_table, positions) -> torch.Tensor:
+    """A copy of the cache with NaN in all slots but those of some positions."""
+    block_size = kv_cache.shape[2]
+    copy = torch.full_like(kv_cache, torch.nan)
+    for row, sets in enumerate(positions):
+        union = torch.cat(sets).unique()
+        blocks = block_table[row, union // block_size].long()
+        offsets = union % block_size
+        copy[blocks, :, offsets] = kv_cache[blocks, :, offsets]
+    return copy
