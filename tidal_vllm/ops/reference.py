@@ -25,8 +25,8 @@ import torch
 from tidal_vllm.ops.kv_rows import KVRuns
 
 # Rows (K and V of one token and one KV head) per tile; 4096 are 4 MiB in fp32 at
-# head_size 128. Measured on EPYC Genoa (1 MiB of L2 per core, 32 MiB of L3): 2048 costs
-# 5 to 10 % more in overhead per tile, 16384 up to 50 % more in cache misses.
+# head_size 128. Measured on an EPYC with 1 MiB of L2 per core and 32 MiB of L3: 2048
+# costs 4 to 20 % more in overhead per tile, 16384 16 to 80 % more in cache misses.
 CHUNK_ROWS = 4096
 # For extends, which do far more arithmetic per row, and merge their output per tile.
 # Also the longest query they take at once, times the KV heads.
