@@ -15,20 +15,19 @@ of one sequence: `step` is the whole engine step (scheduler, model, sampling),
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 
 # The engine runs in this process, so that it can be switched and timed.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+
+from machine import describe_run  # noqa: E402
 
 from tidal_vllm.planted import (  # noqa: E402
     PlantedSpec,
@@ -205,14 +204,7 @@ def _record(context, trials, memory, engine: Engine, spec: PlantedSpec, args) ->
             "kv_cache_bytes": engine.kv_bytes,
             "selection_bytes": engine.builder.selection.nbytes,
         },
-        "machine": {
-            "cpu": _cpu_name(),
-            "threads": int(os.environ["OMP_NUM_THREADS"]),
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "vllm", "tidal_vllm")},
-        },
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": "python " + " ".join(sys.argv),
+        **describe_run("vllm", "tidal_vllm"),
     }
 
 
@@ -221,13 +213,6 @@ def _rounded(trial: dict) -> dict:
         key: [round(v, 3) for v in value] if isinstance(value, list) else value
         for key, value in trial.items()
     }
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def main() -> int:
