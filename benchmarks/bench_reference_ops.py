@@ -1,6 +1,7 @@
-"""How close do the PyTorch ops come to the speed of a copy of the same bytes?
+r"""How close do the PyTorch ops come to the speed of a copy of the same bytes?
 
-    python benchmarks/bench_reference_ops.py --out benchmarks/results/reference_ops.jsonl
+    python benchmarks/bench_reference_ops.py \
+        --out benchmarks/results/reference_ops.jsonl
 
 One decoding sequence over shuffled blocks, per op and KV layout; every output is
 checked against float64 before it is timed. One JSON line per case, every trial kept,

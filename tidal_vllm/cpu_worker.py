@@ -49,10 +49,6 @@ if not hasattr(torch.ops._C, "init_cpu_memory_env"):
     _c_ops.impl("init_cpu_memory_env", lambda nodes: None, "CompositeExplicitAutograd")
 
 
-# vLLM's clean-up calls it wherever the platform is not its own CPU one.
-torch.accelerator.empty_host_cache = lambda: None
-
-
 class TidalCpuWorker(stock.CPUWorker):
     """vLLM's CPU worker on plain PyTorch."""
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from textwrap import shorten
 
 from tidal_vllm import __version__
 from tidal_vllm.plugin import NAME
@@ -95,7 +96,7 @@ def probe() -> None:
             ok, found = True, stage()
         except Exception as error:
             ok, found = False, f"{type(error).__name__}: {error}"
-        print(_MARK + json.dumps([name, ok, " ".join(found.split())]), flush=True)
+        print(_MARK + json.dumps([name, ok, shorten(found, 300)]), flush=True)
         if not ok:
             return
 
@@ -118,7 +119,9 @@ def _find_device() -> str:
         cores = len(os.sched_getaffinity(0))
         return f"cpu, {torch.get_num_threads()} threads on {cores} cores ({where})"
     if kind == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"vLLM found a GPU that torch {torch.__version__} cannot use")
+        raise RuntimeError(
+            f"vLLM found a GPU that torch {torch.__version__} cannot use"
+        )
     memory = device.get_device_total_memory() / 2**30
     return f"{kind}, {device.get_device_name()}, {memory:.0f} GiB ({where})"
 
@@ -168,7 +171,9 @@ def _fix_imports() -> str:
             f"pip uninstall {' '.join(CUDA_ONLY)} (CUDA builds, which break imports "
             f"beside a CPU build of torch; present: {', '.join(present)})"
         )
-    return f"reinstall vLLM with the torch it asks for: pip install 'vllm{SUPPORTED_VLLM}'"
+    return (
+        f"reinstall vLLM with the torch it asks for: pip install 'vllm{SUPPORTED_VLLM}'"
+    )
 
 
 def _fix_device() -> str:
@@ -190,7 +195,9 @@ def _fix_plugins() -> str:
     added = ",".join([*filter(None, allowed.split(",")), *missing])
     if not missing:
         return ""
-    return f"VLLM_PLUGINS = {allowed!r} leaves out our plug-ins: unset it or set {added}"
+    return (
+        f"VLLM_PLUGINS = {allowed!r} leaves out our plug-ins: unset it or set {added}"
+    )
 
 
 FIXES: dict[str, Callable[[], str]] = {

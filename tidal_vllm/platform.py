@@ -41,6 +41,15 @@ class TidalCpuPlatform(CpuPlatform):
     # Ray has no accelerator resource to reserve here; `ray start --num-gpus N`
     # gives it N logical slots under this name.
     ray_device_key: str = "GPU"
+    # Inductor would call a C++ compiler in mid-request, and fail where there is none.
+    simple_compile_backend: str = "eager"
+
+    def __init__(self) -> None:
+        super().__init__()
+        # NOTE: at its end, every process of vLLM's empties the accelerator's caches
+        # wherever the platform is not its own CPU one; without one, that raises.
+        torch.accelerator.empty_cache = lambda: None
+        torch.accelerator.empty_host_cache = lambda: None
 
     @property
     def supported_dtypes(self) -> list[torch.dtype]:
@@ -68,6 +77,7 @@ class TidalCpuPlatform(CpuPlatform):
 
         for name in sorted(chosen_backends(vllm_config)):
             _require_tidal(name)
+        _refuse_speculation_without_triton(vllm_config)
         parallel = vllm_config.parallel_config
         executor = parallel.distributed_executor_backend
         automatic_worker = parallel.worker_cls == "auto"
@@ -145,6 +155,19 @@ def _require_tidal(name: str) -> None:
         raise ValueError(
             f"attention_backend = {name}: not available without an accelerator; "
             f"allowed: {NAME} (sparse decoding), or none (dense attention)"
+        )
+
+
+def _refuse_speculation_without_triton(vllm_config: "VllmConfig") -> None:
+    """Its sampler would fail in the first step that has a draft to verify."""
+    from vllm.triton_utils import HAS_TRITON
+
+    speculation = vllm_config.speculative_config
+    if speculation is not None and not HAS_TRITON:
+        raise ValueError(
+            f"speculative_config.method = {speculation.method}: speculative decoding "
+            "needs Triton, which is off without an accelerator; allowed: no "
+            "speculative_config"
         )
 
 

@@ -8,6 +8,7 @@ import nothing heavy before it is needed.
 import contextlib
 import copyreg
 import logging
+from collections.abc import Callable
 
 from tidal_vllm.versions import unsupported_vllm
 
@@ -47,12 +48,19 @@ def cpu_platform() -> str | None:
     """
     from vllm.platforms import builtin_platform_plugins
 
-    if any(detect() is not None for detect in builtin_platform_plugins.values()):
+    if any(_detects(builtin) for builtin in builtin_platform_plugins.values()):
         return None
     if reason := unsupported_vllm():
         logger.error("The TIDAL CPU platform is off: %s", reason)
         return None
     return CPU_PLATFORM_PATH
+
+
+def _detects(builtin: Callable[[], str | None]) -> bool:
+    try:
+        return builtin() is not None
+    except Exception:  # vLLM takes a detector that fails for one that finds nothing
+        return False
 
 
 def _member():

@@ -50,8 +50,8 @@ class Engines:
         return llm
 
     def shutdown(self) -> None:
-        gc.freeze()  # each engine collects garbage twice, which takes a second
         for llm in self._running.values():
+            gc.freeze()  # or each collects the garbage of this big process, twice
             llm.llm_engine.engine_core.shutdown()
         self._running.clear()
 
@@ -67,8 +67,10 @@ def engine_kwargs(tidal: dict | None = None, **kwargs: Any) -> dict[str, Any]:
         "seed": 0,
     }
     if tidal is not None:
-        defaults["attention_backend"] = "TIDAL"
-        defaults["additional_config"] = {"tidal": tidal}
+        defaults |= {
+            "attention_backend": "TIDAL",
+            "additional_config": {"tidal": tidal},
+        }
     return defaults | kwargs
 
 
@@ -80,11 +82,7 @@ def _start(model: Path, layout: str | None, kwargs: dict[str, Any]) -> LLM:
         patch.delenv("VLLM_KV_CACHE_LAYOUT", raising=False)
         if layout is not None:
             patch.setenv("VLLM_KV_CACHE_LAYOUT", layout)
-        llm = LLM(str(model), **kwargs)
-    assert llm.llm_engine.vllm_config.cache_config.kv_cache_layout == layout or not (
-        layout
-    )
-    return llm
+        return LLM(str(model), **kwargs)
 
 
 def scheduler(llm: LLM) -> Any:
@@ -143,7 +141,7 @@ class Answer:
         return cls(list(completion.token_ids), logprobs, output.num_cached_tokens)
 
 
-def greedy_params(max_tokens: int, **more: Any) -> SamplingParams:
+def sampling(max_tokens: int, **more: Any) -> SamplingParams:
     more = {"temperature": 0.0, "ignore_eos": True, "detokenize": False} | more
     return SamplingParams(max_tokens=max_tokens, **more)
 
@@ -151,10 +149,10 @@ def greedy_params(max_tokens: int, **more: Any) -> SamplingParams:
 def generate(
     llm: LLM, prompts: Sequence[list[int]], max_tokens: int = 16, **params: Any
 ) -> list[Answer]:
-    """Greedy answers, all prompts in one go."""
+    """Answers to all prompts in one go, greedy by default."""
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-    sampling = greedy_params(max_tokens, **params)
-    return [Answer.of(o) for o in llm.generate(inputs, sampling, use_tqdm=False)]
+    outputs = llm.generate(inputs, sampling(max_tokens, **params), use_tqdm=False)
+    return [Answer.of(output) for output in outputs]
 
 
 def tokens(answers: Sequence[Answer]) -> list[list[int]]:
@@ -162,9 +160,9 @@ def tokens(answers: Sequence[Answer]) -> list[list[int]]:
 
 
 def serve(
-    llm: LLM, arrivals: Sequence[tuple[int, list[int], int]]
+    llm: LLM, arrivals: Sequence[tuple[int, list[int], int]], **params: Any
 ) -> list[Answer]:
-    """Greedy answers to requests that come one after another.
+    """Answers to requests that come one after another, greedy by default.
 
     Args:
         arrivals: Step of the engine before which a request arrives, its prompt and
@@ -178,7 +176,7 @@ def serve(
         while waiting and waiting[0][1][0] <= step:
             index, (_, prompt, max_tokens) = waiting.pop(0)
             request = {"prompt_token_ids": prompt}
-            engine.add_request(str(index), request, greedy_params(max_tokens))
+            engine.add_request(str(index), request, sampling(max_tokens, **params))
         for output in engine.step():
             if output.finished:
                 found[output.request_id] = Answer.of(output)

@@ -52,7 +52,7 @@ class Case:
         self.start = lambda **more: engine(
             self.folder,
             tidal=roles(self.spec),
-            **{"block_size": block_size, "kv_cache_memory_bytes": 128 * MiB} | more,
+            **{"block_size": block_size, "kv_cache_memory_bytes": 96 * MiB} | more,
         )
         self.llm = self.start()
         self.prompts = [self.prompt(depth) for depth in DEPTHS]
@@ -104,6 +104,7 @@ def test_presets(case, preset, token_budget):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_kv_cache_layouts(two_hops, layout):
     llm = two_hops.start(layout=layout)
+    assert llm.llm_engine.vllm_config.cache_config.kv_cache_layout == layout
     cache = runner(llm).kv_caches[0]
     blocks, heads, block_size = cache.stride()[:3]
     order = {"B": blocks, "H": heads, "N": block_size}

@@ -1,0 +1,147 @@
+"""The same tokens through every way vLLM spreads an engine over processes."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tidal_vllm.planted import make_prompt
+
+from .harness import MiB, child_environment, engine_kwargs, generate, tokens
+from .models import MAX_LEN, ROLES, random_prompt
+
+pytestmark = pytest.mark.timeout(300)
+
+CHILD = Path(__file__).with_name("child.py")
+PROMPTS = [random_prompt(n, seed=n) for n in (300, 20, 90)]
+MAX_TOKENS = 12
+# Exact, on the sparse path over all blocks; a SELECT layer on each of two stages.
+EXACT = ROLES | {"token_budget": MAX_LEN, "min_sparse_len": 0}
+
+
+@pytest.fixture(scope="module")
+def exact(engine, random_llama):
+    """A job, and the tokens that the dense engine of one process gives."""
+    job = {"kwargs": {"model": str(random_llama)} | engine_kwargs(EXACT)}
+    job |= {"prompts": PROMPTS, "max_tokens": MAX_TOKENS}
+    return job, tokens(generate(engine(random_llama), PROMPTS, MAX_TOKENS))
+
+
+@pytest.fixture(scope="module")
+def sparse(planted):
+    """A job with a small budget, and the planted answers."""
+    spec, folder = planted(hops=2)
+    prompts = [make_prompt(spec, 800, depth, seed=9) for depth in (0.1, 0.6)]
+    settings = {
+        "dense_layers": list(spec.dense_layers),
+        "select_layers": [*spec.select_layers[:1], 4, *spec.select_layers[1:]],
+        "token_budget": 64,
+    }
+    job = {
+        "kwargs": {"model": str(folder)} | engine_kwargs(settings),
+        "prompts": [prompt.prompt_token_ids for prompt in prompts],
+        "max_tokens": len(prompts[0].answer_token_ids),
+    }
+    return job, [prompt.answer_token_ids for prompt in prompts]
+
+
+def run(tmp_path, jobs, **env):
+    """Results of jobs, one after another in one child, and what it printed."""
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, CHILD, tmp_path / "jobs.json", tmp_path / "results.json"]
+    done = subprocess.run(
+        command,
+        env=child_environment(**env),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=240,
+    )
+    print(done.stdout)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stdout
+    return json.loads((tmp_path / "results.json").read_text()), done.stdout
+
+
+def check(results, *cases):
+    for result, (_, wanted) in zip(results, cases, strict=True):
+        assert result["tokens"] == wanted
+        for counted in result["counters"]:
+            assert counted["sparse_steps"] > 0
+            assert counted["dense_steps"] == 0
+
+
+def arranged(case, start_method, **parallel):
+    """The case's job, spread over processes started in some way."""
+    job, _ = case
+    kwargs = job["kwargs"] | parallel
+    return job | {"kwargs": kwargs, "start_method": start_method}
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_engine_core_in_a_process_of_its_own(tmp_path, exact, method):
+    results, _ = run(tmp_path, [arranged(exact, method)])
+    check(results, exact)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "pipeline"])
+def test_parallel(tmp_path, exact, sparse, kind):
+    """Tensor: one KV head and half of the query heads on each rank.
+
+    Pipeline: half of the layers, with a SELECT layer of their own, on each rank.
+    """
+    parallel = {f"{kind}_parallel_size": 2, "distributed_executor_backend": "mp"}
+    first = "spawn" if kind == "tensor" else "fork"
+    jobs = [arranged(exact, first, **parallel), arranged(sparse, "fork", **parallel)]
+    results, _ = run(tmp_path, jobs, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    assert [len(result["counters"]) for result in results] == [2, 2]
+    check(results, exact, sparse)
+
+
+def test_ray(tmp_path, exact):
+    """Tensor parallel over Ray's actors: the config travels by cloudpickle."""
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'ray>=2.48'")
+    parallel = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
+    job = arranged(exact, "spawn", **parallel) | {"ray": 2}
+    # NOTE: Ray makes sockets there, and their paths must be short.
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        results, _ = run(
+            tmp_path,
+            [job],
+            VLLM_ENABLE_V1_MULTIPROCESSING="0",
+            RAY_TMPDIR=folder,
+            RAY_AUTH_MODE="disabled",
+            RAY_USAGE_STATS_ENABLED="0",
+        )
+    assert len(results[0]["counters"]) == 2
+    check(results, exact)
+
+
+def test_model_runner_v2(tmp_path, engine, random_llama, sparse):
+    """What GPUs run by default, under Triton's interpreter: the tokens of V1."""
+    settings = ROLES | {"token_budget": 48, "min_sparse_len": 8}
+    prompts = [random_prompt(n, seed=n) for n in (70, 20, 95, 64)]
+    wanted = tokens(generate(engine(random_llama, tidal=settings), prompts, 8))
+    assert wanted != tokens(generate(engine(random_llama), prompts, 8))
+    kwargs = engine_kwargs(
+        settings,
+        model=str(random_llama),
+        max_model_len=256,
+        kv_cache_memory_bytes=4 * MiB,
+        max_num_seqs=3,
+        max_num_batched_tokens=48,
+    )
+    small = {"kwargs": kwargs, "prompts": prompts, "max_tokens": 8}
+    results, printed = run(
+        tmp_path,
+        [small, sparse[0]],
+        CUDA_VISIBLE_DEVICES="",
+        TRITON_INTERPRET="1",
+        VLLM_USE_V2_MODEL_RUNNER="1",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    )
+    assert "Using V2 Model Runner" in printed
+    check(results, (small, wanted), sparse)

@@ -1,0 +1,296 @@
+"""What the package takes for granted inside vLLM; each breaks here first, and loudly.
+
+A failure means: read the named place of the package again before raising the
+supported range of vLLM.
+"""
+
+import dataclasses
+import enum
+import inspect
+from importlib.metadata import version
+
+import pytest
+import torch
+import vllm.v1.worker.cpu_worker as stock_cpu_worker
+from vllm.config import AttentionConfig, CacheConfig, ParallelConfig
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import builtin_platform_plugins, current_platform
+from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.attention.selector import AttentionSelectorConfig
+from vllm.v1.kv_cache_layout import KVCacheLayout
+from vllm.v1.worker.block_table import ComputeSlotMappingKernel
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
+
+from tidal_vllm import backend as backend_module
+from tidal_vllm.attention import TidalImpl
+from tidal_vllm.backend import TidalBackend
+from tidal_vllm.cpu_worker import (
+    TidalCpuModelRunner,
+    TidalCpuWorker,
+    compute_slot_mapping,
+)
+from tidal_vllm.metadata import TidalMetadataBuilder
+from tidal_vllm.platform import TidalCpuPlatform
+from tidal_vllm.plugin import NAME, register
+from tidal_vllm.versions import unsupported_vllm
+
+from .harness import runner
+from .models import NUM_LAYERS, ROLES
+
+
+def parameters(function):
+    return list(inspect.signature(function).parameters)
+
+
+@pytest.fixture(scope="module")
+def llm(engine, random_llama):
+    return engine(random_llama, tidal=ROLES)
+
+
+def test_this_vllm_is_supported():
+    assert unsupported_vllm() is None, version("vllm")
+
+
+class TestRegistry:
+    """plugin.py"""
+
+    def test_a_member_can_be_registered_once(self):
+        register()
+        assert AttentionBackendEnum[NAME].name == NAME
+        with pytest.raises(ValueError):
+            AttentionBackendEnum.register(NAME, "somewhere.Else")
+        with pytest.raises(ValueError, match="Unknown attention backend"):
+            AttentionBackendEnum["NOBODY"]
+
+    def test_members_would_pickle_by_value(self):
+        assert enum.Enum.__reduce_ex__(AttentionBackendEnum.FLASH_ATTN, 2) == (
+            AttentionBackendEnum,
+            (AttentionBackendEnum.FLASH_ATTN.value,),
+        )
+
+    def test_the_choice_of_a_backend_stands_in_the_attention_config(self):
+        fields = {field.name for field in dataclasses.fields(AttentionConfig)}
+        assert {"backend", "backend_per_kind"} <= fields
+
+    def test_builtin_platforms_are_detectors(self):
+        assert {"cuda", "rocm", "xpu", "cpu"} <= builtin_platform_plugins.keys()
+        assert all(callable(d) for d in builtin_platform_plugins.values())
+
+
+class TestBackend:
+    """backend.py"""
+
+    FINE = AttentionSelectorConfig(
+        head_size=64, dtype=torch.float32, kv_cache_dtype="auto", block_size=16
+    )
+    REFUSED = {
+        "head_size": 48,
+        "dtype": torch.float64,
+        "kv_cache_dtype": "fp8",
+        "use_mla": True,
+        "has_sink": True,
+        "use_sparse": True,
+        "use_mm_prefix": True,
+        "use_per_head_quant_scales": True,
+        "attn_type": "encoder_only",
+        "has_sliding_window": True,
+        "use_non_causal": True,
+        "use_batch_invariant": True,
+        "use_pcp": True,
+        "use_dcp": True,
+        "use_rswa": True,
+    }
+    # What a backend need not support and ours does.
+    ACCEPTED = {"use_kv_connector": True, "block_size": 48}
+
+    def vllms_reasons(self, **asked):
+        """The reasons in vLLM's own words."""
+        check = AttentionBackend.validate_configuration.__func__
+        asked = self.FINE._replace(**asked)._asdict()
+        return check(TidalBackend, device_capability=None, **asked)
+
+    def our_reasons(self, **asked):
+        asked = self.FINE._replace(**asked)._asdict()
+        return TidalBackend.validate_configuration(device_capability=None, **asked)
+
+    def test_a_plain_layer_is_accepted(self):
+        assert self.our_reasons() == []
+        for key, value in self.ACCEPTED.items():
+            assert self.our_reasons(**{key: value}) == []
+
+    @pytest.mark.parametrize("key", REFUSED)
+    def test_each_refusal_is_translated(self, key):
+        asked = {key: self.REFUSED[key]}
+        (theirs,) = self.vllms_reasons(**asked)
+        (ours,) = self.our_reasons(**asked)
+        assert theirs != ours
+        assert "allowed" in ours
+
+    def test_no_translation_is_left_over(self):
+        said = {
+            reason
+            for key, value in self.REFUSED.items()
+            for reason in self.vllms_reasons(**{key: value})
+        }
+        assert backend_module._EXPLAINED.keys() <= said
+
+    def test_the_selector_asks_for_nothing_new(self):
+        known = {*self.REFUSED, *self.ACCEPTED, "use_adaptive_verification"}
+        assert set(AttentionSelectorConfig._fields) == known
+        asked = set(parameters(AttentionBackend.validate_configuration))
+        assert asked == known | {"device_capability"}
+
+    def test_the_cache_is_written_apart(self):
+        assert AttentionBackend.forward_includes_kv_cache_update is True
+        write = CPUAttentionBackendImpl.do_kv_cache_update
+        assert parameters(TidalImpl.do_kv_cache_update) == parameters(write)
+
+    def test_forward_takes_what_vllm_gives(self):
+        given = parameters(AttentionImpl.forward)
+        assert parameters(TidalImpl.forward) == given
+
+    def test_kv_cache_layouts(self):
+        names = {"LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC"}
+        assert set(KVCacheLayout.__members__) == names
+        assert set(TidalBackend.supported_kv_cache_layouts()) == set(KVCacheLayout)
+
+
+class TestMetadata:
+    """metadata.py"""
+
+    def test_fields_of_the_common_metadata(self):
+        fields = {field.name for field in dataclasses.fields(CommonAttentionMetadata)}
+        assert fields >= {
+            "query_start_loc",
+            "query_start_loc_cpu",
+            "seq_lens",
+            "seq_lens_cpu_upper_bound",
+            "num_reqs",
+            "num_actual_tokens",
+            "max_query_len",
+            "max_seq_len",
+            "block_table_tensor",
+            "slot_mapping",
+            "is_prefilling",
+        }
+
+    @pytest.mark.parametrize("is_prefilling", [False, True])
+    def test_a_one_token_chunk_can_be_told_from_a_decode(self, is_prefilling):
+        starts = torch.tensor([0, 1, 2], dtype=torch.int32)
+        lens = torch.tensor([10, 20], dtype=torch.int32)
+        common = CommonAttentionMetadata(
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
+            seq_lens=lens,
+            seq_lens_cpu_upper_bound=lens,
+            num_reqs=2,
+            num_actual_tokens=2,
+            max_query_len=1,
+            max_seq_len=20,
+            block_table_tensor=torch.zeros(2, 2, dtype=torch.int32),
+            slot_mapping=torch.zeros(2, dtype=torch.int64),
+            is_prefilling=torch.tensor([False, is_prefilling]),
+        )
+        split = split_decodes_and_prefills(
+            common, decode_threshold=1, treat_short_extends_as_decodes=False
+        )
+        assert split == ((1, 1, 1, 1) if is_prefilling else (2, 0, 2, 0))
+
+    def test_the_builder_is_made_as_vllm_makes_it(self):
+        made = parameters(AttentionMetadataBuilder.__init__)[1:]
+        assert made == ["kv_cache_spec", "layer_names", "vllm_config", "device"]
+        assert parameters(TidalMetadataBuilder.__init__)[1:] == made
+        assert parameters(AttentionMetadataBuilder.build) == parameters(
+            TidalMetadataBuilder.build
+        )
+
+    def test_all_layers_are_one_group_with_numbered_names(self, llm):
+        (groups,) = runner(llm).attn_groups
+        (group,) = groups
+        layers = [extract_layer_index(name) for name in group.layer_names]
+        assert layers == list(range(NUM_LAYERS))
+        (builder,) = group.metadata_builders
+        assert type(builder) is TidalMetadataBuilder
+
+    def test_the_cache_holds_k_and_v_side_by_side(self, llm):
+        for cache in runner(llm).kv_caches:
+            assert cache.shape[1:] == (2, 16, 2 * 32)
+
+
+class TestPlatform:
+    """platform.py"""
+
+    def test_ours_is_in_use(self):
+        assert isinstance(current_platform, TidalCpuPlatform)
+        assert not current_platform.is_cpu()
+        assert current_platform.is_out_of_tree()
+
+    @pytest.mark.parametrize(
+        "hook",
+        [
+            "get_attn_backend_cls",
+            "check_and_update_config",
+            "import_kernels",
+            "register_triton_kernel_overrides",
+        ],
+    )
+    def test_hooks(self, hook):
+        stock, ours = (getattr(cls, hook) for cls in (CpuPlatform, TidalCpuPlatform))
+        assert len(parameters(stock)) == len(parameters(ours))
+
+    def test_config_fields(self):
+        assert ParallelConfig().worker_cls == "auto"
+        assert CacheConfig().kv_cache_memory_bytes is None
+        assert 0 < CacheConfig().gpu_memory_utilization < 1
+
+
+class TestCpuWorker:
+    """cpu_worker.py"""
+
+    def test_the_worker_builds_its_runner_by_a_name_in_its_module(self, llm):
+        source = inspect.getsource(stock_cpu_worker.CPUWorker.init_device)
+        assert "= CPUModelRunner(" in source
+        assert stock_cpu_worker.CPUModelRunner is TidalCpuModelRunner
+        assert type(runner(llm)) is TidalCpuModelRunner
+
+    @pytest.mark.parametrize(
+        ("base", "name"),
+        [
+            (Worker, "_maybe_get_memory_pool_context"),
+            (Worker, "determine_available_memory"),
+            (Worker, "init_device"),
+            (GPUModelRunner, "_sample"),
+            (GPUModelRunner, "_bookkeeping_sync"),
+            (GPUModelRunner, "profile_run"),
+        ],
+    )
+    def test_methods_that_are_overridden_or_called(self, base, name):
+        assert callable(getattr(base, name))
+        ours = TidalCpuWorker if base is Worker else TidalCpuModelRunner
+        assert issubclass(ours, base)
+
+    def test_the_runner_rewinds_generators_by_an_offset_that_the_cpu_lacks(self):
+        """Once either changes, `TidalCpuModelRunner` can go."""
+        source = inspect.getsource(GPUModelRunner._bookkeeping_sync)
+        assert "gen.set_offset(gen.get_offset() - 4)" in source
+        assert "self.discard_request_mask.np[:num_reqs]" in source
+        assert "self.input_batch.generators" in source
+        with pytest.raises(RuntimeError, match="offset"):
+            torch.Generator().get_offset()
+
+    def test_the_slot_mapping_kernel_has_our_parameters(self):
+        kernel = ComputeSlotMappingKernel.kernel
+        names = getattr(kernel, "arg_names", None)  # of Triton, or of the override
+        if names is None:
+            names = parameters(getattr(kernel, "func", kernel))
+        assert list(names) == parameters(compute_slot_mapping)

@@ -1,0 +1,31 @@
+"""What a user's first script looks like: `python ask_offline.py MODEL`."""
+
+import sys
+
+from vllm import LLM, SamplingParams
+
+from tidal_vllm.planted import load_spec, make_prompt
+
+
+def main() -> None:
+    model = sys.argv[1]
+    llm = LLM(
+        model,
+        attention_backend="TIDAL",
+        additional_config={"tidal": {"token_budget": 256, "select_layers": [2]}},
+        max_model_len=2048,
+        max_num_seqs=4,
+        kv_cache_memory_bytes=1 << 27,
+    )
+    prompts = [make_prompt(load_spec(model), n, 0.5, seed=n) for n in (900, 60, 500)]
+    answers = llm.generate(
+        [prompt.text for prompt in prompts],
+        SamplingParams(max_tokens=16, temperature=0),
+    )
+    for prompt, answer in zip(prompts, answers, strict=True):
+        print("exact:", answer.outputs[0].text == " " + prompt.answer_text)
+    print("sparse steps:", llm.collective_rpc("tidal_counters")[0]["sparse_steps"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""`LLM(...)` in a plain script, its engine in a spawned process: output and ending."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.timeout(300)
+
+SCRIPT = Path(__file__).with_name("ask_offline.py")
+
+
+@pytest.fixture(scope="module")
+def output(planted) -> str:
+    done = subprocess.run(
+        [sys.executable, SCRIPT, planted.folder],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
+
+
+def test_answers_exactly(output):
+    assert re.findall(r"^exact: (.+)$", output, re.M) == ["True"] * 3
+
+
+def test_decodes_sparsely(output):
+    assert int(re.search(r"^sparse steps: (.+)$", output, re.M)[1]) > 0
+
+
+def test_the_engine_has_its_own_process(output):
+    assert re.search(r"\(EngineCore pid=\d+\) .*TIDAL sparse decoding of", output)
+
+
+def test_prints_the_plan_once(output):
+    assert output.count("TIDAL sparse decoding of") == 1
+
+
+def test_ends_without_a_traceback(output):
+    assert "Traceback" not in output
+    assert "ERROR" not in output

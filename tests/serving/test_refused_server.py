@@ -1,0 +1,26 @@
+"""`vllm serve` with a mistake: ends with the reason, before it starts an engine."""
+
+import subprocess
+
+import pytest
+
+from .server import command
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def test_a_mistake_ends_the_server_with_the_reason(planted):
+    done = subprocess.run(
+        command(planted.folder, {"token_budget": 500}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 1
+    reason = (
+        "tidal.token_budget = 500: must be a positive multiple of select_block_size"
+    )
+    assert reason in done.stdout
+    assert "EngineCore" not in done.stdout

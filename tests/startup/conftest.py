@@ -1,0 +1,126 @@
+"""What vLLM makes of arguments, in this process and before any other is started."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from . import start_engines
+from .fresh import run
+from .models import write_model
+
+
+@pytest.fixture(scope="package", autouse=True)
+def inspect_models_here() -> Iterator[None]:
+    """vLLM inspects each new architecture in a process of its own, 10 s of imports."""
+    from vllm.model_executor.models import registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+        yield
+
+
+@pytest.fixture(scope="session")
+def model_root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture
+def configure(model_root):
+    """`configure(tidal={...}, model="llama", **engine_args)`: vLLM's real config."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def create(tidal: object = None, model: str = "llama", **kwargs):
+        arguments = {
+            "model": str(write_model(model_root, model)),
+            "attention_backend": "TIDAL",
+            "skip_tokenizer_init": True,
+            "max_model_len": 256,
+        }
+        if tidal is not None:
+            arguments["additional_config"] = {"tidal": tidal}
+        return EngineArgs(**arguments | kwargs).create_engine_config()
+
+    return create
+
+
+@pytest.fixture
+def refusal(configure):
+    """As `configure`, for arguments that must be refused: gives the message."""
+
+    def refuse(*args, **kwargs) -> str:
+        with pytest.raises(ValueError) as refused:
+            configure(*args, **kwargs)
+        return str(refused.value)
+
+    return refuse
+
+
+@pytest.fixture
+def vllm_log() -> Iterator[list[str]]:
+    """What vLLM's loggers say: their messages, in order."""
+    messages: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(f"{record.levelname} {record.getMessage()}")
+
+    handler = Handler()
+    logger = logging.getLogger("vllm")
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
+
+
+ENGINE = {
+    "attention_backend": "TIDAL",
+    "additional_config": {"tidal": {"token_budget": 64, "select_layers": [2]}},
+    "skip_tokenizer_init": True,
+    "max_model_len": 256,
+    "max_num_seqs": 2,
+    "load_format": "dummy",
+    "kv_cache_memory_bytes": 1 << 24,
+}
+ENGINES: dict[str, dict] = {
+    "alibi": {},
+    "soft_cap": {},
+    "kv_sharing": {},
+    "sinks": {},
+    "unselected": {"model": "llama", "attention_backend": None},
+    "sparse": {"model": "llama"},
+    "speculative": {
+        "model": "llama",
+        "speculative_config": {
+            "method": "ngram",
+            "num_speculative_tokens": 2,
+            "prompt_lookup_max": 3,
+        },
+    },
+}
+# Speculative decoding needs Triton; its interpreter needs no GPU.
+INTERPRETER = {
+    "TRITON_INTERPRET": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+}
+
+
+@pytest.fixture(scope="session")
+def engines(model_root) -> dict[str, dict]:
+    """What came of starting each of `ENGINES`: error or answer, and the log."""
+    arguments = {}
+    for name, given in ENGINES.items():
+        model = write_model(model_root, given.get("model", name))
+        arguments[name] = ENGINE | given | {"model": str(model)}
+    script = Path(__file__).with_name("start_engines.py")
+    done = run([sys.executable, script, json.dumps(arguments)], **INTERPRETER)
+    assert done.returncode == 0, done.stdout[-4000:]
+    outcomes = {}
+    for text in done.stdout.split(start_engines.START)[1:]:
+        log, _, outcome = text.partition(start_engines.OUTCOME)
+        fields = json.loads(outcome.splitlines()[0])
+        outcomes[fields.pop("name")] = fields | {"log": log}
+    return outcomes

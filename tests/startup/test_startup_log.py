@@ -1,0 +1,72 @@
+"""What the user is told at start-up: the plan, or why there is none."""
+
+import pytest
+
+TITLE = "TIDAL sparse decoding of"
+TABLE = [
+    "DENSE 2      0-1",
+    "SELECT 1     2",
+    "SPARSE 3     3-5",
+    "roles from   tidal.select_layers",
+    "budget       64 tokens per set: 4 blocks of 16, scope sequence",
+    "forced       first 4 tokens, newest 16 tokens, within the budget",
+    "sparse above 64 tokens of context",
+    "kernels: PyTorch reference ops (CPU)",
+]
+
+
+def test_prints_the_plan_once(engines):
+    log = engines["sparse"]["log"]
+    assert log.count(TITLE) == 1
+    for line in TABLE:
+        assert log.count(line) == 1, line
+    assert engines["sparse"]["counters"]["sparse_steps"] == 7
+
+
+def test_says_that_speculative_decoding_turns_sparse_decoding_off(engines):
+    log = engines["speculative"]["log"]
+    assert log.count(TITLE) == 1
+    assert "OFF          every step is dense: speculative decoding is on" in log
+    assert "DENSE 6      0-5" in log
+
+
+def test_speculative_decoding_gives_the_dense_tokens(engines):
+    speculative, dense = engines["speculative"], engines["unselected"]
+    assert speculative["tokens"] == dense["tokens"]
+    assert speculative["counters"]["sparse_steps"] == 0
+    assert speculative["counters"]["decode_tokens"] < 7, "no draft was verified"
+
+
+def test_says_that_the_unselected_backend_decodes_densely(engines):
+    log = engines["unselected"]["log"]
+    assert "OFF          every step is dense: the attention backend TIDAL is not" in log
+    assert engines["unselected"]["counters"]["sparse_steps"] == 0
+
+
+def test_warns_of_settings_without_the_backend(configure, vllm_log):
+    configure({"token_budget": 512}, attention_backend=None)
+    assert (
+        vllm_log.count(
+            "WARNING additional_config['tidal'] has no effect: the attention backend TIDAL "
+            "is not selected (--attention-backend tidal)"
+        )
+        == 1
+    )
+
+
+def test_does_not_warn_of_the_settings_of_others(configure, vllm_log):
+    configure(attention_backend=None, additional_config={"other": {}})
+    assert not [line for line in vllm_log if "additional_config" in line]
+
+
+@pytest.mark.parametrize("given", [{}, {"dense_layers": [0, 1]}], ids=["none", "dense"])
+def test_warns_that_no_profile_knows_the_model(configure, vllm_log, given):
+    configure(given)
+    warnings = [line for line in vllm_log if "no profile knows this model" in line]
+    assert len(warnings) == 1
+    assert "tidal.select_layers" in warnings[0]
+
+
+def test_does_not_warn_where_the_roles_are_given(configure, vllm_log):
+    configure({"select_layers": [2]})
+    assert not [line for line in vllm_log if "no profile" in line]

@@ -1,0 +1,135 @@
+"""Models, dtypes and backends that TIDAL cannot run: refused with the reason."""
+
+import pytest
+import torch
+
+MODELS = {
+    "head_size_48": ("head_size = 48", "allowed [32, 64, 80, 96, 112, 128"),
+    "mla": ("use_mla = True", "allowed are models with separate K and V heads"),
+    "encoder": ("attn_type = encoder_only", "allowed decoder"),
+    "sliding_window": ("has_sliding_window = True", "attend to the whole sequence"),
+    "some_layers_slide": ("has_sliding_window = True", "attend to the whole sequence"),
+}
+ARGUMENTS = {
+    "kv_cache_fp8": (
+        {"kv_cache_dtype": "fp8"},
+        "kv_cache_dtype = fp8",
+        "allowed ['auto', 'float16', 'bfloat16']",
+    ),
+    "backend_flash_attn": (
+        {"attention_backend": "FLASH_ATTN"},
+        "attention_backend = FLASH_ATTN: not available without an accelerator",
+        "allowed: TIDAL (sparse decoding), or none (dense attention)",
+    ),
+    "backend_cpu_attn": (
+        {"attention_backend": "CPU_ATTN"},
+        "attention_backend = CPU_ATTN: not available without an accelerator",
+        "allowed: TIDAL (sparse decoding), or none (dense attention)",
+    ),
+    "speculative_decoding_without_triton": (
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+        "speculative_config.method = ngram: speculative decoding needs Triton",
+        "allowed: no speculative_config",
+    ),
+    "backend_of_one_kind_of_layer": (
+        {"attention_config": {"backend_per_kind": {"full_attention": "FLASH_ATTN"}}},
+        "attention_backend = FLASH_ATTN: not available without an accelerator",
+        "allowed: TIDAL (sparse decoding), or none (dense attention)",
+    ),
+}
+# What only a layer knows is refused when it is built.
+LAYERS = {
+    "alibi": "alibi_slopes = [0.0625, 0.00390625]: not supported by the TIDAL",
+    "soft_cap": "logits_soft_cap = 50.0: not supported by the TIDAL",
+    "kv_sharing": "kv_sharing_target_layer_name = model.layers.3.self_attn.attn: not",
+    "sinks": "has_sink = True: allowed are models without attention sinks",
+}
+# A field of vLLM's question about a layer, a value, and the reply.
+LAYER_FIELDS = {
+    "head_size": (72, "head_size = 72: allowed [32,"),
+    "dtype": (torch.float64, "dtype = torch.float64: allowed [torch.float32,"),
+    "kv_cache_dtype": ("nvfp4", "kv_cache_dtype = nvfp4: allowed ['auto',"),
+    "attn_type": ("encoder", "attn_type = encoder: allowed decoder"),
+    "use_mla": (True, "use_mla = True: allowed"),
+    "has_sink": (True, "has_sink = True: allowed"),
+    "use_sparse": (True, "use_sparse = True: allowed"),
+    "use_mm_prefix": (True, "use_mm_prefix = True: allowed"),
+    "use_per_head_quant_scales": (True, "use_per_head_quant_scales = True: allowed"),
+    "has_sliding_window": (True, "has_sliding_window = True: allowed"),
+    "use_non_causal": (True, "use_non_causal = True: allowed"),
+    "use_rswa": (True, "use_rswa = True: allowed"),
+    "use_batch_invariant": (True, "VLLM_BATCH_INVARIANT = 1: allowed 0"),
+    "use_pcp": (True, "prefill_context_parallel_size > 1: allowed 1"),
+    "use_dcp": (True, "decode_context_parallel_size > 1: allowed 1"),
+}
+HARMLESS_FIELDS = {"block_size", "use_kv_connector", "use_adaptive_verification"}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_refuses_model(refusal, model_root, case):
+    given, allowed = MODELS[case]
+    message = refusal(model=case, runner="pooling" if case == "encoder" else "auto")
+    assert f"cannot run {model_root / case}: {given}: " in message
+    assert allowed in message
+
+
+def test_an_mla_model_gives_that_one_reason(refusal):
+    assert "head_size" not in refusal(model="mla").split("[type=")[0]
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_refuses_engine_argument(refusal, case):
+    arguments, given, allowed = ARGUMENTS[case]
+    message = refusal(**arguments)
+    assert given in message
+    assert allowed in message
+
+
+def test_accepts_a_window_that_no_layer_uses(configure):
+    configure(model="no_layer_slides")
+
+
+def test_accepts_a_window_that_is_disabled(configure):
+    configure(model="sliding_window", disable_sliding_window=True, max_model_len=64)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_accepts_dtype(configure, dtype):
+    configure(dtype=dtype)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "float16", "bfloat16"])
+def test_accepts_kv_cache_dtype(configure, kv_cache_dtype):
+    configure(kv_cache_dtype=kv_cache_dtype)
+
+
+def test_vllm_itself_refuses_other_dtypes(refusal):
+    assert "float64" in refusal(dtype="float64")
+
+
+@pytest.mark.parametrize("field", LAYER_FIELDS)
+def test_refuses_layer(field):
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    from tidal_vllm.backend import TidalBackend
+
+    good = AttentionSelectorConfig(128, torch.bfloat16, "auto", 16)
+    TidalBackend.require_supported(good)
+    value, reply = LAYER_FIELDS[field]
+    with pytest.raises(ValueError) as refused:
+        TidalBackend.require_supported(good._replace(**{field: value}))
+    assert str(refused.value).startswith(
+        f"The TIDAL attention backend cannot run this model: {reply}"
+    )
+
+
+def test_every_field_that_vllm_asks_about_has_a_case():
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    fields = set(AttentionSelectorConfig._fields)
+    assert fields == LAYER_FIELDS.keys() | HARMLESS_FIELDS
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_refuses_layers_when_they_are_built(engines, case):
+    assert LAYERS[case] in engines[case]["error"]

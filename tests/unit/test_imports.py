@@ -1,0 +1,115 @@
+"""Imports run one way, and only the modules at vLLM's side import vLLM."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tidal_vllm
+
+PACKAGE = Path(tidal_vllm.__file__).parent
+NO_TORCH = ("config", "policy", "profiles", "planted", "startup", "versions", "plugin")
+# At import; the others of MAY_IMPORT_VLLM do it where they need it.
+NO_VLLM = (*NO_TORCH, "ops", "metrics", "cli", "demo", "doctor")
+MAY_IMPORT_VLLM = {
+    "plugin",
+    "backend",
+    "metadata",
+    "attention",
+    "scheduler",
+    "platform",
+    "cpu_worker",
+    "metrics",
+    "demo",
+    "doctor",
+}
+# What a module of the package may import of it, at its top level or inside; a folder
+# counts as one module. Modules of the command line are the top: they see everything.
+BELOW = {
+    "__init__": set(),
+    "versions": set(),
+    "config": set(),
+    "profiles": {"config"},
+    "policy": {"config", "profiles"},
+    "ops": set(),
+    "planted": set(),
+    "metrics": {"policy"},
+    "plugin": {"versions", "platform", "startup", "backend"},
+    "startup": {"config", "policy", "plugin", "profiles"},
+    "metadata": {"ops", "metrics", "policy", "startup"},
+    "attention": {"ops", "metadata", "policy"},
+    "backend": {"attention", "metadata", "plugin", "policy", "startup", "versions"},
+    "cpu_worker": {"metrics"},
+    "platform": {"backend", "cpu_worker", "plugin", "startup"},
+}
+TOP = {"cli", "demo", "doctor"}
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_of(source: Path) -> str:
+    first = source.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imported(source: Path) -> set[str]:
+    """Dotted names of everything a file imports, at any depth."""
+    names = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def roots(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda s: str(s.relative_to(PACKAGE)))
+class TestEachFile:
+    def test_only_some_import_vllm(self, source):
+        if module_of(source) not in MAY_IMPORT_VLLM:
+            assert "vllm" not in roots(imported(source))
+
+    def test_imports_run_one_way(self, source):
+        module = module_of(source)
+        if module in TOP:
+            return
+        used = {
+            name.split(".")[1]
+            for name in imported(source)
+            if name.startswith("tidal_vllm.")
+        }
+        used -= {module, "__version__"}
+        assert used <= BELOW[module]
+
+    def test_policy_and_config_know_no_torch(self, source):
+        if module_of(source) in ("config", "policy", "profiles"):
+            assert not roots(imported(source)) & {"torch", "vllm", "transformers"}
+
+
+def test_the_tables_above_are_of_this_package():
+    modules = {module_of(source) for source in SOURCES}
+    assert modules == BELOW.keys() | TOP
+
+
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [(NO_TORCH, ("torch", "vllm", "transformers")), (NO_VLLM, ("vllm",))],
+    ids=["no torch", "no vLLM"],
+)
+def test_a_process_that_imports_them(modules, absent):
+    lines = ["import sys", "import tidal_vllm"]
+    lines += [f"import tidal_vllm.{module}" for module in modules]
+    lines += [f"print(sorted(set({absent!r}) & sys.modules.keys()))"]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
