@@ -69,7 +69,7 @@ class Engine:
             max_model_len=longest,
             max_num_seqs=1,
             max_num_batched_tokens=4096,
-            kv_cache_memory_bytes=int(1.05 * longest * token_bytes),
+            kv_cache_memory_bytes=(longest + 512) * token_bytes,
         )
         self.core = self.llm.llm_engine
         worker = self.core.model_executor.driver_worker.worker

@@ -171,9 +171,7 @@ def _fix_imports() -> str:
             f"pip uninstall {' '.join(CUDA_ONLY)} (CUDA builds, which break imports "
             f"beside a CPU build of torch; present: {', '.join(present)})"
         )
-    return (
-        f"reinstall vLLM with the torch it asks for: pip install 'vllm{SUPPORTED_VLLM}'"
-    )
+    return f"reinstall vLLM and its torch: pip install 'vllm{SUPPORTED_VLLM}'"
 
 
 def _fix_device() -> str:
@@ -191,12 +189,13 @@ def _fix_plugins() -> str:
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is None:
         return ""
-    missing = [name for name in PLUGINS if name not in allowed.split(",")]
-    added = ",".join([*filter(None, allowed.split(",")), *missing])
+    given = [name for name in allowed.split(",") if name]
+    missing = [name for name in PLUGINS if name not in given]
     if not missing:
         return ""
     return (
-        f"VLLM_PLUGINS = {allowed!r} leaves out our plug-ins: unset it or set {added}"
+        f"VLLM_PLUGINS = {allowed!r} leaves out our plug-ins: unset it or set "
+        + ",".join(given + missing)
     )
 
 

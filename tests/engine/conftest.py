@@ -1,4 +1,4 @@
-"""Engines and models, made once per session."""
+"""Engines and models, made once for all tests of this folder."""
 
 import dataclasses
 from pathlib import Path
@@ -18,7 +18,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def engine():
     """`engine(model, tidal=..., **kwargs)`: see `harness.Engines`."""
     engines = Engines()

@@ -33,8 +33,12 @@ def build_random_model(folder: Path, family: str) -> Path:
         folder: Made; the checkpoint is written there, without a tokenizer.
         family: "llama" or "qwen3".
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
 
     config_class, model_class = {
         "llama": (LlamaConfig, LlamaForCausalLM),

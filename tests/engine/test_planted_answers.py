@@ -101,6 +101,15 @@ def test_presets(case, preset, token_budget):
         assert_answered(llm, case.prompts)
 
 
+def test_a_longer_context(two_hops):
+    """A hundred times the budget, read in many tiles."""
+    llm = two_hops.start(max_model_len=8192)
+    prompts = [two_hops.prompt(0.1, 6400)]
+    for scope in SCOPES:
+        with two_hops.under(llm, token_budget=64, scope=scope):
+            assert_answered(llm, prompts)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_kv_cache_layouts(two_hops, layout):
     llm = two_hops.start(layout=layout)

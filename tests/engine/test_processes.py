@@ -1,6 +1,9 @@
 """The same tokens through every way vLLM spreads an engine over processes."""
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,20 +53,25 @@ def sparse(planted):
 
 def run(tmp_path, jobs, **env):
     """Results of jobs, one after another in one child, and what it printed."""
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, CHILD, tmp_path / "jobs.json", tmp_path / "results.json"]
-    done = subprocess.run(
-        command,
-        env=child_environment(**env),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=240,
-    )
-    print(done.stdout)
-    assert done.returncode == 0
-    assert "Traceback" not in done.stdout
-    return json.loads((tmp_path / "results.json").read_text()), done.stdout
+    asked, given, log = (tmp_path / name for name in ("jobs", "results", "log"))
+    asked.write_text(json.dumps(jobs))
+    with log.open("w") as printed:
+        child = subprocess.Popen(
+            [sys.executable, CHILD, asked, given],
+            env=child_environment(**env),
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = child.wait(timeout=240)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # workers that outlive it too
+    print(log.read_text())
+    assert code == 0
+    assert "Traceback" not in log.read_text()
+    return json.loads(given.read_text()), log.read_text()
 
 
 def check(results, *cases):

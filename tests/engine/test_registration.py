@@ -91,22 +91,23 @@ def test_unpickling_before_plugins_are_loaded(member, dumps, env):
     assert seen["class"] == "TidalBackend"
 
 
-def receive(member, answers):
-    answers.put((member.name, member.get_class().__name__))
+def receive(member, sender):
+    sender.send((member.name, member.get_class().__name__))
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 def test_multiprocessing(member, method):
     context = multiprocessing.get_context(method)
-    answers = context.Queue()
-    child = context.Process(target=receive, args=(member, answers))
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=receive, args=(member, sender))
     child.start()
     try:
-        assert answers.get(timeout=150) == ("TIDAL", "TidalBackend")
-        child.join(timeout=30)
-        assert child.exitcode == 0
+        sender.close()  # so that a child that dies ends the wait
+        assert receiver.poll(timeout=120)
+        assert receiver.recv() == ("TIDAL", "TidalBackend")
     finally:
         child.kill()
+        child.join()
 
 
 @pytest.mark.parametrize(

@@ -118,9 +118,7 @@ class TestChunkedPrefill:
         spec, folder = two_hops
         llm = engine(folder, tidal=sparse(spec), max_num_batched_tokens=self.CHUNK)
         # 641 tokens leave a chunk of one token.
-        prompts = [
-            make_prompt(spec, n, d, seed=n) for n, d in ((641, 0.1), (700, 0.6))
-        ]
+        prompts = [make_prompt(spec, n, d, seed=n) for n, d in ((641, 0.1), (700, 0.6))]
         with watched(llm) as seen:
             for prompt in prompts:
                 asked, wanted = prompt.prompt_token_ids, prompt.answer_token_ids

@@ -18,10 +18,8 @@ def main() -> None:
         kv_cache_memory_bytes=1 << 27,
     )
     prompts = [make_prompt(load_spec(model), n, 0.5, seed=n) for n in (900, 60, 500)]
-    answers = llm.generate(
-        [prompt.text for prompt in prompts],
-        SamplingParams(max_tokens=16, temperature=0),
-    )
+    greedy = SamplingParams(max_tokens=16, temperature=0)
+    answers = llm.generate([prompt.text for prompt in prompts], greedy)
     for prompt, answer in zip(prompts, answers, strict=True):
         print("exact:", answer.outputs[0].text == " " + prompt.answer_text)
     print("sparse steps:", llm.collective_rpc("tidal_counters")[0]["sparse_steps"])

@@ -60,8 +60,11 @@ def refusal(configure):
 
 
 @pytest.fixture
-def vllm_log() -> Iterator[list[str]]:
-    """What vLLM's loggers say: their messages, in order."""
+def tidal_log(configure) -> Iterator[list[str]]:
+    """What our loggers say: their messages, in order."""
+    # NOTE: with its first engine config vLLM configures logging anew, which takes
+    # the handlers of all its loggers away.
+    configure(attention_backend=None)
     messages: list[str] = []
 
     class Handler(logging.Handler):
@@ -69,7 +72,7 @@ def vllm_log() -> Iterator[list[str]]:
             messages.append(f"{record.levelname} {record.getMessage()}")
 
     handler = Handler()
-    logger = logging.getLogger("vllm")
+    logger = logging.getLogger("vllm.tidal")
     logger.addHandler(handler)
     yield messages
     logger.removeHandler(handler)

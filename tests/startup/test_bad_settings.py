@@ -135,13 +135,13 @@ SETTINGS_WITH_ARGUMENTS = {
     "block_size_divides_not_the_default": (
         {"select_block_size": 24, "token_budget": 2400},
         {},
-        "tidal.select_block_size = 24: must divide the KV cache block size (128 tokens)",
+        "tidal.select_block_size = 24: must divide the KV cache block size (128",
         "one of 1, 2, 4, 8, 16, 32, 64, 128",
     ),
     "block_size_divides_not_the_given": (
         {"select_block_size": 32},
         KV_BLOCK_16,
-        "tidal.select_block_size = 32: must divide the KV cache block size (16 tokens)",
+        "tidal.select_block_size = 32: must divide the KV cache block size (16",
         "one of 1, 2, 4, 8, 16",
     ),
     "pipeline_stage_without_select": (

@@ -1,4 +1,4 @@
-"""`tidal-vllm doctor`: what it finds here, and what it says where something is wrong."""
+"""`tidal-vllm doctor`: what it finds here, and what it says where all is not well."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from tidal_vllm import doctor
 
 from .fresh import TIDAL_VLLM, run, run_python, write_distribution
 
-CHECKS = "package vLLM torch imports device plug-in spawn kernels profiles".split()
+CHECKS = ["package", "vLLM", "torch", *doctor.STAGES, "profiles"]
 
 
 def examine(**kwargs) -> tuple[int, list[str]]:
@@ -41,24 +41,42 @@ def assert_ends_with(lines: list[str], name: str, found: str, fix: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "allowed, name, found, added",
+    "allowed, name, found",
     [
-        ("other", "device", "vLLM found no device", "other,tidal,tidal_cpu"),
-        ("", "device", "vLLM found no device", "tidal,tidal_cpu"),
-        (
-            "tidal_cpu",
-            "plug-in",
-            "Unknown attention backend: 'TIDAL'",
-            "tidal_cpu,tidal",
-        ),
+        ("other", "device", "vLLM found no device"),
+        ("tidal_cpu", "plug-in", "Unknown attention backend: 'TIDAL'"),
     ],
-    ids=["another", "none", "not_the_backend"],
+    ids=["both", "the_backend"],
 )
-def test_vllm_plugins_leaves_ours_out(allowed, name, found, added):
+def test_vllm_plugins_leaves_out(allowed, name, found):
     status, lines = examine(VLLM_PLUGINS=allowed)
     assert status == 1
-    fix = f"VLLM_PLUGINS = {allowed!r} leaves out our plug-ins: unset it or set {added}"
-    assert_ends_with(lines, name, found, fix)
+    assert_ends_with(lines, name, found, f"VLLM_PLUGINS = {allowed!r} leaves out our")
+
+
+@pytest.mark.parametrize(
+    "allowed, mended",
+    [
+        ("", "tidal,tidal_cpu"),
+        ("other", "other,tidal,tidal_cpu"),
+        ("tidal_cpu", "tidal_cpu,tidal"),
+        ("tidal", "tidal,tidal_cpu"),
+    ],
+)
+def test_says_how_to_mend_vllm_plugins(monkeypatch, allowed, mended):
+    monkeypatch.setenv("VLLM_PLUGINS", allowed)
+    for fix in (doctor.FIXES["device"](), doctor.FIXES["plug-in"]()):
+        assert fix.endswith(f"leaves out our plug-ins: unset it or set {mended}")
+
+
+@pytest.mark.parametrize("allowed", [None, "tidal,tidal_cpu,other"])
+def test_leaves_vllm_plugins_alone(monkeypatch, allowed):
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if allowed:
+        monkeypatch.setenv("VLLM_PLUGINS", allowed)
+    for fix in (doctor.FIXES["device"](), doctor.FIXES["plug-in"]()):
+        assert "VLLM_PLUGINS" not in fix
+        assert "install tidal_vllm" in fix
 
 
 def test_vllm_outside_the_range(tmp_path):
@@ -82,7 +100,7 @@ def test_the_torchvision_trap(tmp_path):
     assert status == 1
     fix = "pip uninstall torchvision torchaudio torchcodec"
     if "+cpu" not in torch.__version__:
-        fix = "reinstall vLLM with the torch it asks for"
+        fix = "reinstall vLLM and its torch"
     assert_ends_with(lines, "imports", "operator torchvision::nms", fix)
 
 
@@ -106,7 +124,7 @@ def test_a_broken_profile_of_the_users(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tidal_profiles").mkdir()
     (tmp_path / "tidal_profiles" / "mine.json").write_text("{")
-    (finding,) = [doctor._profiles()]
+    finding = doctor._profiles()
     assert not finding.ok
     assert "tidal_profiles/mine.json" in finding.found
     assert finding.fix == "mend or remove that file"

@@ -1,4 +1,4 @@
-"""Our CPU platform takes over only where vLLM has nothing; TIDAL is selectable there."""
+"""Our CPU platform takes over only where vLLM has nothing, and TIDAL runs on both."""
 
 import json
 

@@ -43,30 +43,28 @@ def test_says_that_the_unselected_backend_decodes_densely(engines):
     assert engines["unselected"]["counters"]["sparse_steps"] == 0
 
 
-def test_warns_of_settings_without_the_backend(configure, vllm_log):
+def test_warns_of_settings_without_the_backend(configure, tidal_log):
     configure({"token_budget": 512}, attention_backend=None)
-    assert (
-        vllm_log.count(
-            "WARNING additional_config['tidal'] has no effect: the attention backend TIDAL "
-            "is not selected (--attention-backend tidal)"
-        )
-        == 1
+    (warning,) = [line for line in tidal_log if "additional_config" in line]
+    assert warning == (
+        "WARNING additional_config['tidal'] has no effect: the attention backend "
+        "TIDAL is not selected (--attention-backend tidal)"
     )
 
 
-def test_does_not_warn_of_the_settings_of_others(configure, vllm_log):
+def test_does_not_warn_of_the_settings_of_others(configure, tidal_log):
     configure(attention_backend=None, additional_config={"other": {}})
-    assert not [line for line in vllm_log if "additional_config" in line]
+    assert not [line for line in tidal_log if "additional_config" in line]
 
 
 @pytest.mark.parametrize("given", [{}, {"dense_layers": [0, 1]}], ids=["none", "dense"])
-def test_warns_that_no_profile_knows_the_model(configure, vllm_log, given):
+def test_warns_that_no_profile_knows_the_model(configure, tidal_log, given):
     configure(given)
-    warnings = [line for line in vllm_log if "no profile knows this model" in line]
+    warnings = [line for line in tidal_log if "no profile knows this model" in line]
     assert len(warnings) == 1
     assert "tidal.select_layers" in warnings[0]
 
 
-def test_does_not_warn_where_the_roles_are_given(configure, vllm_log):
+def test_does_not_warn_where_the_roles_are_given(configure, tidal_log):
     configure({"select_layers": [2]})
-    assert not [line for line in vllm_log if "no profile" in line]
+    assert not [line for line in tidal_log if "no profile" in line]

@@ -237,7 +237,8 @@ def sparse_decode(
             if cut:
                 beyond = (offsets >= left).flatten(1)
                 beyond = beyond.repeat_interleave(runs.lanes // num_sets, 0)
-                kv[beyond] = 0  # unused slots may hold NaN
+                # Unused slots may hold NaN. By index: a mask would rewrite the tile.
+                kv[beyond.nonzero(as_tuple=True)] = 0
             scores = _scores(q, kv)
             if cut:
                 scores.masked_fill_(beyond[:, None], -math.inf)
