@@ -1,5 +1,6 @@
 """Driving an in-process engine step by step, and looking at its KV cache."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from vllm import LLM, SamplingParams, envs
+
+from tidal_vllm.metrics import CorrectionCounters
 
 MiB = 1 << 20
 
@@ -107,3 +110,27 @@ def watched(llm: LLM) -> Iterator[list[dict[str, tuple[int, int]]]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scheduler(llm), "schedule", spied)
         yield steps
+
+
+@contextmanager
+def correcting(
+    llm: LLM, interval: int | None, exact_up_to: int | None = None
+) -> Iterator[CorrectionCounters]:
+    """The engine under another interval; gives the counters of this time.
+
+    Args:
+        exact_up_to: Longest sequence whose decoded tokens count as clean. Below what
+            the attention keeps, the engine is exact but corrects all the same.
+    """
+    found = scheduler(llm)
+    rule = found.selection_rule
+    if exact_up_to is not None:
+        fields = {"token_budget": exact_up_to, "sparse_threshold": exact_up_to}
+        rule = dataclasses.replace(rule, **fields)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(found, "correction_interval", interval)
+        patch.setattr(found, "selection_rule", rule)
+        patch.setattr(found, "correction_counters", CorrectionCounters())
+        yield found.correction_counters
+        assert not found._clean_positions
+        assert not found._to_announce

@@ -1,0 +1,64 @@
+"""Engines and models, made once per session."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from .harness import core, engine_kwargs, scheduler, start
+from .models import build_random_llama
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    return build_random_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def engines(model):
+    """`engines(tidal, **kwargs)`: an idle engine of this process, its cache empty."""
+    running = {}
+
+    def find(tidal=None, **kwargs):
+        key = json.dumps(engine_kwargs(tidal, **kwargs), sort_keys=True)
+        if key not in running:
+            running[key] = start(model, tidal, **kwargs)
+        llm = running[key]
+        assert not scheduler(llm).requests
+        assert llm.reset_prefix_cache(), "blocks are in use: a request never ended"
+        return llm
+
+    yield find
+    for llm in running.values():
+        llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture(scope="session")
+def dense(engines):
+    """`dense(prompts, max_tokens, ...)`: dense greedy answers, each run alone."""
+    llm = engines()
+    assert not hasattr(core(llm).scheduler, "correction_interval")
+    known = {}
+
+    def answer(prompts, max_tokens=16, **more):
+        from .harness import generate
+
+        found = []
+        for prompt in prompts:
+            key = json.dumps([prompt, max_tokens, more], sort_keys=True)
+            if key not in known:
+                llm.reset_prefix_cache()
+                (known[key],) = generate(llm, [prompt], max_tokens, **more)
+            found.append(known[key])
+        return found
+
+    return answer
