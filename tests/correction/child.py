@@ -41,6 +41,14 @@ def run(job: dict) -> dict:
     )
     for i, prompt in enumerate(job["prompts"]):
         engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
+    schedule, ahead = scheduler.schedule, []
+
+    def spied(*args, **kwargs):
+        running = scheduler.running
+        ahead.append(max((r.num_output_placeholders for r in running), default=0))
+        return schedule(*args, **kwargs)
+
+    scheduler.schedule = spied
     tokens = {}
     while engine.has_unfinished_requests():
         for output in engine.step():
@@ -54,6 +62,8 @@ def run(job: dict) -> dict:
         "counters": counters,
         "scheduler": type(scheduler).__name__,
         "v2": scheduler.use_v2_model_runner,
+        "ahead": max(ahead),
+        "workers": engine.collective_rpc("tidal_counters"),
         "left": [len(scheduler._clean_positions), len(scheduler._to_announce), in_use],
     }
     engine.engine_core.shutdown()
@@ -61,6 +71,11 @@ def run(job: dict) -> dict:
 
 
 def main() -> None:
+    import torch
+
+    # NOTE: where the workers are other processes, vLLM's clean-up in this one asks
+    # PyTorch for an accelerator.
+    torch.accelerator.empty_cache = lambda: None
     jobs, results = map(Path, sys.argv[1:])
     results.write_text(json.dumps([run(job) for job in json.loads(jobs.read_text())]))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .harness import core, engine_kwargs, scheduler, start
+from .harness import core, engine_kwargs, generate, scheduler, start
 from .models import build_random_llama
 
 
@@ -25,13 +25,17 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def engines(model):
-    """`engines(tidal, **kwargs)`: an idle engine of this process, its cache empty."""
+    """`engines(tidal, **kwargs)`: an idle engine of this process, its cache empty.
+
+    All are kept: the end of one would take vLLM's process groups from the others.
+    """
     running = {}
 
-    def find(tidal=None, **kwargs):
-        key = json.dumps(engine_kwargs(tidal, **kwargs), sort_keys=True)
+    def find(tidal=None, folder=model, **kwargs):
+        settings = [str(folder), engine_kwargs(tidal, **kwargs)]
+        key = json.dumps(settings, sort_keys=True)
         if key not in running:
-            running[key] = start(model, tidal, **kwargs)
+            running[key] = start(folder, tidal, **kwargs)
         llm = running[key]
         assert not scheduler(llm).requests
         assert llm.reset_prefix_cache(), "blocks are in use: a request never ended"
@@ -50,8 +54,6 @@ def dense(engines):
     known = {}
 
     def answer(prompts, max_tokens=16, **more):
-        from .harness import generate
-
         found = []
         for prompt in prompts:
             key = json.dumps([prompt, max_tokens, more], sort_keys=True)

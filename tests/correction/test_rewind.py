@@ -195,7 +195,9 @@ def test_preemption_in_mid_correction(engines, dense):
             engine.add_request(str(i), request, params(MAX_TOKENS))
         preempted = 0
         while engine.has_unfinished_requests():
-            split = [r for r in seen.running if r.is_prefill_chunk and r.num_output_tokens]
+            split = [
+                r for r in seen.running if r.is_prefill_chunk and r.num_output_tokens
+            ]
             if split and counters.corrections and preempted < 2:
                 seen.running.remove(split[0])
                 seen._preempt_request(split[0], 0.0)
@@ -205,3 +207,29 @@ def test_preemption_in_mid_correction(engines, dense):
                     found[output.request_id] = list(output.outputs[0].token_ids)
     assert preempted == 2
     assert [found["0"], found["1"]] == dense(PROMPTS[:2], MAX_TOKENS)
+
+
+def test_structured_output(engines, tmp_path_factory):
+    """A grammar is advanced once per token, corrected or not."""
+    from vllm.sampling_params import StructuredOutputsParams
+
+    from tidal_vllm.planted import PlantedSpec, build_planted_model
+
+    folder = build_planted_model(tmp_path_factory.mktemp("planted"), PlantedSpec())
+    settings = {"dense_layers": [0], "select_layers": [1]} | {
+        "token_budget": 1024,
+        "min_sparse_len": 0,
+        "correction_interval": 3,
+    }
+    llm = engines(settings, folder=folder, skip_tokenizer_init=False)
+    words = llm.get_tokenizer().convert_ids_to_tokens(range(20, 26))
+    choice = StructuredOutputsParams(regex=f"(({'|'.join(words)}) ?){{18}}")
+
+    def answer(interval):
+        with correcting(llm, interval, START) as counters:
+            (text,) = generate(llm, PROMPTS[:1], 30, structured_outputs=choice)
+        return text, counters.corrections
+
+    (plain, none), (corrected, some) = answer(None), answer(3)
+    assert corrected == plain
+    assert none == 0 and some > 2
