@@ -75,7 +75,7 @@ def main() -> None:
 
     # NOTE: where the workers are other processes, vLLM's clean-up in this one asks
     # PyTorch for an accelerator.
-    torch.accelerator.empty_cache = lambda: None
+    torch.accelerator.empty_cache = torch.accelerator.empty_host_cache = lambda: None
     jobs, results = map(Path, sys.argv[1:])
     results.write_text(json.dumps([run(job) for job in json.loads(jobs.read_text())]))
 
