@@ -118,7 +118,7 @@ def test_decoded_tokens_of_a_short_sequence_are_clean(engines, dense_kv):
 
 
 def test_nothing_is_computed_on_polluted_kv_and_called_clean(engines, dense_kv):
-    """A chunk of a single token in the midst of a correction counts as polluted."""
+    """A correction in chunks of 4, 1 and 4: the single token runs as a decode."""
     llm = engines(SPARSE, max_num_batched_tokens=16)
     core = scheduler(llm)
     budget, seen = core.max_num_scheduled_tokens, []
@@ -127,7 +127,8 @@ def test_nothing_is_computed_on_polluted_kv_and_called_clean(engines, dense_kv):
         with correcting(llm, 8):
             engine.add_request("r", {"prompt_token_ids": PROMPT}, params(40))
             while engine.has_unfinished_requests():
-                squeezed = core.running and core.running[0].is_prefill_chunk
+                split = core.running and core.running[0].is_prefill_chunk
+                squeezed = split and core.max_num_scheduled_tokens == 4
                 core.max_num_scheduled_tokens = 1 if squeezed else 4
                 if not core.running or not core.running[0].num_output_tokens:
                     core.max_num_scheduled_tokens = budget
