@@ -1,5 +1,6 @@
 """Engines and models, made once per session."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def engines(model):
         return llm
 
     yield find
+    gc.freeze()  # each engine collects garbage twice, which takes seconds
     for llm in running.values():
         llm.llm_engine.engine_core.shutdown()
 
