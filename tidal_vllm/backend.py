@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 import vllm.envs as envs
 from vllm.logger import init_logger
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_layout import KVCacheLayout
@@ -13,7 +14,7 @@ from tidal_vllm.attention import TidalImpl
 from tidal_vllm.metadata import TidalMetadataBuilder
 from tidal_vllm.plugin import NAME
 from tidal_vllm.policy import check_pipeline_stage
-from tidal_vllm.startup import has_settings, is_selected, resolve
+from tidal_vllm.startup import Startup, has_settings, is_selected, resolve
 from tidal_vllm.versions import unsupported_vllm
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ logger = init_logger("vllm.tidal.backend")
 
 if _reason := unsupported_vllm():
     raise ImportError(_reason)
+
+SYNC_SCHEDULER = "tidal_vllm.scheduler.TidalScheduler"
+ASYNC_SCHEDULER = "tidal_vllm.scheduler.TidalAsyncScheduler"
 
 # vLLM's words for a layer's property, and what it should have said.
 _EXPLAINED = {
@@ -159,6 +163,7 @@ def check_setup(vllm_config: "VllmConfig") -> None:
     if cache_config.block_size is not None:
         startup.config.check_kv_block_size(cache_config.block_size)
     _check_pipeline_stages(vllm_config, startup.plan)
+    _set_scheduler(vllm_config, startup)
     if startup.plan.warning:
         logger.warning(startup.plan.warning)
 
@@ -188,6 +193,73 @@ def _selector_config(vllm_config: "VllmConfig") -> AttentionSelectorConfig:
         use_pcp=parallel.prefill_context_parallel_size > 1,
         use_dcp=parallel.decode_context_parallel_size > 1,
     )
+
+
+def _set_scheduler(vllm_config: "VllmConfig", startup: Startup) -> None:
+    """Choose the scheduler that corrects, or refuse what keeps it from doing so.
+
+    Nothing happens where every step is dense: there is nothing to correct.
+    """
+    if not startup.plan.sparse:
+        return
+    _check_correction(vllm_config, startup)
+    scheduler = vllm_config.scheduler_config
+    given = scheduler.scheduler_cls
+    if given is None:
+        chosen = ASYNC_SCHEDULER if scheduler.async_scheduling else SYNC_SCHEDULER
+        scheduler.scheduler_cls = chosen
+        return
+    if given in (SYNC_SCHEDULER, ASYNC_SCHEDULER):
+        return
+    from tidal_vllm.scheduler import CorrectionMixin
+
+    cls = resolve_obj_by_qualname(given) if isinstance(given, str) else given
+    needed = _needs_scheduler(vllm_config, startup)
+    if needed and not issubclass(cls, CorrectionMixin):
+        raise ValueError(
+            f"scheduler_cls = {given}: {needed}; allowed None (chosen with the "
+            f"attention backend) or a subclass of {SYNC_SCHEDULER} or {ASYNC_SCHEDULER}"
+        )
+
+
+def _needs_scheduler(vllm_config: "VllmConfig", startup: Startup) -> str:
+    """What only our scheduler can do; empty where any other does as well."""
+    config = startup.config
+    if config.correction_interval is not None:
+        return (
+            f"it does not run corrections (tidal.correction_interval = "
+            f"{config.correction_interval}; null turns them off)"
+        )
+    caching = vllm_config.cache_config.enable_prefix_caching is not False
+    if caching and not config.publish_polluted:
+        return (
+            "it would publish the KV of sparse layers in the prefix cache "
+            "(--no-enable-prefix-caching or tidal.publish_polluted = true would do)"
+        )
+    return ""
+
+
+def _check_correction(vllm_config: "VllmConfig", startup: Startup) -> None:
+    config, scheduler = startup.config, vllm_config.scheduler_config
+    correcting = config.correction_interval is not None
+    transfer = vllm_config.kv_transfer_config
+    if transfer is not None and (correcting or not config.publish_polluted):
+        raise ValueError(
+            f"kv_transfer_config = {transfer.kv_connector}: a KV connector copies "
+            "blocks out before they are corrected; allowed None, or "
+            "tidal.publish_polluted = true without tidal.correction_interval"
+        )
+    limits = {
+        "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+        "max_num_scheduled_tokens": scheduler.max_num_scheduled_tokens,
+        "long_prefill_token_threshold": scheduler.long_prefill_token_threshold,
+    }
+    for key, limit in limits.items():
+        if correcting and limit == 1:
+            raise ValueError(
+                f"{key} = 1: a correction computes at least 2 tokens of a sequence "
+                "in one step; allowed >= 2, or tidal.correction_interval = null"
+            )
 
 
 def _check_pipeline_stages(vllm_config: "VllmConfig", plan) -> None:

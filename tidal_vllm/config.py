@@ -104,6 +104,10 @@ class TidalConfig:
         min_sparse_len: Tokens, >= 0. Sequences up to this length keep all their
             blocks, so their attention is exact. Null (default): ``token_budget``. May
             be below the budget; those between take the sparse path over all blocks.
+        correction_interval: Decode steps, >= 1, after which the KV that sparse layers
+            wrote is recomputed densely. Null (default): never.
+        publish_polluted: Whether vLLM's prefix cache may hand out KV that sparse
+            layers wrote and that was not corrected. Default false.
     """
 
     preset: str = "default"
@@ -116,6 +120,8 @@ class TidalConfig:
     select_layers: tuple[int, ...] | None = None
     profile: str | None = None
     min_sparse_len: int | None = None
+    correction_interval: int | None = None
+    publish_polluted: bool = False
 
     def __post_init__(self) -> None:
         check_choice("tidal.preset", self.preset, PRESETS)
@@ -133,6 +139,7 @@ class TidalConfig:
                 "(chosen by the model's name)"
             )
             raise TidalConfigError("tidal.profile", self.profile, allowed)
+        self._check_correction()
 
     @classmethod
     def from_additional_config(
@@ -202,6 +209,16 @@ class TidalConfig:
             "tidal.select_block_size", self.select_block_size, allowed
         )
 
+    def check_max_model_len(self, max_model_len: int) -> None:
+        """Raise if no output of this model can be as long as the interval."""
+        interval, longest = self.correction_interval, max_model_len - 1
+        if interval is not None and interval > longest:
+            allowed = (
+                "must be at most the longest possible output, max_model_len - 1 = "
+                f"{longest} decode steps, or null (no correction)"
+            )
+            raise TidalConfigError("tidal.correction_interval", interval, allowed)
+
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
@@ -250,6 +267,16 @@ class TidalConfig:
         size = self.select_block_size
         recent = max(1, math.floor(self.recent_fraction * token_budget))
         return -(-self.sink_tokens // size) + -(-(recent - 1) // size) + 1
+
+    def _check_correction(self) -> None:
+        if self.correction_interval is not None:
+            allowed = "must be an integer >= 1 (decode steps), or null (no correction)"
+            check_int("tidal.correction_interval", self.correction_interval, 1, allowed)
+        if type(self.publish_polluted) is not bool:
+            allowed = "must be true or false" + _not_a(self.publish_polluted, (bool,))
+            raise TidalConfigError(
+                "tidal.publish_polluted", self.publish_polluted, allowed
+            )
 
     def _check_layers(self) -> None:
         for name in ("dense_layers", "select_layers"):

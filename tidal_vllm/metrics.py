@@ -1,4 +1,4 @@
-"""How often decoding was sparse, and how much of the KV cache it read."""
+"""How often decoding was sparse, how much it read, and what was corrected."""
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -42,6 +42,29 @@ class DecodeCounters:
             self.sparse_context_tokens += sum(map(rule.kept_tokens, seq_lens))
         else:
             self.sparse_context_tokens += sum(seq_lens)
+
+
+@dataclass
+class CorrectionCounters:
+    """Counts since start-up, of one scheduler."""
+
+    corrections: int = 0
+    """Corrections started, over all requests."""
+    corrected_tokens: int = 0
+    """Polluted tokens that they compute again."""
+    longest_polluted_run: int = 0
+    """Most polluted tokens that a sequence ever had."""
+
+    def saw_run(self, num_polluted: int) -> None:
+        """A sequence has this many polluted tokens."""
+        self.longest_polluted_run = max(self.longest_polluted_run, num_polluted)
+
+    def __str__(self) -> str:
+        return (
+            f"Corrections: {self.corrections}, "
+            f"Corrected tokens: {self.corrected_tokens}, "
+            f"Longest polluted run: {self.longest_polluted_run}"
+        )
 
 
 def worker_counters(worker: Any) -> dict[str, int]:

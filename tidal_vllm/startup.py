@@ -56,6 +56,7 @@ def resolve(vllm_config: Any) -> Startup:
         )
     else:
         config = TidalConfig.from_additional_config(vllm_config.additional_config)
+        config.check_max_model_len(model_config.max_model_len)
         profile = find_profile(config.profile, model_config.model, num_layers)
         plan = plan_layers(config, num_layers, profile)
         mismatch = layer_count_warning(model_config.model, num_layers)

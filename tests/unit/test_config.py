@@ -99,7 +99,7 @@ BAD_SETTINGS = [
     bad("profile-empty", "profile", " ", "name of a profile", ".json", "null"),
     bad("key-unknown", "window", 64, "unknown key", *KEYS),
     bad("key-misspelt", "sink_token", 4, "unknown key", "mean 'sink_tokens'"),
-    bad("key-of-later", "correction_interval", 32, "unknown key", *KEYS),
+    bad("key-of-later", "log_attention", 32, "unknown key", *KEYS),
 ]
 
 
@@ -172,6 +172,8 @@ def test_defaults(additional_config):
         "select_layers": None,
         "profile": None,
         "min_sparse_len": None,
+        "correction_interval": None,
+        "publish_polluted": False,
     }
     assert config == TidalConfig()
     hash(config)

@@ -341,7 +341,8 @@ def test_table():
         "  budget       4096 tokens per set: 256 blocks of 16, scope sequence\n"
         "  forced       first 4 tokens, newest 1024 tokens, within the budget\n"
         "  sparse above 4096 tokens of context\n"
-        "  KV read      23.4% of dense at 32K, 15.2% at 128K"
+        "  KV read      23.4% of dense at 32K, 15.2% at 128K\n"
+        "  correction   off; KV of sparse layers is not shared through the prefix cache"
     )
 
 

@@ -1,0 +1,137 @@
+"""One flag selects backend and scheduler; what cannot be corrected is refused."""
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from tidal_vllm.scheduler import TidalAsyncScheduler, TidalScheduler
+
+from .harness import engine_kwargs
+from .models import SPARSE
+
+CORRECTING = SPARSE | {"correction_interval": 8}
+
+
+class Ours(TidalScheduler):
+    pass
+
+
+class Theirs(Scheduler):
+    pass
+
+
+def scheduler_class(model, tidal, **kwargs):
+    arguments = EngineArgs(model=str(model), **engine_kwargs(tidal, **kwargs))
+    config = arguments.create_engine_config()
+    return config.scheduler_config.get_scheduler_cls()
+
+
+@pytest.mark.parametrize("tidal", [SPARSE, CORRECTING, SPARSE | {"preset": "default"}])
+def test_selected_with_the_backend(model, tidal):
+    assert scheduler_class(model, tidal) is TidalScheduler
+
+
+def test_asynchronous_where_vllm_is(model, monkeypatch):
+    """As on a GPU: vLLM's platforms there leave asynchronous scheduling on."""
+    from vllm.platforms import current_platform
+
+    check = type(current_platform).check_and_update_config
+
+    from tidal_vllm.plugin import _check_setup_early
+
+    class Platform(type(current_platform)):
+        @classmethod
+        def check_and_update_config(cls, vllm_config):
+            vllm_config.scheduler_config.async_scheduling = True
+
+    assert not hasattr(Platform.check_and_update_config, "checks_tidal")
+    _check_setup_early(Platform)
+    changed = Platform.__dict__["check_and_update_config"]
+    monkeypatch.setattr(type(current_platform), "check_and_update_config", changed)
+    cls = scheduler_class(model, CORRECTING)
+    assert cls is TidalAsyncScheduler
+    assert issubclass(cls, AsyncScheduler)
+    monkeypatch.undo()
+    assert type(current_platform).check_and_update_config == check
+
+
+@pytest.mark.parametrize(
+    "tidal",
+    [None, SPARSE | {"select_layers": [], "correction_interval": 8}],
+    ids=["dense", "off"],
+)
+def test_vllms_own_where_every_step_is_dense(model, tidal):
+    assert scheduler_class(model, tidal) is Scheduler
+    assert scheduler_class(model, tidal, scheduler_cls=Theirs) is Theirs
+
+
+def test_vllms_own_with_speculative_decoding(model):
+    speculative = {
+        "method": "ngram",
+        "num_speculative_tokens": 2,
+        "prompt_lookup_max": 2,
+    }
+    cls = scheduler_class(model, CORRECTING, speculative_config=speculative)
+    assert cls is Scheduler
+
+
+@pytest.mark.parametrize("path", [True, False])
+def test_a_subclass_of_ours_is_respected(model, path):
+    given = f"{__name__}.Ours" if path else Ours
+    assert scheduler_class(model, CORRECTING, scheduler_cls=given) is Ours
+
+
+@pytest.mark.parametrize(
+    ("tidal", "reason"),
+    [
+        (CORRECTING, "does not run corrections"),
+        (SPARSE, "would publish the KV of sparse layers"),
+        (CORRECTING | {"publish_polluted": True}, "does not run corrections"),
+    ],
+)
+def test_any_other_is_refused(model, tidal, reason):
+    with pytest.raises(ValueError, match=reason) as caught:
+        scheduler_class(model, tidal, scheduler_cls=Theirs)
+    assert "scheduler_cls = <class" in str(caught.value)
+    assert "allowed None" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tidal", "kwargs"),
+    [
+        (SPARSE | {"publish_polluted": True}, {}),
+        (SPARSE, {"enable_prefix_caching": False}),
+    ],
+)
+def test_any_other_is_respected_where_it_does_no_harm(model, tidal, kwargs):
+    assert scheduler_class(model, tidal, scheduler_cls=Theirs, **kwargs) is Theirs
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"long_prefill_token_threshold": 1}, "long_prefill_token_threshold = 1: "),
+        (
+            {"max_num_batched_tokens": 1, "max_num_seqs": 1, "max_model_len": 64},
+            "max_num_batched_tokens = 1: ",
+        ),
+        (
+            {"additional_config": {"tidal": SPARSE | {"correction_interval": 1024}}},
+            "tidal.correction_interval = 1024: must be at most",
+        ),
+        (
+            {
+                "kv_transfer_config": {
+                    "kv_connector": "ExampleConnector",
+                    "kv_role": "kv_both",
+                }
+            },
+            "kv_transfer_config = ExampleConnector: ",
+        ),
+    ],
+    ids=["threshold", "batch", "interval", "connector"],
+)
+def test_refused_at_start_up(model, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        scheduler_class(model, CORRECTING, **kwargs)
