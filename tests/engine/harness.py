@@ -16,6 +16,8 @@ from vllm import LLM, SamplingParams, envs
 
 MiB = 1 << 20
 
+_broken: set[LLM] = set()
+
 
 class Engines:
     """Engines of this process, started once per model and arguments, then kept.
@@ -43,7 +45,7 @@ class Engines:
         """
         kwargs = engine_kwargs(tidal, **kwargs)
         key = json.dumps([str(model), layout, kwargs], sort_keys=True)
-        if key not in self._running:
+        if self._running.get(key) in {None, *_broken}:
             self._running[key] = _start(model, layout, kwargs)
         llm = self._running[key]
         assert llm.reset_prefix_cache(), "blocks are in use: a request never ended"
@@ -148,12 +150,22 @@ def sampling(max_tokens: int, **more: Any) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, **more)
 
 
+@contextmanager
+def _whole(llm: LLM) -> Iterator[None]:
+    """Fail at once if a step of the engine raised before: it would hang now."""
+    assert llm not in _broken, "an earlier test broke this engine"
+    _broken.add(llm)
+    yield
+    _broken.remove(llm)
+
+
 def generate(
     llm: LLM, prompts: Sequence[list[int]], max_tokens: int = 16, **params: Any
 ) -> list[Answer]:
     """Answers to all prompts in one go, greedy by default."""
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-    outputs = llm.generate(inputs, sampling(max_tokens, **params), use_tqdm=False)
+    with _whole(llm):
+        outputs = llm.generate(inputs, sampling(max_tokens, **params), use_tqdm=False)
     return [Answer.of(output) for output in outputs]
 
 
@@ -174,15 +186,16 @@ def serve(
     found: dict[str, Answer] = {}
     waiting = sorted(enumerate(arrivals), key=lambda item: item[1][0])
     step = 0
-    while waiting or engine.has_unfinished_requests():
-        while waiting and waiting[0][1][0] <= step:
-            index, (_, prompt, max_tokens) = waiting.pop(0)
-            request = {"prompt_token_ids": prompt}
-            engine.add_request(str(index), request, sampling(max_tokens, **params))
-        for output in engine.step():
-            if output.finished:
-                found[output.request_id] = Answer.of(output)
-        step += 1
+    with _whole(llm):
+        while waiting or engine.has_unfinished_requests():
+            while waiting and waiting[0][1][0] <= step:
+                index, (_, prompt, max_tokens) = waiting.pop(0)
+                request = {"prompt_token_ids": prompt}
+                engine.add_request(str(index), request, sampling(max_tokens, **params))
+            for output in engine.step():
+                if output.finished:
+                    found[output.request_id] = Answer.of(output)
+            step += 1
     return [found[str(index)] for index in range(len(arrivals))]
 
 
