@@ -156,4 +156,5 @@ def _table(
             f"  {1e3 * few.seconds_per_token:>7.1f}  {speedup:>7.2f}x"
         )
     lines.append("  Tokens attended: per step, by each layer that may be SPARSE.")
+    lines.append("  One run each; a busy machine slows dense decoding most.")
     return "\n".join(lines)
