@@ -79,7 +79,7 @@ def _ask(
     title: str, model_dir: Path, prompts: list[PlantedPrompt], backend: dict
 ) -> list[Answer]:
     """Start an engine, ask it every prompt alone, and stop it."""
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     print(f"\n{title}\n  starting vLLM ...", end=" ", flush=True)
     start = time.perf_counter()
@@ -93,19 +93,29 @@ def _ask(
         **backend,
     )
     print(f"{time.perf_counter() - start:.0f} s", flush=True)
-    answers = []
-    for prompt in prompts:
-        length = len(prompt.prompt_token_ids)
-        print(f"  {length:>6} tokens of context:", end=" ", flush=True)
-        before = _counters(llm)
-        (output,) = llm.generate(
-            {"prompt_token_ids": prompt.prompt_token_ids},
-            SamplingParams(temperature=0, max_tokens=len(prompt.answer_token_ids)),
-            use_tqdm=False,
-        )
-        answers.append(_read(output, prompt, before, _counters(llm)))
-        print(f"... {_shorten(answers[-1].text)}", flush=True)
-    return answers
+    try:
+        return [_answer(llm, prompt) for prompt in prompts]
+    finally:
+        # NOTE: at exit, Python would wait for the engine's process before vLLM
+        # tells it to stop.
+        llm.llm_engine.engine_core.shutdown()
+
+
+def _answer(llm, prompt: PlantedPrompt) -> Answer:
+    from vllm import SamplingParams
+
+    print(
+        f"  {len(prompt.prompt_token_ids):>6} tokens of context:", end=" ", flush=True
+    )
+    before = _counters(llm)
+    (output,) = llm.generate(
+        {"prompt_token_ids": prompt.prompt_token_ids},
+        SamplingParams(temperature=0, max_tokens=len(prompt.answer_token_ids)),
+        use_tqdm=False,
+    )
+    answer = _read(output, prompt, before, _counters(llm))
+    print(f"... {_shorten(answer.text)}", flush=True)
+    return answer
 
 
 def _counters(llm) -> dict[str, int]:
