@@ -103,7 +103,7 @@ def test_presets(case, preset, token_budget):
 
 def test_a_longer_context(two_hops):
     """A hundred times the budget, read in many tiles."""
-    llm = two_hops.start(max_model_len=8192)
+    llm = two_hops.start(max_model_len=8192, kv_cache_memory_bytes=160 * MiB)
     prompts = [two_hops.prompt(0.1, 6400)]
     for scope in SCOPES:
         with two_hops.under(llm, token_budget=64, scope=scope):

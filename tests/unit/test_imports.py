@@ -40,7 +40,16 @@ BELOW = {
     "startup": {"config", "policy", "plugin", "profiles"},
     "metadata": {"ops", "metrics", "policy", "startup"},
     "attention": {"ops", "metadata", "policy"},
-    "backend": {"attention", "metadata", "plugin", "policy", "startup", "versions"},
+    "scheduler": {"metrics", "policy", "startup"},
+    "backend": {
+        "attention",
+        "metadata",
+        "plugin",
+        "policy",
+        "scheduler",
+        "startup",
+        "versions",
+    },
     "cpu_worker": {"metrics"},
     "platform": {"backend", "cpu_worker", "plugin", "startup"},
 }
