@@ -85,7 +85,8 @@ def kv_in(llm: LLM, block_ids: list[int], first: int, end: int) -> torch.Tensor:
 
 def relative_errors(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Per layer: norm of the difference over the norm of what is wanted."""
-    error = (found - wanted).flatten(1).norm(dim=1)
+    wanted = wanted.double()
+    error = (found.double() - wanted).flatten(1).norm(dim=1)
     return error / wanted.flatten(1).norm(dim=1)
 
 
