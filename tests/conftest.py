@@ -3,7 +3,7 @@
 import os
 
 # The models are tiny: more threads would only wait for each other.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 # All models are built by code: a name that is no folder is an error, not a download.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

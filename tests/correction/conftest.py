@@ -5,18 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from .harness import core, engine_kwargs, generate, scheduler, start
 from .models import build_random_llama
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

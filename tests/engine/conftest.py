@@ -4,18 +4,9 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-import torch
 
 from .harness import Engines
 from .models import build_random_model
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="package")
