@@ -2,7 +2,8 @@
 
 JOBS is a JSON list of `{"kwargs": EngineArgs, "prompts": ..., "max_tokens": ...}`.
 "exact_up_to" makes decoded tokens behind it count as polluted, "async" takes the
-asynchronous scheduler, which vLLM's CPU platform turns off. RESULTS is written.
+asynchronous scheduler, which vLLM's CPU platform turns off, "sampling" adds to the
+sampling parameters. RESULTS is written.
 """
 
 import dataclasses
@@ -33,11 +34,9 @@ def run(job: dict) -> dict:
         scheduler.selection_rule = dataclasses.replace(
             scheduler.selection_rule, token_budget=exact, sparse_threshold=exact
         )
+    sampling = {"temperature": 0.0} | job.get("sampling", {})
     params = SamplingParams(
-        max_tokens=job["max_tokens"],
-        temperature=0.0,
-        ignore_eos=True,
-        detokenize=False,
+        max_tokens=job["max_tokens"], ignore_eos=True, detokenize=False, **sampling
     )
     for i, prompt in enumerate(job["prompts"]):
         engine.add_request(str(i), {"prompt_token_ids": prompt}, params)

@@ -89,6 +89,33 @@ def test_v2_model_runner(tmp_path, job, dense):
         check(result, wanted)
 
 
+def test_v2_model_runner_samples_alike(tmp_path, job):
+    """Random states and penalties outlive a request's second announcement.
+
+    NOTE: top-k, top-p and min-p are beyond Triton's interpreter.
+    """
+    samplings = [
+        {"temperature": 1.0, "seed": 3},
+        {"repetition_penalty": 1.3, "frequency_penalty": 0.7, "temperature": 0.8},
+    ]
+    samplings[1] |= {"presence_penalty": 0.5, "seed": 4}
+    off = {"additional_config": {"tidal": EXACT | {"correction_interval": None}}}
+    uncorrected = job | {"kwargs": job["kwargs"] | off}
+    jobs = [
+        kind | {"sampling": sampling}
+        for sampling in samplings
+        for kind in (uncorrected, job)
+    ]
+    env = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    results = run(tmp_path, jobs, VLLM_USE_V2_MODEL_RUNNER="1", **env)
+    assert all(result["v2"] for result in results)
+    answers = [result["tokens"] for result in results]
+    assert answers[0] != answers[2]
+    for plain, corrected in (results[:2], results[2:]):
+        assert plain["counters"]["corrections"] == 0
+        check(corrected, plain["tokens"])
+
+
 @pytest.mark.parametrize("kind", ["tensor", "pipeline"])
 def test_parallel(tmp_path, job, dense, kind):
     # A pipeline stage needs a SELECT layer of its own.
