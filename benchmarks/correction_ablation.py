@@ -12,7 +12,9 @@ correction interval, on one engine in one run. Reported for each interval:
     step_ms     wall time per decode step, corrections included, and their share
 
     python benchmarks/correction_ablation.py --model random --out results.jsonl
-    python benchmarks/correction_ablation.py --plot results.jsonl --plot-dir docs/images
+    python benchmarks/correction_ablation.py --report results.jsonl
+
+The second command draws the results into docs/images and prints them as tables.
 
 Models: "random" (Llama with random weights, built to drift), "planted" (the demo's,
 whose KV cannot drift: for the cost alone), or a folder, whose outputs are then the
@@ -192,8 +194,47 @@ def measure(args) -> dict:
     }
 
 
+def name_of(record: dict) -> str:
+    setup = record["setup"]
+    return f"{Path(setup['model']).name}_{setup['context']}_{setup['token_budget']}"
+
+
+def drifts(record: dict) -> bool:
+    """Whether the model's KV depends on what its sparse layers saw."""
+    return record["runs"]["off"]["kl_mean"] > 0
+
+
+def table(record: dict) -> str:
+    """Markdown: a row per interval; quality where there is any, else every trial."""
+    head, rows = ["interval", "tokens computed per token"], []
+    if drifts(record):
+        head += ["mean KL", "last quarter", "99 %", "agreement", "KV error"]
+    else:
+        head += ["ms per token", "over off, each trial"]
+    for name, run in record["runs"].items():
+        if name == "dense":
+            continue
+        row = [name, f"{run['trials'][0]['tokens']:.2f}"]
+        if drifts(record):
+            row += [
+                f"{run['kl_mean']:.4f}",
+                f"{run['kl_by_quarter'][-1]:.4f}",
+                f"{run['kl_p99']:.3f}",
+                f"{run['agreement']:.2%}",
+                f"{run['kv_error_by_layer'][-1]:.3f}",
+            ]
+        else:
+            times = [trial["step_ms"] for trial in run["trials"]]
+            off = [trial["step_ms"] for trial in record["runs"]["off"]["trials"]]
+            ratios = [t / o for t, o in zip(times, off, strict=True)]
+            row += [f"{run['step_ms']:.1f}", ", ".join(f"{r:.2f}" for r in ratios)]
+        rows.append(row)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def plot(records: list[dict], folder: Path) -> list[Path]:
-    """Two pictures per record: divergence and cost by interval, KV error by layer."""
+    """A picture of what drifts per layer, of what it does, and of what it costs."""
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -201,37 +242,38 @@ def plot(records: list[dict], folder: Path) -> list[Path]:
     for record in records:
         setup, runs = record["setup"], dict(record["runs"])
         runs.pop("dense")
-        title = (
-            f"{Path(setup['model']).name} model, context {setup['context']}, "
-            f"budget {setup['token_budget']}"
-        )
-        stem = f"correction_{Path(setup['model']).name}_{setup['context']}"
+        title = f"Model {Path(setup['model']).name}, context {setup['context']}, "
+        title += f"budget {setup['token_budget']}"
+        stem = f"correction_{name_of(record)}"
+        if not drifts(record):
+            figure = Figure(figsize=(6, 3.6), layout="constrained")
+            axes = figure.subplots()
+            axes.bar(list(runs), [r["step_time_over_off"] for r in runs.values()])
+            axes.axhline(1, color="black", linewidth=0.8)
+            axes.set(
+                xlabel="correction interval (steps)",
+                ylabel="time per output token / off",
+                title=title,
+            )
+            figure.savefig(folder / f"{stem}_cost.png", dpi=110)
+            written.append(folder / f"{stem}_cost.png")
+            continue
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
         figure.suptitle(title)
         names = list(runs)
-        left.plot(names, [r["kl_mean"] for r in runs.values()], "o-", label="mean KL")
-        left.plot(names, [r["kl_p99"] for r in runs.values()], "s--", label="99 % KL")
-        left.set(xlabel="correction interval (steps)", ylabel="nats from dense")
+        left.plot(names, [r["kl_mean"] for r in runs.values()], "o-", label="mean")
+        last = [r["kl_by_quarter"][-1] for r in runs.values()]
+        left.plot(names, last, "s--", label="last quarter of the output")
+        left.set(xlabel="correction interval (steps)", ylabel="KL from dense (nats)")
+        left.set_ylim(0, 1.1 * max(last))
         left.legend()
-        right.bar(names, [r["step_time_over_off"] for r in runs.values()])
-        right.axhline(1, color="black", linewidth=0.8)
-        right.set(
-            xlabel="correction interval (steps)", ylabel="time per output token / off"
-        )
-        figure.savefig(folder / f"{stem}_cost.png", dpi=110)
-        written.append(folder / f"{stem}_cost.png")
-        with_kv = {n: r for n, r in runs.items() if "kv_error_by_layer" in r}
-        if not with_kv:
-            continue
-        figure = Figure(figsize=(6, 3.6), layout="constrained")
-        axes = figure.subplots()
-        for name, run in with_kv.items():
-            axes.plot(run["kv_error_by_layer"], "o-", label=name)
-        axes.set(xlabel="layer", ylabel="relative KV error", title=title)
-        axes.legend(title="interval")
-        figure.savefig(folder / f"{stem}_kv.png", dpi=110)
-        written.append(folder / f"{stem}_kv.png")
+        for name, run in runs.items():
+            right.plot(run["kv_error_by_layer"], "o-", label=name)
+        right.set(xlabel="layer", ylabel="relative KV error")
+        right.legend(title="interval")
+        figure.savefig(folder / f"{stem}.png", dpi=110)
+        written.append(folder / f"{stem}.png")
     return written
 
 
@@ -267,16 +309,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--cache", type=Path, default=Path(".cache"))
     add("--out", type=Path, help="append a JSON line here")
-    add("--plot", type=Path, help="draw the records of this file, and measure nothing")
-    add("--plot-dir", type=Path, default=Path("docs/images"))
+    add("--report", type=Path, help="draw and print this file, and measure nothing")
+    add("--images", type=Path, default=Path("docs/images"), help="where to draw")
     return parser.parse_args(argv)
 
 
 def main() -> int:
     args = parse()
-    if args.plot:
-        records = [json.loads(line) for line in args.plot.read_text().splitlines()]
-        for path in plot(records, args.plot_dir):
+    if args.report:
+        records = [json.loads(line) for line in args.report.read_text().splitlines()]
+        for record in records:
+            print(f"{name_of(record)}\n\n{table(record)}\n")
+        for path in plot(records, args.images):
             print(path)
         return 0
     record = measure(args)
