@@ -33,7 +33,7 @@ BELOW = {
     "config": set(),
     "profiles": {"config"},
     "policy": {"config", "profiles"},
-    "ops": set(),
+    "ops": {"config"},
     "planted": set(),
     "metrics": {"policy"},
     "plugin": {"versions", "platform", "startup", "backend"},
