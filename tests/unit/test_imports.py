@@ -16,6 +16,7 @@ NO_VLLM = (*NO_TORCH, "ops", "metrics", "cli", "demo", "doctor")
 MAY_IMPORT_VLLM = {
     "plugin",
     "backend",
+    "dense",
     "metadata",
     "attention",
     "scheduler",
@@ -38,11 +39,13 @@ BELOW = {
     "metrics": {"policy"},
     "plugin": {"versions", "platform", "startup", "backend"},
     "startup": {"config", "policy", "plugin", "profiles"},
-    "metadata": {"ops", "metrics", "policy", "startup"},
-    "attention": {"ops", "metadata", "policy"},
+    "dense": {"ops"},
+    "metadata": {"dense", "ops", "metrics", "policy", "startup"},
+    "attention": {"metadata", "policy", "startup"},
     "scheduler": {"metrics", "policy", "startup"},
     "backend": {
         "attention",
+        "dense",
         "metadata",
         "plugin",
         "policy",
