@@ -158,7 +158,9 @@ class TidalBackend(AttentionBackend):
             "head_size not supported": (
                 f"head_size = {asked['head_size']}: allowed {[*here.head_sizes]}"
             ),
-            "dtype not supported": f"dtype = {asked['dtype']}: allowed {[*here.dtypes]}",
+            "dtype not supported": (
+                f"dtype = {asked['dtype']}: allowed {[*here.dtypes]}"
+            ),
             "kv_cache_dtype not supported": (
                 f"kv_cache_dtype = {asked['kv_cache_dtype']}: "
                 f"allowed {[*here.kv_cache_dtypes]}"

@@ -153,7 +153,7 @@ class TidalMetadata(AttentionMetadata):
     """Whether SELECT and SPARSE layers act as such in this step. Otherwise every
     layer takes the dense path."""
     passes: list[slice]
-    """Parts of the decodes that fit into the workspace, in order; none unless sparse."""
+    """Parts of the decodes that fit into the workspace; none unless sparse."""
     roles: dict[str, Role]
     """Role of each layer by its name."""
     rule: SelectionRule

@@ -10,12 +10,9 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from tidal_vllm import ops
 from tidal_vllm.ops import dispatch, reference
-
-KERNELS = ops.Kernels("written", "the reference behind the kernels' signatures")
 
 
 def dense_decode(
@@ -128,7 +125,7 @@ def _check(query, seq_lens, output, lse, partial_out, partial_lse) -> None:
 @contextmanager
 def written_kernels():
     """Let `kernels = "triton"` of the configuration choose these."""
-    made = ops.Kernels(KERNELS.name, KERNELS.why, sys.modules[__name__])
+    made = ops.Kernels("written", "for a test", sys.modules[__name__])
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(dispatch._CANDIDATES, "triton", lambda case: ("", made))
         yield made

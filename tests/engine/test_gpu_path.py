@@ -1,0 +1,447 @@
+"""The engine with kernels that write into given tensors, as they do on a GPU.
+
+Real engines on the CPU; the kernels are the reference ops in a kernel's clothes.
+"""
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+
+from tidal_vllm import attention, metadata
+from tidal_vllm.dense import ReferenceBackend, count_decodes, rows_from
+from tidal_vllm.metadata import (
+    TidalMetadataBuilder,
+    choose_implementations,
+    is_captured,
+)
+
+from .harness import counters, generate, reconfigured, runner, serve
+from .models import ROLES, random_prompt
+from .written_kernels import written_kernels
+
+BUDGET = 64
+SETTINGS = ROLES | {"token_budget": BUDGET, "select_block_size": 8}
+ARRIVALS = [
+    (step, random_prompt(length, seed=length), max_tokens)
+    for step, length, max_tokens in [
+        *((0, 200, 12), (0, 7, 20), (2, 333, 9)),
+        *((5, 60, 14), (6, 481, 6), (9, 65, 8)),
+    ]
+]
+
+
+@pytest.fixture(scope="module")
+def llm(engine, random_llama):
+    # Chunks of 128 tokens: prompts arrive in parts, beside decodes.
+    return engine(random_llama, tidal=SETTINGS, max_num_batched_tokens=128)
+
+
+@pytest.fixture(autouse=True)
+def kernels():
+    with written_kernels() as made:
+        yield made
+
+
+def common_metadata(query_lens, lens, prefilling=None, **fields):
+    """A batch as vLLM describes it; rows without query tokens are padding."""
+    starts = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0).int()
+    seq_lens = torch.tensor(lens, dtype=torch.int32)
+    num_tokens = fields.pop("num_tokens", int(starts[-1]))
+    defaults = {
+        "query_start_loc": starts,
+        "query_start_loc_cpu": starts,
+        "seq_lens": seq_lens,
+        "seq_lens_cpu_upper_bound": seq_lens,
+        "num_reqs": len(lens),
+        "num_actual_tokens": num_tokens,
+        "max_query_len": max(query_lens),
+        "max_seq_len": max(lens),
+        "block_table_tensor": torch.arange(len(lens) * 4).int().view(-1, 4),
+        "slot_mapping": torch.arange(num_tokens),
+        "is_prefilling": torch.tensor(prefilling or [False] * len(lens)),
+    }
+    return CommonAttentionMetadata(**defaults | fields)
+
+
+class TestBatches:
+    """The pure decisions on a batch."""
+
+    @pytest.mark.parametrize(
+        ("query_lens", "prefilling", "decodes"),
+        [
+            ([1, 1, 1], [0, 0, 0], 3),
+            ([1, 1, 9], [0, 0, 1], 2),
+            ([9, 3], [1, 1], 0),
+            ([1, 1, 5], [0, 1, 1], 1),  # a prompt's last token on its own
+            ([1, 5], [0, 0], 1),  # a correction
+            ([1, 1, 0, 0], [0, 0, 0, 0], 4),  # padded, V1 runner
+            ([1, 1, 0, 0], [0, 0], 4),  # padded, V2 runner
+            ([1, 1, 0], [0, 1], 1),
+        ],
+    )
+    def test_count_decodes(self, query_lens, prefilling, decodes):
+        lens = [10 + n for n in query_lens]
+        prefilling = [bool(p) for p in prefilling]
+        assert count_decodes(common_metadata(query_lens, lens, prefilling)) == decodes
+
+    def test_rows_from(self):
+        prefilling = [False, False, True, True]
+        whole = common_metadata([1, 1, 5, 3], [10, 20, 5, 30], prefilling)
+        rest = rows_from(whole, 2)
+        assert rest.query_start_loc.tolist() == [0, 5, 8]
+        assert rest.query_start_loc_cpu.tolist() == [0, 5, 8]
+        assert rest.seq_lens.tolist() == [5, 30]
+        assert rest.seq_lens_cpu_upper_bound.tolist() == [5, 30]
+        assert (rest.num_reqs, rest.num_actual_tokens) == (2, 8)
+        assert rest.block_table_tensor.tolist() == [[8, 9, 10, 11], [12, 13, 14, 15]]
+        assert rest.slot_mapping.tolist() == list(range(2, 10))
+        assert rest.is_prefilling.tolist() == [True, True]
+        assert rest.seq_lens.data_ptr() == whole.seq_lens[2:].data_ptr()
+
+    @pytest.mark.parametrize(
+        ("query_lens", "mode", "captured"),
+        [
+            ([1] * 4, "FULL_AND_PIECEWISE", True),
+            ([1] * 4, "FULL_DECODE_ONLY", True),
+            ([1] * 3, "FULL_AND_PIECEWISE", False),  # of no captured size: not padded
+            ([1, 1, 2], "FULL_AND_PIECEWISE", False),
+            ([2, 2], "FULL_AND_PIECEWISE", False),
+            ([1] * 4, "PIECEWISE", False),
+            ([1] * 4, "NONE", False),
+        ],
+    )
+    def test_is_captured(self, query_lens, mode, captured):
+        compilation = SimpleNamespace(
+            cudagraph_mode=CUDAGraphMode[mode], cudagraph_capture_sizes=[1, 2, 4, 8]
+        )
+        lens = [100] * len(query_lens)
+        batch = common_metadata(query_lens, lens)
+        assert is_captured(compilation, batch) is captured
+
+    def test_a_padded_batch_is_captured(self):
+        compilation = SimpleNamespace(
+            cudagraph_mode=CUDAGraphMode.FULL_DECODE_ONLY, cudagraph_capture_sizes=[4]
+        )
+        batch = common_metadata([1, 1, 1, 0], [9, 9, 9, 0], num_tokens=4)
+        assert is_captured(compilation, batch)
+
+
+class TestGraphSupport:
+    def support(self, llm, **tidal):
+        with reconfigured(llm, **SETTINGS | tidal) as changed:
+            (builder,) = builders(changed)
+            return TidalMetadataBuilder.get_cudagraph_support(
+                builder.vllm_config, builder.kv_cache_spec
+            )
+
+    def test_reference_ops_cannot_be_captured(self, llm):
+        assert self.support(llm, kernels="reference") is AttentionCGSupport.NEVER
+
+    @pytest.mark.parametrize(
+        ("dense", "wanted"),
+        [
+            ("ALWAYS", "UNIFORM_SINGLE_TOKEN_DECODE"),
+            ("UNIFORM_BATCH", "UNIFORM_SINGLE_TOKEN_DECODE"),
+            ("NEVER", "NEVER"),
+        ],
+    )
+    def test_kernels_can(self, llm, monkeypatch, dense, wanted):
+        builder = ReferenceBackend.get_builder_cls()
+        monkeypatch.setattr(builder, "_cudagraph_support", AttentionCGSupport[dense])
+        assert self.support(llm, kernels="triton") is AttentionCGSupport[wanted]
+
+    def test_without_sparse_layers_it_is_the_dense_backends(self, llm, monkeypatch):
+        builder, wanted = ReferenceBackend.get_builder_cls(), AttentionCGSupport.ALWAYS
+        monkeypatch.setattr(builder, "_cudagraph_support", wanted)
+        assert self.support(llm, select_layers=[]) is wanted
+
+
+def builders(llm):
+    return [
+        builder
+        for groups in runner(llm).attn_groups
+        for group in groups
+        for builder in group.metadata_builders
+    ]
+
+
+def impls(llm):
+    layers = runner(llm).vllm_config.compilation_config.static_forward_context
+    return [layer.impl for layer in layers.values()]
+
+
+@pytest.fixture(scope="module", params=["sequence", "kv_head", "query_head"])
+def reference(request, llm):
+    """The scope, and the answers of the reference path."""
+    settings = SETTINGS | {"scope": request.param, "kernels": "reference"}
+    with reconfigured(llm, **settings):
+        llm.reset_prefix_cache()
+        return request.param, serve(llm, ARRIVALS, logprobs=3)
+
+
+@pytest.mark.parametrize("limit", [None, 1])
+def test_kernels_give_the_answers_of_the_reference(llm, reference, monkeypatch, limit):
+    """Bit by bit, and also where the workspace holds one sequence at a time."""
+    scope, wanted = reference
+    if limit is not None:
+        monkeypatch.setattr(metadata, "WORKSPACE_LIMIT", limit)
+    with reconfigured(llm, **SETTINGS, scope=scope, kernels="triton"):
+        (state,) = {id(impl.state): impl.state for impl in impls(llm)}.values()
+        assert state.kernels.name == "written"
+        assert state.rows_per_pass == (4 if limit is None else 1)
+        llm.reset_prefix_cache()
+        assert serve(llm, ARRIVALS, logprobs=3) == wanted
+        counted = counters(llm)
+    assert counted["sparse_steps"] > 10
+
+
+def test_short_batches_run_dense_bit_by_bit(llm):
+    prompts = [random_prompt(n, seed=n) for n in (5, 33)]
+    with reconfigured(llm, **SETTINGS, kernels="reference"):
+        wanted = generate(llm, prompts, logprobs=3)
+    llm.reset_prefix_cache()
+    with reconfigured(llm, **SETTINGS, kernels="triton"):
+        assert generate(llm, prompts, logprobs=3) == wanted
+        assert counters(llm)["sparse_steps"] == 0
+
+
+class TestWorkspace:
+    def test_layers_share_one_of_bounded_size(self, llm, monkeypatch):
+        with reconfigured(llm, **SETTINGS, kernels="triton"):
+            states = {id(impl.state) for impl in impls(llm)}
+            assert len(states) == 1
+            whole = impls(llm)[0].state
+            assert whole.workspace.block_lse.shape == (4, 6, 2048 // 8)
+            assert whole.selection.topk_blocks.shape == (4, 1, BUDGET // 8)
+            monkeypatch.setattr(metadata, "WORKSPACE_LIMIT", whole.workspace.nbytes - 1)
+            config = builders(llm)[0].vllm_config
+            half = impls(llm)[0].make_state(config)
+        assert half.workspace.nbytes < whole.workspace.nbytes
+        assert (whole.rows_per_pass, half.rows_per_pass) == (4, 2)
+        assert half.selection.topk_blocks.shape == whole.selection.topk_blocks.shape
+        assert "for 2 sequences at a time" in str(half)
+
+    def test_a_second_layer_takes_that_of_the_first(self, llm):
+        found = impls(llm)[3]._find_state(runner(llm).vllm_config)
+        assert found is impls(llm)[0].state is impls(llm)[5].state
+
+    def test_no_sparse_layer_no_workspace(self, llm):
+        with reconfigured(llm, **SETTINGS | {"select_layers": []}):
+            assert impls(llm)[0].state is None
+            kernels, backend = choose_implementations(
+                builders(llm)[0].vllm_config, 32, "auto"
+            )
+        assert kernels is None
+        assert backend is ReferenceBackend
+
+
+class Graph:
+    """What a full CUDA graph does, without one: it runs captured metadata again.
+
+    The model runner's tensors are the same at capture and replay, their contents are
+    not; metadata made at capture refers to the tensors.
+    """
+
+    def __init__(self, llm, num_rows: int) -> None:
+        self.llm, (self.builder,) = llm, builders(llm)
+        self.lens = torch.ones(num_rows, dtype=torch.int32)
+        self.table = torch.zeros(num_rows, 128, dtype=torch.int32)
+        self.captured = self.builder.build_for_cudagraph_capture(
+            self._common([1] * num_rows, [1] * num_rows)
+        )
+
+    def _common(self, query_lens, lens):
+        return common_metadata(
+            query_lens,
+            lens,
+            num_tokens=len(lens),
+            seq_lens=self.lens,
+            block_table_tensor=self.table,
+        )
+
+    def replay(self, lens, table, query):
+        """Outputs of all layers, `[num_layers, num_rows, num_heads, head_size]`."""
+        self.lens.copy_(torch.tensor(lens, dtype=torch.int32))
+        self.table.copy_(table)
+        self.builder.build(0, self._common([int(n > 0) for n in lens], lens))
+        return run_layers(self.llm, self.captured, query)
+
+
+def run_layers(llm, batch, query):
+    layers = runner(llm).vllm_config.compilation_config.static_forward_context
+    outputs = []
+    for layer in layers.values():
+        output = torch.full_like(query, math.nan)
+        layer.impl.forward(layer, query, query, query, layer.kv_cache, batch, output)
+        outputs.append(output)
+    return torch.stack(outputs)
+
+
+@pytest.fixture
+def graphs(llm):
+    """The engine as if it had captured decodes of 2 and 4 rows."""
+    with reconfigured(llm, **SETTINGS, kernels="triton"):
+        (builder,) = builders(llm)
+        config = copy.copy(builder.vllm_config.compilation_config)
+        config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+        config.cudagraph_capture_sizes = [2, 4]
+        builder.vllm_config.compilation_config = config
+        for layer in config.static_forward_context.values():
+            layer.kv_cache.normal_(generator=torch.Generator().manual_seed(1))
+        yield llm
+    llm.reset_prefix_cache()
+
+
+def random_table(num_rows):
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(1, 60, (num_rows, 128), generator=generator).int()
+
+
+class TestReplay:
+    def test_a_replay_is_the_eager_step(self, graphs):
+        """Padded rows come out as zeros, and change nothing in the others."""
+        graph, table = Graph(graphs, 4), random_table(4)
+        query = torch.randn(4, 6, 32, generator=torch.Generator().manual_seed(3))
+        lens = [700, 40, 65, 0]
+        found = graph.replay(lens, table, query)
+        assert (found[:, 3] == 0).all()
+
+        builder = graph.builder
+        builder.vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+        eager = builder.build(
+            0, common_metadata([1, 1, 1], lens[:3], block_table_tensor=table[:3])
+        )
+        assert eager.sparse and eager.num_decodes == 3
+        assert torch.equal(found[:, :3], run_layers(graphs, eager, query[:3]))
+
+    def test_another_replay_sees_none_of_the_last(self, graphs):
+        graph, table = Graph(graphs, 4), random_table(4)
+        query = torch.randn(4, 6, 32)
+        wanted = graph.replay([300, 90, 500, 64], table, query)
+        graph.replay([700, 800, 0, 0], table.flip(0), query.flip(0))
+        assert torch.equal(graph.replay([300, 90, 500, 64], table, query), wanted)
+
+    def test_short_sequences_are_exact_all_the_same(self, graphs):
+        graph, table = Graph(graphs, 2), random_table(2)
+        query, lens = torch.randn(2, 6, 32), [BUDGET, 17]
+        found = graph.replay(lens, table, query)
+        batch = common_metadata([1, 1], lens, block_table_tensor=table)
+        compilation = graph.builder.vllm_config.compilation_config
+        compilation.cudagraph_mode = CUDAGraphMode.NONE
+        dense = graph.builder.build(0, batch)
+        assert not dense.sparse
+        torch.testing.assert_close(found, run_layers(graphs, dense, query))
+
+    def test_counters_know_the_real_rows(self, graphs):
+        graph, table = Graph(graphs, 4), random_table(4)
+        before = counters(graphs)
+        graph.replay([700, 40, 65, 0], table, torch.randn(4, 6, 32))
+        graph.replay([10, 20, 30, 40], table, torch.randn(4, 6, 32))
+        assert counters(graphs) - before == {
+            "sparse_steps": 2,
+            "decode_tokens": 7,
+            "context_tokens": 805 + 100,
+            # 64 tokens in 8 blocks, the last of them partly filled.
+            "sparse_context_tokens": (64 - 4) + 40 + (64 - 7) + 100,
+        }
+
+    def test_a_warm_up_is_not_counted(self, graphs):
+        Graph(graphs, 4).replay([1, 1, 1, 1], random_table(4), torch.randn(4, 6, 32))
+        assert counters(graphs)["decode_tokens"] == 0
+
+    def test_a_prompts_last_token_is_a_decode_there(self, graphs):
+        """The graph is fixed, so the builder must not claim otherwise."""
+        (builder,) = builders(graphs)
+        batch = common_metadata([1, 1], [100, 90], [False, True])
+        assert builder.build(0, batch).num_prefills == 0
+        batch = common_metadata([1, 1, 1], [100, 90, 90], [False, False, True])
+        assert builder.build(0, batch).num_prefills == 1
+
+    def test_only_single_tokens_are_captured(self, graphs):
+        (builder,) = builders(graphs)
+        with pytest.raises(ValueError, match="max_query_len = 2 in a full CUDA graph"):
+            builder.build_for_cudagraph_capture(common_metadata([2, 2], [2, 2]))
+
+
+class TestComposition:
+    def test_dense_calls_get_all_that_vllm_gave(self, llm, monkeypatch):
+        """The whole batch in DENSE layers, in others its prefills only."""
+        calls = []
+
+        def forward(self, layer, query, key, value, kv_cache, batch, output):
+            calls.append((query.shape, key.shape, value.shape, batch))
+            return output.fill_(7)
+
+        monkeypatch.setattr(ReferenceBackend.get_impl_cls(), "forward", forward)
+        with reconfigured(llm, **SETTINGS, kernels="triton"):
+            (builder,) = builders(llm)
+            lens, table = [100, 200, 5], random_table(3)
+            batch = builder.build(
+                0,
+                common_metadata(
+                    *([1, 1, 5], lens, [False, False, True]), block_table_tensor=table
+                ),
+            )
+            query = torch.randn(7, 6, 32)
+            layers = runner(llm).vllm_config.compilation_config.static_forward_context
+            dense, select = list(layers.values())[:2]
+            for layer in (dense, select):
+                output = torch.zeros_like(query)
+                keys = query[:, :2]
+                layer.impl.forward(
+                    *(layer, query, keys, keys, layer.kv_cache, batch, output)
+                )
+                assert (output[2:] == 7).all()
+                assert (output[:2] == 7).all() == (layer is dense)
+        whole, rest = calls
+        assert [shape[0] for shape in whole[:3]] == [7, 7, 7]
+        assert whole[3] is batch.dense
+        assert [shape[0] for shape in rest[:3]] == [5, 5, 5]
+        assert rest[3] is batch.prefills
+        assert rest[3].seq_lens.tolist() == [5]
+
+    def test_vllm_finds_its_own_implementation_inside(self, llm):
+        impl = impls(llm)[0]
+        assert impl.get_impl_variants() == (impl, impl.dense)
+
+    def test_queries_are_quantised_for_flash_attention(self, llm, monkeypatch):
+        """Its fp8 kernels take fp8 queries; ours take them as they are."""
+        seen = []
+        impl = copy.copy(impls(llm)[0])
+        impl.quantizes_query = True
+        forward = lambda layer, query, *rest: seen.append(query)  # noqa: E731
+        impl.dense = SimpleNamespace(forward=forward)
+        monkeypatch.setattr(
+            "vllm._custom_ops.scaled_fp8_quant",
+            lambda flat, scale: ((flat / scale).to(torch.float8_e4m3fn), scale),
+        )
+        query = torch.randn(3, 6, 32)
+        layer = SimpleNamespace(_q_scale=torch.tensor(2.0))
+        impl._dense(layer, (query, query, query), None, None, None)
+        assert seen[0].dtype is torch.float8_e4m3fn
+        assert torch.equal(seen[0], (query / 2).to(torch.float8_e4m3fn))
+        assert attention.is_quantized_kv_cache("fp8")
+        assert not attention.is_quantized_kv_cache("auto")
+
+    def test_scales_of_the_cache_reach_the_kernels(self, llm, monkeypatch, kernels):
+        given = []
+        monkeypatch.setattr(
+            type(kernels), "sparse_decode", lambda *args, **more: given.append(more)
+        )
+        with reconfigured(llm, **SETTINGS, kernels="triton"):
+            (builder,) = builders(llm)
+            batch = builder.build(0, common_metadata([1], [100]))
+            layer = SimpleNamespace(
+                layer_name="model.layers.2.self_attn.attn",
+                _k_scale_float=0.5,
+                _v_scale_float=0.25,
+            )
+            query = torch.randn(1, 6, 32)
+            impls(llm)[2].forward(layer, query, query, query, None, batch, query)
+        (more,) = given
+        assert (more["k_scale"], more["v_scale"]) == (0.5, 0.25)
