@@ -41,31 +41,37 @@ def choose_dense_backend(
     interpreted = kernels is not None and kernels.name == "triton"
     if current_platform.device_type == "cpu" and not interpreted:
         return ReferenceBackend
-    capability = capability or current_platform.get_device_capability()
     reasons = {}
-    for name in ("FLASH_ATTN", "TRITON_ATTN"):
+    for name in _candidates():
         try:
             backend = AttentionBackendEnum[name].get_class()
-            given = {"device_capability": capability, **asked._asdict()}
-            reasons[name] = backend.validate_configuration(**given)
-            if name == "FLASH_ATTN" and not _has_flash_attention(asked.head_size):
-                reasons[name] = ["its compiled part is not available here"]
+            found = backend.validate_configuration(
+                device_capability=capability or current_platform.get_device_capability(),
+                **asked._asdict(),
+            )
+            if not found and name == "FLASH_ATTN" and not _has_flash(asked.head_size):
+                found = ["its compiled part does not load here"]
         except (ImportError, OSError) as error:
-            reasons[name] = [f"{type(error).__name__}: {error}"]
-        if not reasons[name]:
+            found = [f"{type(error).__name__}: {error}"]
+        if not found:
             return backend
+        reasons[name] = ", ".join(found)
     raise ValueError(
         "no dense attention backend covers this set-up: "
-        + "; ".join(f"{name}: {', '.join(why)}" for name, why in reasons.items())
+        + "; ".join(f"{name}: {why}" for name, why in reasons.items())
     )
 
 
-def _has_flash_attention(head_size: int) -> bool:
+def _candidates() -> tuple[str, ...]:
+    # On other GPUs vLLM's FLASH_ATTN is somebody else's, and not what it picks.
+    return (*(["FLASH_ATTN"] if current_platform.is_cuda() else []), "TRITON_ATTN")
+
+
+def _has_flash(head_size: int) -> bool:
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
-    return current_platform.is_cuda() and get_flash_attn_version(
-        head_size=head_size, supports_fa4_hd256=True
-    ) in (2, 3, 4)
+    found = get_flash_attn_version(head_size=head_size, supports_fa4_hd256=True)
+    return found is not None
 
 
 def count_decodes(common: CommonAttentionMetadata) -> int:

@@ -4,13 +4,12 @@ Real engines on the CPU; the kernels are the reference ops in a kernel's clothes
 """
 
 import copy
-import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from vllm.config import CUDAGraphMode
-from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionCGSupport
 
 from tidal_vllm import attention, metadata
 from tidal_vllm.dense import ReferenceBackend, count_decodes, rows_from
@@ -20,8 +19,16 @@ from tidal_vllm.metadata import (
     is_captured,
 )
 
-from .harness import counters, generate, reconfigured, runner, serve
+from .harness import counters, generate, reconfigured, runner, scheduler, serve
 from .models import ROLES, random_prompt
+from .replay import (
+    Graph,
+    builders,
+    common_metadata,
+    impls,
+    random_table,
+    run_layers,
+)
 from .written_kernels import written_kernels
 
 BUDGET = 64
@@ -45,27 +52,6 @@ def llm(engine, random_llama):
 def kernels():
     with written_kernels() as made:
         yield made
-
-
-def common_metadata(query_lens, lens, prefilling=None, **fields):
-    """A batch as vLLM describes it; rows without query tokens are padding."""
-    starts = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0).int()
-    seq_lens = torch.tensor(lens, dtype=torch.int32)
-    num_tokens = fields.pop("num_tokens", int(starts[-1]))
-    defaults = {
-        "query_start_loc": starts,
-        "query_start_loc_cpu": starts,
-        "seq_lens": seq_lens,
-        "seq_lens_cpu_upper_bound": seq_lens,
-        "num_reqs": len(lens),
-        "num_actual_tokens": num_tokens,
-        "max_query_len": max(query_lens),
-        "max_seq_len": max(lens),
-        "block_table_tensor": torch.arange(len(lens) * 4).int().view(-1, 4),
-        "slot_mapping": torch.arange(num_tokens),
-        "is_prefilling": torch.tensor(prefilling or [False] * len(lens)),
-    }
-    return CommonAttentionMetadata(**defaults | fields)
 
 
 class TestBatches:
@@ -161,20 +147,6 @@ class TestGraphSupport:
         assert self.support(llm, select_layers=[]) is wanted
 
 
-def builders(llm):
-    return [
-        builder
-        for groups in runner(llm).attn_groups
-        for group in groups
-        for builder in group.metadata_builders
-    ]
-
-
-def impls(llm):
-    layers = runner(llm).vllm_config.compilation_config.static_forward_context
-    return [layer.impl for layer in layers.values()]
-
-
 @pytest.fixture(scope="module", params=["sequence", "kv_head", "query_head"])
 def reference(request, llm):
     """The scope, and the answers of the reference path."""
@@ -240,48 +212,6 @@ class TestWorkspace:
         assert backend is ReferenceBackend
 
 
-class Graph:
-    """What a full CUDA graph does, without one: it runs captured metadata again.
-
-    The model runner's tensors are the same at capture and replay, their contents are
-    not; metadata made at capture refers to the tensors.
-    """
-
-    def __init__(self, llm, num_rows: int) -> None:
-        self.llm, (self.builder,) = llm, builders(llm)
-        self.lens = torch.ones(num_rows, dtype=torch.int32)
-        self.table = torch.zeros(num_rows, 128, dtype=torch.int32)
-        self.captured = self.builder.build_for_cudagraph_capture(
-            self._common([1] * num_rows, [1] * num_rows)
-        )
-
-    def _common(self, query_lens, lens):
-        return common_metadata(
-            query_lens,
-            lens,
-            num_tokens=len(lens),
-            seq_lens=self.lens,
-            block_table_tensor=self.table,
-        )
-
-    def replay(self, lens, table, query):
-        """Outputs of all layers, `[num_layers, num_rows, num_heads, head_size]`."""
-        self.lens.copy_(torch.tensor(lens, dtype=torch.int32))
-        self.table.copy_(table)
-        self.builder.build(0, self._common([int(n > 0) for n in lens], lens))
-        return run_layers(self.llm, self.captured, query)
-
-
-def run_layers(llm, batch, query):
-    layers = runner(llm).vllm_config.compilation_config.static_forward_context
-    outputs = []
-    for layer in layers.values():
-        output = torch.full_like(query, math.nan)
-        layer.impl.forward(layer, query, query, query, layer.kv_cache, batch, output)
-        outputs.append(output)
-    return torch.stack(outputs)
-
-
 @pytest.fixture
 def graphs(llm):
     """The engine as if it had captured decodes of 2 and 4 rows."""
@@ -295,11 +225,6 @@ def graphs(llm):
             layer.kv_cache.normal_(generator=torch.Generator().manual_seed(1))
         yield llm
     llm.reset_prefix_cache()
-
-
-def random_table(num_rows):
-    generator = torch.Generator().manual_seed(2)
-    return torch.randint(1, 60, (num_rows, 128), generator=generator).int()
 
 
 class TestReplay:
@@ -361,6 +286,17 @@ class TestReplay:
         assert builder.build(0, batch).num_prefills == 0
         batch = common_metadata([1, 1, 1], [100, 90, 90], [False, False, True])
         assert builder.build(0, batch).num_prefills == 1
+
+    @pytest.mark.parametrize("tails_decode", [False, True])
+    def test_the_prefix_cache_does_not_get_such_a_token(
+        self, llm, monkeypatch, tails_decode
+    ):
+        found = scheduler(llm)
+        assert not found._tails_decode  # there are no graphs here
+        monkeypatch.setattr(found, "_tails_decode", tails_decode)
+        request = SimpleNamespace(request_id="tail", num_prompt_tokens=257)
+        clean = found._clean_position_after(request, 256, 1)
+        assert clean == (256 if tails_decode else 257)
 
     def test_only_single_tokens_are_captured(self, graphs):
         (builder,) = builders(graphs)
