@@ -46,7 +46,8 @@ def choose_dense_backend(
         try:
             backend = AttentionBackendEnum[name].get_class()
             found = backend.validate_configuration(
-                device_capability=capability or current_platform.get_device_capability(),
+                device_capability=capability
+                or current_platform.get_device_capability(),
                 **asked._asdict(),
             )
             if not found and name == "FLASH_ATTN" and not _has_flash(asked.head_size):
