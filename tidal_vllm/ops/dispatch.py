@@ -19,8 +19,6 @@ from tidal_vllm.ops.workspace import Workspace
 
 FP8_CACHES = ("fp8", "fp8_e4m3")
 _CACHE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-# The largest selection block that the kernels keep in one tile.
-MAX_SELECT_BLOCK_SIZE = 128
 
 
 @dataclass(frozen=True)
