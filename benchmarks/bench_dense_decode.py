@@ -3,12 +3,13 @@ r"""What does it cost to keep the scores, beside dense decoding by others?
     python benchmarks/bench_dense_decode.py --out benchmarks/results/gpu.jsonl
 
 One layer's decode attention over shuffled pages: ours with and without `block_lse`,
-vLLM's FLASH_ATTN and TRITON_ATTN, xformers, FlashInfer (`--flashinfer`). All outputs are
-checked against the fp32 oracle before anything is timed. `share_of_copy`: bytes of K and
-V over the time, against a copy's bandwidth.
+vLLM's FLASH_ATTN and TRITON_ATTN, xformers, FlashInfer (`--flashinfer`). All outputs
+are checked against the fp32 oracle before anything is timed. `share_of_copy`: bytes of
+K and V over the time, against a copy's bandwidth.
 """
 
 import sys
+from functools import partial
 
 import timing
 from baselines import dense_baselines
@@ -38,7 +39,7 @@ def run(bench: timing.Bench, shape: Shape, batch: int, context: int, args) -> No
         decoder.check()
         for keep in (False, True):
             name = f"tidal {kernels.name}" + (" + block_lse" if keep else "")
-            times = bench.time_us(lambda keep=keep: decoder.dense(keep))
+            times = bench.time_us(partial(decoder.dense, keep))
             record = bench.add(about, name, times, case.dense_bytes)
             if keep and "vllm FLASH_ATTN" in best:
                 ratio = record["median_us"] / best["vllm FLASH_ATTN"]

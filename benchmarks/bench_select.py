@@ -2,9 +2,9 @@ r"""How long does choosing take, beside the top-k of others?
 
     python benchmarks/bench_select.py --out benchmarks/results/gpu.jsonl
 
-`select_blocks` from `block_lse` of random attention: pool over heads, force, top-k, sort.
-Rivals get the pooled mass ready-made and only find the top-k: `torch.topk`, and vLLM's
-`top_k_per_row_decode`. The sets are checked against the reference before timing.
+`select_blocks` from `block_lse` of random attention: pool over heads, force, top-k,
+sort. Rivals get the pooled mass ready-made and only find the top-k: `torch.topk`, and
+vLLM's `top_k_per_row_decode`. The sets are checked against the reference before timing.
 """
 
 import sys

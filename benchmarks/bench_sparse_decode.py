@@ -2,9 +2,9 @@ r"""How close is sparse decoding to the memory bound, and to its share of dense?
 
     python benchmarks/bench_sparse_decode.py --out benchmarks/results/gpu.jsonl
 
-One layer's `sparse_decode` over a selection that our ops made from the same queries, per
-budget and scope, checked against the oracle; vLLM's FLASH_ATTN over the whole context
-beside it. `share_of_copy` counts K and V of the kept tokens, once per set.
+One layer's `sparse_decode` over a selection that our ops made from the same queries,
+per budget and scope, checked against the oracle; vLLM's FLASH_ATTN over the whole
+context beside it. `share_of_copy` counts K and V of the kept tokens once per set.
 """
 
 import sys

@@ -2,10 +2,11 @@ r"""All of a model's decode attention in one CUDA graph, dense and by roles.
 
     python benchmarks/bench_stack.py --out benchmarks/results/gpu.jsonl
 
-32 layers of Llama 3.1 8B's shape: 2 DENSE through vLLM's FLASH_ATTN, 2 SELECT, 28 SPARSE,
-against 32 layers of FLASH_ATTN (TRITON_ATTN where that does not load). Layers take turns
-on as many KV caches as fit into memory, so that no layer finds its tokens in the L2 that
-the last one left; how many is in the record. Checked against the oracle before timing.
+32 layers of Llama 3.1 8B's shape: 2 DENSE through vLLM's FLASH_ATTN, 2 SELECT and 28
+SPARSE, against 32 layers of FLASH_ATTN (TRITON_ATTN where that does not load). Layers
+take turns on as many KV caches as fit into memory, so that none finds its tokens in
+the L2 that the last one left; the record says how many. Checked against the oracle
+before timing.
 """
 
 import sys
