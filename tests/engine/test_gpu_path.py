@@ -4,14 +4,19 @@ Real engines on the CPU; the kernels are the reference ops in a kernel's clothes
 """
 
 import copy
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
 from vllm.config import CUDAGraphMode
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.selector import AttentionSelectorConfig
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from tidal_vllm import attention, metadata
+from tidal_vllm import attention, backend, dense, metadata
+from tidal_vllm.backend import TidalBackend
 from tidal_vllm.dense import ReferenceBackend, count_decodes, rows_from
 from tidal_vllm.metadata import (
     TidalMetadataBuilder,
@@ -117,6 +122,121 @@ class TestBatches:
         assert is_captured(compilation, batch)
 
 
+def pretend(monkeypatch, device_type, capability=None, has_flash=True):
+    """Let the package see a GPU where it decides; vLLM's own code still sees a CPU."""
+    platform = SimpleNamespace(
+        device_type=device_type,
+        is_cuda=lambda: device_type == "cuda" and capability is not None,
+        get_device_capability=lambda: capability,
+    )
+    monkeypatch.setattr(dense, "current_platform", platform)
+    monkeypatch.setattr(backend, "current_platform", platform)
+    monkeypatch.setattr(dense, "_has_flash", lambda head_size: has_flash)
+
+
+class TestDenseBackend:
+    ASKED = AttentionSelectorConfig(
+        head_size=128, dtype=torch.bfloat16, kv_cache_dtype="auto", block_size=None
+    )
+    HOPPER = DeviceCapability(9, 0)
+
+    @pytest.mark.parametrize(
+        ("capability", "has_flash", "wanted"),
+        [
+            (HOPPER, True, "FLASH_ATTN"),
+            (DeviceCapability(8, 0), True, "FLASH_ATTN"),
+            (HOPPER, False, "TRITON_ATTN"),
+            (DeviceCapability(7, 5), True, "TRITON_ATTN"),
+            (None, True, "TRITON_ATTN"),  # not NVIDIA's
+        ],
+    )
+    def test_on_a_gpu(self, monkeypatch, capability, has_flash, wanted):
+        pretend(monkeypatch, "cuda", capability, has_flash)
+        assert dense.choose_dense_backend(self.ASKED, None).get_name() == wanted
+
+    def test_on_a_cpu(self, kernels):
+        assert dense.choose_dense_backend(self.ASKED, None) is ReferenceBackend
+        assert dense.choose_dense_backend(self.ASKED, kernels) is ReferenceBackend
+        interpreted = dataclasses.replace(kernels, name="triton")
+        found = dense.choose_dense_backend(self.ASKED, interpreted)
+        assert found.get_name() == "TRITON_ATTN"
+
+    def test_says_why_none_will_do(self, monkeypatch):
+        pretend(monkeypatch, "cuda", self.HOPPER)
+        with pytest.raises(ValueError) as refusal:
+            dense.choose_dense_backend(self.ASKED._replace(head_size=20), None)
+        assert str(refusal.value) == (
+            "no dense attention backend covers this set-up: FLASH_ATTN: head_size not "
+            "supported; TRITON_ATTN: head_size not supported"
+        )
+
+
+class TestSupport:
+    """What a layer may ask for on a GPU; on a CPU: test_vllm_assumptions.py."""
+
+    def reasons(self, **asked):
+        asked = TestDenseBackend.ASKED._replace(**asked)._asdict()
+        return TidalBackend.validate_configuration(
+            device_capability=TestDenseBackend.HOPPER, **asked
+        )
+
+    @pytest.fixture(autouse=True)
+    def on_a_gpu(self, monkeypatch):
+        pretend(monkeypatch, "cuda", TestDenseBackend.HOPPER)
+
+    @pytest.mark.parametrize(
+        "asked",
+        [
+            {},
+            {"dtype": torch.float16},
+            {"block_size": 32},
+            {"head_size": 64},
+            {"kv_cache_dtype": "fp8"},
+            {"kv_cache_dtype": "bfloat16"},
+        ],
+    )
+    def test_accepted(self, asked):
+        assert self.reasons(**asked) == []
+
+    @pytest.mark.parametrize(
+        ("asked", "reason"),
+        [
+            (
+                {"dtype": torch.float32},
+                "dtype = torch.float32: allowed [torch.bfloat16, torch.float16]",
+            ),
+            (
+                {"kv_cache_dtype": "fp8_e5m2"},
+                "kv_cache_dtype = fp8_e5m2: allowed "
+                "['auto', 'float16', 'bfloat16', 'fp8', 'fp8_e4m3']",
+            ),
+            ({"block_size": 8}, "block_size = 8: allowed are multiples of 16"),
+        ],
+        ids=["dtype", "kv_cache_dtype", "block_size"],
+    )
+    def test_refused(self, asked, reason):
+        assert self.reasons(**asked) == [reason]
+
+    def test_layouts_differ_by_device(self, monkeypatch):
+        on_gpu = TidalBackend.supported_kv_cache_layouts()
+        monkeypatch.undo()
+        on_cpu = TidalBackend.supported_kv_cache_layouts()
+        assert (on_gpu[0].name, on_cpu[0].name) == ("LBNHC", "LBHNC")
+        assert {*on_gpu} == {*on_cpu} == {*KVCacheLayout}
+        assert len(on_gpu) == len(on_cpu) == len(KVCacheLayout)
+
+
+def test_microbatches_are_refused(llm):
+    """Their halves would share the selection."""
+    config = SimpleNamespace(parallel_config=SimpleNamespace(use_ubatching=True))
+    startup = metadata.resolve(runner(llm).vllm_config)
+    with pytest.raises(ValueError, match="enable_dbo = True: both halves"):
+        backend._check_microbatches(config, startup)
+    dense_plan = dataclasses.replace(startup.plan, off_reason="none is sparse")
+    off = dataclasses.replace(startup, plan=dense_plan)
+    backend._check_microbatches(config, off)
+
+
 class TestGraphSupport:
     def support(self, llm, **tidal):
         with reconfigured(llm, **SETTINGS | tidal) as changed:
@@ -129,16 +249,16 @@ class TestGraphSupport:
         assert self.support(llm, kernels="reference") is AttentionCGSupport.NEVER
 
     @pytest.mark.parametrize(
-        ("dense", "wanted"),
+        ("of_dense", "wanted"),
         [
             ("ALWAYS", "UNIFORM_SINGLE_TOKEN_DECODE"),
             ("UNIFORM_BATCH", "UNIFORM_SINGLE_TOKEN_DECODE"),
             ("NEVER", "NEVER"),
         ],
     )
-    def test_kernels_can(self, llm, monkeypatch, dense, wanted):
-        builder = ReferenceBackend.get_builder_cls()
-        monkeypatch.setattr(builder, "_cudagraph_support", AttentionCGSupport[dense])
+    def test_kernels_can(self, llm, monkeypatch, of_dense, wanted):
+        builder, support = ReferenceBackend.get_builder_cls(), AttentionCGSupport
+        monkeypatch.setattr(builder, "_cudagraph_support", support[of_dense])
         assert self.support(llm, kernels="triton") is AttentionCGSupport[wanted]
 
     def test_without_sparse_layers_it_is_the_dense_backends(self, llm, monkeypatch):
@@ -205,11 +325,11 @@ class TestWorkspace:
     def test_no_sparse_layer_no_workspace(self, llm):
         with reconfigured(llm, **SETTINGS | {"select_layers": []}):
             assert impls(llm)[0].state is None
-            kernels, backend = choose_implementations(
+            kernels, dense_backend = choose_implementations(
                 builders(llm)[0].vllm_config, 32, "auto"
             )
         assert kernels is None
-        assert backend is ReferenceBackend
+        assert dense_backend is ReferenceBackend
 
 
 @pytest.fixture
@@ -258,9 +378,9 @@ class TestReplay:
         batch = common_metadata([1, 1], lens, block_table_tensor=table)
         compilation = graph.builder.vllm_config.compilation_config
         compilation.cudagraph_mode = CUDAGraphMode.NONE
-        dense = graph.builder.build(0, batch)
-        assert not dense.sparse
-        torch.testing.assert_close(found, run_layers(graphs, dense, query))
+        eager = graph.builder.build(0, batch)
+        assert not eager.sparse
+        torch.testing.assert_close(found, run_layers(graphs, eager, query))
 
     def test_counters_know_the_real_rows(self, graphs):
         graph, table = Graph(graphs, 4), random_table(4)
@@ -325,15 +445,15 @@ class TestComposition:
             )
             query = torch.randn(7, 6, 32)
             layers = runner(llm).vllm_config.compilation_config.static_forward_context
-            dense, select = list(layers.values())[:2]
-            for layer in (dense, select):
+            first, second = list(layers.values())[:2]  # DENSE, SELECT
+            for layer in (first, second):
                 output = torch.zeros_like(query)
                 keys = query[:, :2]
                 layer.impl.forward(
                     *(layer, query, keys, keys, layer.kv_cache, batch, output)
                 )
                 assert (output[2:] == 7).all()
-                assert (output[:2] == 7).all() == (layer is dense)
+                assert (output[:2] == 7).all() == (layer is first)
         whole, rest = calls
         assert [shape[0] for shape in whole[:3]] == [7, 7, 7]
         assert whole[3] is batch.dense
