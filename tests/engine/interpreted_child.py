@@ -23,7 +23,7 @@ SETTINGS = {
 }
 # Chunks of 48 tokens, so that prompts come in parts beside decodes; the last prompt
 # shares two blocks with the first.
-LENGTHS, STEPS, MAX_TOKENS = (60, 9, 36), (0, 1, 2), (9, 8, 5)
+LENGTHS, STEPS, MAX_TOKENS = (62, 9, 36), (0, 1, 2), (9, 8, 5)
 EXACT = {"token_budget": MODEL_LEN, "min_sparse_len": 0}
 
 

@@ -51,34 +51,35 @@ def test_exact_where_all_blocks_are_kept(results):
     found, wanted = results["exact triton"], results["exact reference"]
     assert found["corrections"] >= 1
     assert found["counters"]["sparse_steps"] >= 6
-    for one, other in zip(found["answers"], wanted["answers"], strict=True):
-        assert one["token_ids"] == other["token_ids"]
-        assert one["num_cached_tokens"] == other["num_cached_tokens"]
-        check_logprobs(one, other, len(one["token_ids"]))
+    compared = sum(map(compare, found["answers"], wanted["answers"]))
+    assert compared >= 20
     assert found["answers"][-1]["num_cached_tokens"] == 32
 
 
 def test_sparse_answers_are_those_of_the_reference(results):
-    """Up to rounding, which in fp16 may tip a choice of blocks."""
     found, wanted = results["triton"], results["reference"]
     assert found["counters"] == wanted["counters"]
     assert found["counters"]["sparse_steps"] >= 6
-    same = total = 0
-    for one, other in zip(found["answers"], wanted["answers"], strict=True):
-        pairs = list(zip(one["token_ids"], other["token_ids"], strict=True))
-        agreed = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
-        check_logprobs(one, other, min(agreed, 4))
-        same, total = same + agreed, total + len(pairs)
-    assert same >= 0.75 * total
+    compared = sum(map(compare, found["answers"], wanted["answers"]))
+    assert compared >= 20
 
 
-def check_logprobs(one, other, num_tokens):
+def compare(one, other) -> int:
+    """How many tokens of two answers could be compared: all up to a tie."""
+    assert one["num_cached_tokens"] == other["num_cached_tokens"]
     steps = zip(one["logprobs"], other["logprobs"], strict=True)
-    for step, wanted in list(steps)[:num_tokens]:
+    pairs = zip(one["token_ids"], other["token_ids"], strict=True)
+    for index, ((step, wanted), (token, expected)) in enumerate(
+        zip(steps, pairs, strict=True)
+    ):
         both = step.keys() & wanted.keys()
         assert len(both) >= 2  # the third may tie with the fourth
-        for token in both:
-            assert step[token] == pytest.approx(wanted[token], abs=0.05)
+        for known in both:
+            assert step[known] == pytest.approx(wanted[known], abs=0.05)
+        if token != expected:
+            assert wanted[str(token)] == pytest.approx(max(wanted.values()), abs=0.02)
+            return index + 1
+    return len(one["token_ids"])
 
 
 def test_captured_metadata_replays_bit_by_bit(results):
