@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from tidal_vllm.ops.checks import check_decode, check_sets
+from tidal_vllm.ops.workspace import MAX_SPLITS
 
 INTERPRETED = triton.knobs.runtime.interpret
 LOG2_E = math.log2(math.e)
@@ -176,7 +177,7 @@ def _attend(
     if 2 * width * tile * query.element_size() > MAX_TILE_BYTES // 2:
         stages = 1
     elif topk_blocks is not None and stages > 2:
-        stages += 1  # for the sets
+        stages += 2  # for the sets
     tile_blocks = tile // size_padded
 
     num_splits = partial_lse.shape[2]
@@ -228,7 +229,7 @@ def _attend(
         SIZE_PADDED=size_padded,
         # The interpreter multiplies the bits of a bf16.
         IN_FP32=INTERPRETED,
-        num_warps=4 if rows <= 32 else 8,
+        num_warps=4 if rows <= 32 and query.element_size() == 2 else 8,
         num_stages=stages,
     )
     _merge_splits[(num_heads, num_seqs)](
@@ -242,7 +243,7 @@ def _attend(
         WIDTH=width,
         NUM_HEADS=num_heads,
         HEADS_PER_SET=num_heads // num_sets,
-        MAX_SPLITS=triton.next_power_of_2(partial_lse.shape[2]),
+        MAX_SPLITS=max(MAX_SPLITS, triton.next_power_of_2(partial_lse.shape[2])),
         CHUNK=MERGE_CHUNK,
         num_warps=4,
     )
@@ -297,7 +298,7 @@ def _dot(a, b, IN_FP32):
     return tl.dot(a, b, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["num_splits", "partial_splits"])
 def _attend_split(
     query,
     kv_cache,
@@ -417,7 +418,7 @@ def _attend_split(
     tl.store(out_at, out, mask=q_mask)
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["num_splits", "partial_splits"])
 def _merge_splits(
     partial_out,
     partial_lse,
