@@ -10,6 +10,8 @@ Every answer is checked against what was planted in the prompt.
 One JSON line per case, every trial kept. Times are milliseconds of one decode step
 of one sequence: `step` is the whole engine step (scheduler, model, sampling),
 `attention` the sum over the layers' attention, KV writes excluded.
+
+`--dummy-weights` is for a GPU: see `dummy_engine.py`.
 """
 
 import argparse
@@ -231,7 +233,20 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--model-dir", type=Path, default=Path(".cache/bench-model"))
     parser.add_argument("--out", type=Path, help="append JSON lines here")
+    gpu = parser.add_argument_group("on a GPU, with dummy weights")
+    gpu.add_argument("--dummy-weights", action="store_true")
+    gpu.add_argument("--cases", nargs="+", help="batch x context, such as 16x32768")
+    gpu.add_argument("--rounds", type=int, default=1, help="engines take turns")
+    gpu.add_argument("--baseline", default="FLASH_ATTN", help="the dense backend")
+    gpu.add_argument("--kernels", default="auto")
+    gpu.add_argument("--runner", choices=["v1", "v2"])
+    gpu.add_argument("--eager", action="store_true")
+    gpu.add_argument("--smoke", action="store_true", help="tiny sizes, nothing timed")
     args = parser.parse_args()
+    if args.dummy_weights:
+        import dummy_engine
+
+        return dummy_engine.main(args)
     spec = PlantedSpec(
         num_layers=args.num_layers,
         num_heads=args.num_heads,

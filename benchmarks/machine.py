@@ -3,7 +3,7 @@
 import platform
 import sys
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -19,11 +19,34 @@ def describe_run(*packages: str) -> dict:
         "machine": {
             "cpu": _cpu_name(),
             "threads": torch.get_num_threads(),
+            **_gpu(),
             "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", *packages)},
+            **{name: _version(name) for name in ("torch", *packages)},
         },
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": "python " + " ".join(sys.argv),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # imported from a folder, or not there at all
+        return getattr(sys.modules.get(name), "__version__", None)
+
+
+def _gpu() -> dict:
+    if not torch.cuda.is_available():
+        return {}
+    found = torch.cuda.get_device_properties(0)
+    driver = Path("/proc/driver/nvidia/version")
+    return {
+        "gpu": found.name,
+        "compute_capability": f"{found.major}.{found.minor}",
+        "gpu_gib": round(found.total_memory / 2**30, 1),
+        "driver": driver.read_text().split("  ")[1] if driver.exists() else None,
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
     }
 
 

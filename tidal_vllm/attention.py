@@ -1,11 +1,14 @@
 """One layer of one step, top to bottom: write KV, prefill, decode by role."""
 
 import torch
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
-from tidal_vllm import ops
-from tidal_vllm.metadata import TidalMetadata
+from tidal_vllm.metadata import SparseState, TidalMetadata, choose_implementations
 from tidal_vllm.policy import Role
+from tidal_vllm.startup import resolve
 
 
 class TidalImpl(AttentionImpl[TidalMetadata]):
@@ -41,6 +44,62 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
+        config = get_current_vllm_config()
+        self.kernels, self.dense_backend = choose_implementations(
+            config, head_size, kv_cache_dtype
+        )
+        self.dense = self.dense_backend.get_impl_cls()(
+            num_heads,
+            head_size,
+            scale,
+            self.num_kv_heads,
+            None,
+            None,
+            kv_cache_dtype,
+            None,
+            attn_type,
+            None,
+        )
+        # Ours read 16-bit queries; FlashAttention wants them as the cache is.
+        self.quantizes_query = (
+            self.dense_backend.get_name() == "FLASH_ATTN"
+            and is_quantized_kv_cache(kv_cache_dtype)
+            and self.dense.supports_quant_query_input
+        )
+        self.state = self._find_state(config) or self.make_state(config)
+
+    def _find_state(self, vllm_config: VllmConfig) -> SparseState | None:
+        """That of a layer made before, if it fits this one."""
+        for layer in vllm_config.compilation_config.static_forward_context.values():
+            other = getattr(layer, "impl", None)
+            if isinstance(other, TidalImpl) and other._shape == self._shape:
+                return other.state
+        return None
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        return (self.num_heads, self.num_kv_heads, self.head_size)
+
+    def make_state(self, vllm_config: VllmConfig) -> SparseState | None:
+        """Allocate what SELECT and SPARSE layers share; None where there are none."""
+        if self.kernels is None:
+            return None
+        return SparseState.allocate(
+            resolve(vllm_config),
+            self.kernels,
+            vllm_config,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_size,
+            torch.device(current_platform.device_type),
+        )
+
+    def get_impl_variants(self) -> tuple[AttentionImpl, ...]:
+        """vLLM looks through these for its own implementations."""
+        return (self, self.dense)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        self.dense.process_weights_after_loading(act_dtype)
 
     def do_kv_cache_update(
         self,
@@ -51,7 +110,7 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Write this step's K and V into the slots that the scheduler gave them."""
-        ops.write_kv(key, value, kv_cache, slot_mapping)
+        self.dense.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
 
     def forward(
         self,
@@ -75,60 +134,62 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
             attn_metadata: None in vLLM's profiling run.
             output: `[num_tokens, num_heads, head_size]`, written.
         """
-        if attn_metadata is None:
+        batch = attn_metadata
+        if batch is None:
             return output.zero_()
-        if attn_metadata.num_prefills:
-            self._prefill(query, kv_cache, attn_metadata, output)
-        if attn_metadata.num_decodes:
-            role = attn_metadata.roles[layer.layer_name]
-            self._decode(role, query, kv_cache, attn_metadata, output)
+        tokens = (query, key, value)
+        role = batch.roles[layer.layer_name]
+        if role is Role.DENSE or not batch.sparse:
+            self._dense(layer, tokens, kv_cache, batch.dense, output)
+            return output
+        if batch.num_prefills:
+            first = batch.num_decodes
+            rest = (rows[first:] for rows in tokens)
+            self._dense(layer, rest, kv_cache, batch.prefills, output[first:])
+        for rows in batch.passes:
+            self._decode(layer, role, rows, query[rows], kv_cache, batch, output[rows])
         return output
 
-    def _prefill(self, query, kv_cache, batch: TidalMetadata, output) -> None:
-        first, end = batch.num_decodes, batch.num_actual_tokens
-        output[first:end] = ops.dense_extend(
-            query[first:end],
-            kv_cache,
-            batch.block_table[first:],
-            batch.seq_lens[first:],
-            batch.query_start_loc[first:] - first,
-            scale=self.scale,
+    def _dense(self, layer, tokens, kv_cache, metadata, output) -> None:
+        query, key, value = tokens
+        if self.quantizes_query:
+            query = _to_fp8(query, layer)
+        self.dense.forward(layer, query, key, value, kv_cache, metadata, output)
+
+    def _decode(
+        self, layer, role: Role, rows: slice, query, kv_cache, batch, output
+    ) -> None:
+        state, rule = self.state, batch.rule
+        seq_lens, block_table = batch.seq_lens[rows], batch.block_table[rows]
+        topk_blocks = state.selection.topk_blocks[rows]
+        topk_lens = state.selection.topk_lens[rows]
+        common = {
+            "scale": self.scale,
+            "k_scale": layer._k_scale_float,
+            "v_scale": layer._v_scale_float,
+            "output": output,
+            "workspace": state.workspace,
+            "select_block_size": rule.select_block_size,
+        }
+        if role is Role.SPARSE:
+            chosen = (topk_blocks, topk_lens)
+            self.kernels.sparse_decode(
+                query, kv_cache, block_table, *chosen, seq_lens, **common
+            )
+            return
+        self.kernels.dense_decode(query, kv_cache, block_table, seq_lens, **common)
+        self.kernels.select_blocks(
+            seq_lens,
+            rule=rule,
+            workspace=state.workspace,
+            topk_blocks=topk_blocks,
+            topk_lens=topk_lens,
         )
 
-    def _decode(self, role: Role, query, kv_cache, batch: TidalMetadata, output):
-        rows = slice(batch.num_decodes)
-        sequences = (
-            query[rows],
-            kv_cache,
-            batch.block_table[rows],
-        )
-        seq_lens = batch.seq_lens[rows]
-        rule, chosen = batch.rule, batch.selection
-        if not batch.sparse or role is Role.DENSE:
-            output[rows], _, _ = ops.dense_decode(
-                *sequences, seq_lens, scale=self.scale
-            )
-        elif role is Role.SELECT:
-            output[rows], lse, block_lse = ops.dense_decode(
-                *sequences,
-                seq_lens,
-                scale=self.scale,
-                select_block_size=rule.select_block_size,
-            )
-            ops.select_blocks(
-                block_lse,
-                lse,
-                seq_lens,
-                rule=rule,
-                topk_blocks=chosen.topk_blocks,
-                topk_lens=chosen.topk_lens,
-            )
-        else:
-            output[rows], _ = ops.sparse_decode(
-                *sequences,
-                chosen.topk_blocks[rows],
-                chosen.topk_lens[rows],
-                seq_lens,
-                scale=self.scale,
-                select_block_size=rule.select_block_size,
-            )
+
+def _to_fp8(query: torch.Tensor, layer: AttentionLayer) -> torch.Tensor:
+    """The query as vLLM's own layer would quantise it for FlashAttention."""
+    from vllm import _custom_ops
+
+    flat, _ = _custom_ops.scaled_fp8_quant(query.flatten(1), layer._q_scale)
+    return flat.view(query.shape)

@@ -1,17 +1,20 @@
 """The backend class vLLM selects, and everything that it refuses at start-up."""
 
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import vllm.envs as envs
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from tidal_vllm.attention import TidalImpl
-from tidal_vllm.metadata import TidalMetadataBuilder
+from tidal_vllm.dense import choose_dense_backend
+from tidal_vllm.metadata import TidalMetadataBuilder, choose_implementations
 from tidal_vllm.plugin import NAME
 from tidal_vllm.policy import check_pipeline_stage
 from tidal_vllm.startup import Startup, has_settings, is_selected, resolve
@@ -47,7 +50,8 @@ _EXPLAINED = {
         "use_sparse = True: allowed are models without sparse attention of their own"
     ),
     "per-head quant scales not supported": (
-        "use_per_head_quant_scales = True: allowed are KV caches without scales"
+        "use_per_head_quant_scales = True: allowed are KV caches with one scale for "
+        "all heads, or none"
     ),
     "non-causal attention not supported": (
         "use_non_causal = True: allowed are causal models"
@@ -59,19 +63,47 @@ _EXPLAINED = {
 }
 
 
+@dataclass(frozen=True)
+class Support:
+    """What one kind of device can do.
+
+    On a GPU the dense backend and the kernels have a say too, once the model is known.
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+    kv_cache_dtypes: tuple[str, ...]
+    layout: KVCacheLayout
+    """The preferred one. Any is read right."""
+    block_size: int
+    """Tokens; what a KV block must be a multiple of."""
+    head_sizes: tuple[int, ...] = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+
+
+ON_CPU = Support(
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    kv_cache_dtypes=("auto", "float16", "bfloat16"),
+    # The PyTorch ops read a head's block as one run; heads side by side cost them a
+    # quarter more (benchmarks/bench_reference_ops.py).
+    layout=KVCacheLayout.LBHNC,
+    block_size=1,
+)
+ON_GPU = Support(
+    dtypes=(torch.bfloat16, torch.float16),
+    kv_cache_dtypes=("auto", "float16", "bfloat16", "fp8", "fp8_e4m3"),
+    # All heads of a token side by side: a set that they share is read in long runs.
+    layout=KVCacheLayout.LBNHC,
+    block_size=16,
+)
+
+
+def supported_here() -> Support:
+    return ON_CPU if current_platform.device_type == "cpu" else ON_GPU
+
+
 class TidalBackend(AttentionBackend):
     """Dense, selecting and sparse attention over vLLM's paged KV cache."""
 
     forward_includes_kv_cache_update: bool = False
-    supported_dtypes: ClassVar[list[torch.dtype]] = [
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-    ]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
-    supported_head_sizes: ClassVar[list[int]] = [
-        *(32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-    ]
 
     @staticmethod
     def get_name() -> str:
@@ -85,20 +117,34 @@ class TidalBackend(AttentionBackend):
     def get_builder_cls() -> type[TidalMetadataBuilder]:
         return TidalMetadataBuilder
 
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int | MultipleOf]:
-        return [MultipleOf(1)]
+    @classmethod
+    def get_supported_kernel_block_sizes(
+        cls, kv_cache_spec=None
+    ) -> list[int | MultipleOf]:
+        if current_platform.is_cuda():  # it may be the dense backend
+            from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+            return FlashAttentionBackend.get_supported_kernel_block_sizes(kv_cache_spec)
+        return [MultipleOf(supported_here().block_size)]
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
-        return cls.supported_head_sizes
+        return [*supported_here().head_sizes]
+
+    @classmethod
+    def supports_dtype(cls, dtype: torch.dtype) -> bool:
+        return dtype in supported_here().dtypes
+
+    @classmethod
+    def supports_kv_cache_dtype(cls, kv_cache_dtype: str | None) -> bool:
+        return kv_cache_dtype in (None, *supported_here().kv_cache_dtypes)
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        # The PyTorch ops read a head's block as one run; heads side by side cost
-        # them a quarter more (benchmarks/bench_reference_ops.py). Any is read right.
-        first = (KVCacheLayout.LBHNC, KVCacheLayout.LBNHC)
-        return (*first, *(layout for layout in KVCacheLayout if layout not in first))
+        first = supported_here().layout
+        # Next best are those that keep a layer's blocks together.
+        order = (first, KVCacheLayout.LBHNC, KVCacheLayout.LBNHC, *KVCacheLayout)
+        return tuple(dict.fromkeys(order))
 
     @classmethod
     def validate_configuration(cls, **asked) -> list[str]:
@@ -107,17 +153,21 @@ class TidalBackend(AttentionBackend):
         Takes vLLM's selector fields as keywords. Each reason names the field,
         its value and what is allowed.
         """
-        attn_type = asked["attn_type"]
+        attn_type, here = asked["attn_type"], supported_here()
         explained = _EXPLAINED | {
             "head_size not supported": (
-                f"head_size = {asked['head_size']}: allowed {cls.supported_head_sizes}"
+                f"head_size = {asked['head_size']}: allowed {[*here.head_sizes]}"
             ),
             "dtype not supported": (
-                f"dtype = {asked['dtype']}: allowed {cls.supported_dtypes}"
+                f"dtype = {asked['dtype']}: allowed {[*here.dtypes]}"
             ),
             "kv_cache_dtype not supported": (
                 f"kv_cache_dtype = {asked['kv_cache_dtype']}: "
-                f"allowed {cls.supported_kv_cache_dtypes}"
+                f"allowed {[*here.kv_cache_dtypes]}"
+            ),
+            "block_size not supported": (
+                f"block_size = {asked['block_size']}: allowed are multiples of "
+                f"{here.block_size}"
             ),
             f"attention type {attn_type} not supported": (
                 f"attn_type = {attn_type}: allowed {AttentionType.DECODER.value}"
@@ -126,6 +176,12 @@ class TidalBackend(AttentionBackend):
         reasons = super().validate_configuration(**asked)
         if asked["use_mla"]:  # its head size is that of the latents
             reasons = ["MLA not supported"]
+        if not reasons and here is ON_GPU:
+            try:
+                capability = asked.pop("device_capability")
+                choose_dense_backend(AttentionSelectorConfig(**asked), None, capability)
+            except ValueError as error:
+                reasons = [str(error)]
         return [explained.get(reason, reason) for reason in reasons]
 
     @classmethod
@@ -133,7 +189,10 @@ class TidalBackend(AttentionBackend):
         cls, asked: AttentionSelectorConfig, model: str = "this model"
     ) -> None:
         """Raise a ValueError with every reason why a layer cannot run here."""
-        reasons = cls.validate_configuration(device_capability=None, **asked._asdict())
+        capability = current_platform.get_device_capability()
+        reasons = cls.validate_configuration(
+            device_capability=capability, **asked._asdict()
+        )
         if reasons:
             raise ValueError(
                 f"The {NAME} attention backend cannot run {model}: "
@@ -160,8 +219,12 @@ def check_setup(vllm_config: "VllmConfig") -> None:
     TidalBackend.require_supported(_selector_config(vllm_config), model_config.model)
     startup = resolve(vllm_config)
     cache_config = vllm_config.cache_config
+    choose_implementations(
+        vllm_config, model_config.get_head_size(), cache_config.cache_dtype
+    )
     if cache_config.block_size is not None:
         startup.config.check_kv_block_size(cache_config.block_size)
+    _check_microbatches(vllm_config, startup)
     _check_pipeline_stages(vllm_config, startup.plan)
     _set_scheduler(vllm_config, startup)
     if startup.plan.warning:
@@ -260,6 +323,14 @@ def _check_correction(vllm_config: "VllmConfig", startup: Startup) -> None:
                 f"{key} = 1: a correction computes at least 2 tokens of a sequence "
                 "in one step; allowed >= 2, or tidal.correction_interval = null"
             )
+
+
+def _check_microbatches(vllm_config: "VllmConfig", startup: Startup) -> None:
+    if startup.plan.sparse and vllm_config.parallel_config.use_ubatching:
+        raise ValueError(
+            "enable_dbo = True: both halves of a batch would write the one selection "
+            "that its layers hand on; allowed False, or tidal.select_layers = []"
+        )
 
 
 def _check_pipeline_stages(vllm_config: "VllmConfig", plan) -> None:

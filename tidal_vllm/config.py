@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 SCOPES = ("sequence", "kv_head", "query_head")
+KERNELS = ("auto", "cuda", "triton", "reference")
 MAX_TOKENS = 2**31 - 1  # positions and block indices are int32 on the device
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -108,6 +109,10 @@ class TidalConfig:
             wrote is recomputed densely. Null (default): never.
         publish_polluted: Whether vLLM's prefix cache may hand out KV that sparse
             layers wrote and that was not corrected. Default false.
+        kernels: What runs the decode ops: "cuda" (the extension, where it is built),
+            "triton", "reference" (PyTorch, without CUDA graphs), or "auto" (default):
+            the first of these that covers GPU and model, on a CPU the reference.
+            "triton" on a CPU needs Triton's interpreter (TRITON_INTERPRET=1).
     """
 
     preset: str = "default"
@@ -122,6 +127,7 @@ class TidalConfig:
     min_sparse_len: int | None = None
     correction_interval: int | None = None
     publish_polluted: bool = False
+    kernels: str = "auto"
 
     def __post_init__(self) -> None:
         check_choice("tidal.preset", self.preset, PRESETS)
@@ -129,6 +135,7 @@ class TidalConfig:
             if getattr(self, name) is _FROM_PRESET:
                 self._set(name, value)
         check_choice("tidal.scope", self.scope, SCOPES)
+        check_choice("tidal.kernels", self.kernels, KERNELS)
         self._check_tokens()
         self._check_layers()
         if self.profile is not None and (

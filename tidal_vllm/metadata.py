@@ -3,27 +3,30 @@
 from dataclasses import dataclass
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
+    AttentionBackend,
     AttentionCGSupport,
     AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
-from vllm.v1.attention.backends.utils import (
-    get_num_attention_heads_from_layers,
-    split_decodes_and_prefills,
-)
+from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from tidal_vllm import ops
+from tidal_vllm.dense import choose_dense_backend, count_decodes, rows_from
 from tidal_vllm.metrics import DecodeCounters
 from tidal_vllm.policy import Role, SelectionRule, format_plan, num_sets, runs_sparse
-from tidal_vllm.startup import resolve
+from tidal_vllm.startup import Startup, resolve
 
 logger = init_logger("vllm.tidal.metadata")
+
+# Most bytes that the kernels' workspace may take. Where the longest sequences are many
+# or very long it holds a part of the batch only, and layers go over the batch in parts.
+WORKSPACE_LIMIT = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -53,34 +56,112 @@ class Selection:
         return self.topk_blocks.nbytes + self.topk_lens.nbytes
 
 
+@dataclass(frozen=True)
+class SparseState:
+    """What the SELECT and SPARSE layers of an engine work with, at fixed addresses.
+
+    Allocated with the first attention layer, so that vLLM's memory profiling counts it.
+    """
+
+    kernels: ops.Kernels
+    workspace: ops.Workspace
+    """Scratch of one layer, for `rows_per_pass` sequences at a time."""
+    selection: Selection
+    rows_per_pass: int
+
+    @classmethod
+    def allocate(
+        cls,
+        startup: Startup,
+        kernels: ops.Kernels,
+        vllm_config: VllmConfig,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        device: torch.device,
+    ) -> "SparseState":
+        config, rule = startup.config, startup.rule
+        num_seqs = vllm_config.scheduler_config.max_num_seqs
+        longest = rule.num_blocks(vllm_config.model_config.max_model_len)
+        sets = num_sets(config.scope, num_heads, num_kv_heads)
+        shape = (num_heads, sets, head_size, longest)
+
+        def workspace(rows: int, device: torch.device) -> ops.Workspace:
+            return kernels.allocate_workspace(rows, *shape, device)
+
+        rows, nowhere = num_seqs, torch.device("meta")
+        while rows > 1 and workspace(rows, nowhere).nbytes > WORKSPACE_LIMIT:
+            rows = -(-rows // 2)
+        kept = min(config.max_blocks, longest)
+        selection = Selection.allocate(num_seqs, sets, kept, device)
+        return cls(kernels, workspace(rows, device), selection, rows)
+
+    def __str__(self) -> str:
+        mib = self.workspace.nbytes / 2**20
+        chosen = self.selection.nbytes / 2**20
+        return (
+            f"workspace {mib:.1f} MiB for {self.rows_per_pass} sequences at a time, "
+            f"selection {chosen:.1f} MiB"
+        )
+
+
+def choose_implementations(
+    vllm_config: VllmConfig, head_size: int, kv_cache_dtype: str
+) -> tuple[ops.Kernels | None, type[AttentionBackend]]:
+    """The kernels of SELECT and SPARSE layers, and the backend of everything else.
+
+    Returns:
+        No kernels where no layer is sparse.
+
+    Raises:
+        ValueError: Nothing covers the layer; says why.
+    """
+    from vllm.platforms import current_platform
+
+    startup, dtype = resolve(vllm_config), vllm_config.model_config.dtype
+    kernels = None
+    if startup.plan.sparse:
+        kernels = ops.choose(
+            current_platform.device_type,
+            requested=startup.config.kernels,
+            head_size=head_size,
+            dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
+            select_block_size=startup.config.select_block_size,
+        )
+    asked = AttentionSelectorConfig(head_size, dtype, kv_cache_dtype, block_size=None)
+    return kernels, choose_dense_backend(asked, kernels)
+
+
 @dataclass
 class TidalMetadata(AttentionMetadata):
     """One step's batch, decodes first; one object for all layers of the model."""
 
-    num_actual_tokens: int
     num_decodes: int
-    """Rows of the batch that decode: one query token each, its prompt done."""
+    """Rows of the batch that decode: one query token each, its prompt done. Padded
+    rows of a CUDA graph, whose seq_lens are 0, are among them."""
     num_prefills: int
-    query_start_loc: torch.Tensor
-    """`[num_reqs + 1]` int32 on the CPU."""
     seq_lens: torch.Tensor
     """`[num_reqs]` int32, context and query tokens."""
     block_table: torch.Tensor
     """`[num_reqs, max_blocks_per_seq]` int32."""
+    dense: AttentionMetadata
+    """The dense backend's, of the whole batch."""
+    prefills: AttentionMetadata | None
+    """The dense backend's, of the rows behind the decodes; None unless sparse."""
     sparse: bool
     """Whether SELECT and SPARSE layers act as such in this step. Otherwise every
     layer takes the dense path."""
+    passes: list[slice]
+    """Parts of the decodes that fit into the workspace; none unless sparse."""
     roles: dict[str, Role]
     """Role of each layer by its name."""
     rule: SelectionRule
-    selection: Selection | None
 
 
 class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
-    """Splits each batch into decodes and prefills; owns the selection buffers."""
+    """Splits each batch into decodes and prefills, and decides if it runs sparse."""
 
-    # The PyTorch ops read sequence lengths on the host.
-    _cudagraph_support = AttentionCGSupport.NEVER
     reorder_batch_threshold: int = 1
 
     def __init__(
@@ -99,17 +180,40 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         }
         self._require_one_group(layer_names)
         self.counters = DecodeCounters()
-        self.selection: Selection | None = None
-        if self.plan.sparse:
-            longest = vllm_config.model_config.max_model_len
-            num_heads = get_num_attention_heads_from_layers(vllm_config, layer_names)
-            self.selection = Selection.allocate(
-                vllm_config.scheduler_config.max_num_seqs,
-                num_sets(startup.config.scope, num_heads, kv_cache_spec.num_kv_heads),
-                min(startup.config.max_blocks, self.rule.num_blocks(longest)),
-                device,
-            )
-        self._print_plan(startup.config)
+        layers = vllm_config.compilation_config.static_forward_context
+        impl = layers[layer_names[0]].impl
+        self.state: SparseState | None = impl.state
+        # Two, for a builder keeps what its last metadata points to.
+        made = (kv_cache_spec, layer_names, vllm_config, device)
+        builder_cls = impl.dense_backend.get_builder_cls()
+        self.dense_builder, self.prefill_builder = (
+            builder_cls(*made),
+            builder_cls(*made),
+        )
+        self._print_plan(startup.config, impl.dense_backend)
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec
+    ) -> AttentionCGSupport:
+        """Full graphs of decodes, if the kernels can be captured.
+
+        Where no layer is sparse, whatever the dense backend supports.
+        """
+        kernels, backend = choose_implementations(
+            vllm_config,
+            vllm_config.model_config.get_head_size(),
+            vllm_config.cache_config.cache_dtype,
+        )
+        support = backend.get_builder_cls().get_cudagraph_support(
+            vllm_config, kv_cache_spec
+        )
+        if kernels is None:
+            return support
+        if not kernels.capturable:
+            return AttentionCGSupport.NEVER
+        ours = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return min(support, ours, key=lambda kind: kind.value)
 
     def build(
         self,
@@ -117,26 +221,58 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> TidalMetadata:
-        common = common_attn_metadata
-        # A prompt's last token may come as a chunk of its own. It is prefill
-        # all the same: dense, so that its KV is what a dense model writes.
-        num_decodes, num_prefills, _, _ = split_decodes_and_prefills(
-            common, decode_threshold=1, treat_short_extends_as_decodes=False
-        )
+        common, args = common_attn_metadata, (common_prefix_len, fast_build)
+        # What a captured graph does is fixed: every row decodes, and runs sparse.
+        captured = is_captured(self.vllm_config.compilation_config, common)
+        num_decodes = common.num_reqs if captured else count_decodes(common)
         decode_lens = common.seq_lens_cpu_upper_bound[:num_decodes].tolist()
-        sparse = runs_sparse(self.plan, self.rule, max(decode_lens, default=0))
+        # A decode has its prompt behind it: 0 is padding, 1 a row of a warm-up.
+        decode_lens = [length for length in decode_lens if length > 1]
+        longest = max(decode_lens, default=0)
+        sparse = self.plan.sparse and (
+            captured or runs_sparse(self.plan, self.rule, longest)
+        )
         self.counters.count_step(self.rule, decode_lens, sparse)
+        dense = self.dense_builder.build(args[0], common, args[1])
+        prefills = None
+        if sparse and num_decodes < common.num_reqs:
+            rest = rows_from(common, num_decodes)
+            prefills = self.prefill_builder.build(args[0], rest, args[1])
+        return self._metadata(common, num_decodes, sparse, dense, prefills)
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> TidalMetadata:
+        """The batch of a full graph: decodes only, through the sparse path."""
+        common = common_attn_metadata
+        if self.plan.sparse and common.max_query_len != 1:
+            raise ValueError(
+                f"max_query_len = {common.max_query_len} in a full CUDA graph: only "
+                "decodes of one token can be captured; allowed cudagraph_mode "
+                "FULL_DECODE_ONLY, FULL_AND_PIECEWISE, PIECEWISE or NONE"
+            )
+        dense = self.dense_builder.build_for_cudagraph_capture(common)
+        return self._metadata(common, common.num_reqs, self.plan.sparse, dense, None)
+
+    def _metadata(
+        self, common: CommonAttentionMetadata, num_decodes: int, sparse, dense, prefills
+    ) -> TidalMetadata:
+        passes = []
+        if sparse:
+            step = self.state.rows_per_pass
+            starts = range(0, num_decodes, step)
+            passes = [slice(first, min(first + step, num_decodes)) for first in starts]
         return TidalMetadata(
-            num_actual_tokens=common.num_actual_tokens,
             num_decodes=num_decodes,
-            num_prefills=num_prefills,
-            query_start_loc=common.query_start_loc_cpu,
+            num_prefills=common.num_reqs - num_decodes,
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
+            dense=dense,
+            prefills=prefills,
             sparse=sparse,
+            passes=passes,
             roles=self.roles,
             rule=self.rule,
-            selection=self.selection,
         )
 
     def _require_one_group(self, layer_names: list[str]) -> None:
@@ -149,10 +285,30 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
                 "models whose layers all attend to the whole sequence"
             )
 
-    def _print_plan(self, config) -> None:
+    def _print_plan(self, config, dense_backend: type[AttentionBackend]) -> None:
         from vllm.distributed.parallel_state import is_global_first_rank
 
         if is_global_first_rank():
             model = self.vllm_config.model_config.model
-            table = format_plan(self.plan, config, model_name=model)
-            logger.info("%s\nkernels: %s", table, ops.describe(self.device))
+            lines = [format_plan(self.plan, config, model_name=model)]
+            if self.state is not None:
+                lines += [f"kernels: {self.state.kernels.why}", str(self.state)]
+            lines.append(f"dense attention: {dense_backend.get_name()}")
+            logger.info("%s", "\n".join(lines))
+
+
+def is_captured(
+    compilation: CompilationConfig, common: CommonAttentionMetadata
+) -> bool:
+    """Whether vLLM replays a full CUDA graph of decodes for this batch.
+
+    Both model runners pad such a batch, and no other, to a size that was captured, and
+    take one-token chunks of prompts for decodes.
+    """
+    return (
+        common.max_query_len == 1
+        and common.num_reqs == common.num_actual_tokens
+        and compilation.cudagraph_mode is not None
+        and compilation.cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+        and common.num_reqs in (compilation.cudagraph_capture_sizes or ())
+    )

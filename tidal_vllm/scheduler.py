@@ -49,6 +49,10 @@ class CorrectionMixin:
             startup.config.correction_interval if sparse else None
         )
         self.correction_counters = CorrectionCounters()
+        # NOTE: a full CUDA graph runs a prompt's last token, where it comes as a chunk
+        # of its own, as a decode.
+        graphs = self.vllm_config.compilation_config.cudagraph_mode
+        self._tails_decode = graphs is not None and graphs.has_full_cudagraphs()
         self._clean_positions: dict[str, int] = {}
         # For the V2 runner, which keeps its own count of computed tokens and
         # ignores a lowered one, except in a request that is announced as new.
@@ -169,7 +173,7 @@ class CorrectionMixin:
             self.selection_rule,
             query_len,
             start,
-            request.num_prompt_tokens,
+            0 if self._tails_decode else request.num_prompt_tokens,
         )
         clean = self._clean_positions.get(request.request_id, start)
         return clean_position_after(clean, start, query_len, polluted)

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from vllm import LLM, SamplingParams, envs
 
+from tidal_vllm.metadata import choose_implementations
+
 MiB = 1 << 20
 
 _broken: set[LLM] = set()
@@ -102,7 +104,7 @@ def runner(llm: LLM) -> Any:
 
 @contextmanager
 def reconfigured(llm: LLM, **tidal: Any) -> Iterator[LLM]:
-    """The engine under other settings: its real metadata builders are made anew.
+    """The engine under other settings: its real builders and state are made anew.
 
     Prompts stay in the prefix cache, for their KV is dense under all settings.
     """
@@ -110,7 +112,14 @@ def reconfigured(llm: LLM, **tidal: Any) -> Iterator[LLM]:
     config = copy.copy(runner(llm).vllm_config)
     config.additional_config = {"tidal": tidal}
     kept = [group.metadata_builders for group in groups]
+    layers = config.compilation_config.static_forward_context.values()
+    states = {layer.impl: (layer.impl.kernels, layer.impl.state) for layer in layers}
     try:
+        first = next(iter(states))
+        first.kernels, _ = choose_implementations(config, first.head_size, "auto")
+        state = first.make_state(config)
+        for impl in states:
+            impl.kernels, impl.state = first.kernels, state
         for group in groups:
             group.metadata_builders = [
                 type(old)(old.kv_cache_spec, old.layer_names, config, old.device)
@@ -120,6 +129,8 @@ def reconfigured(llm: LLM, **tidal: Any) -> Iterator[LLM]:
     finally:
         for group, builders in zip(groups, kept, strict=True):
             group.metadata_builders = builders
+        for impl, (kernels, state) in states.items():
+            impl.kernels, impl.state = kernels, state
 
 
 def counters(llm: LLM) -> Counter:

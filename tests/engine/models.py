@@ -26,12 +26,13 @@ _SHAPE = {
 }
 
 
-def build_random_model(folder: Path, family: str) -> Path:
+def build_random_model(folder: Path, family: str, **fields) -> Path:
     """A random Llama, or Qwen3 (norms on queries and keys), with 3 heads per KV head.
 
     Args:
         folder: Made; the checkpoint is written there, without a tokenizer.
         family: "llama" or "qwen3".
+        fields: Of the configuration, other than usual.
     """
     from transformers import (
         LlamaConfig,
@@ -46,7 +47,7 @@ def build_random_model(folder: Path, family: str) -> Path:
     }[family]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model_class(config_class(**_SHAPE)).save_pretrained(folder)
+        model_class(config_class(**_SHAPE | fields)).save_pretrained(folder)
     return folder
 
 

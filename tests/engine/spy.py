@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tidal_vllm import attention, ops
+from tidal_vllm import dense, ops
 from tidal_vllm.attention import TidalImpl
 from tidal_vllm.metadata import TidalMetadata, TidalMetadataBuilder
 
@@ -68,20 +68,22 @@ def spying() -> Iterator[list[Step]]:
     def record(op, tokens, selects=False):
         steps[-1].calls.append(Call(op, layer.index, tokens, selects))
 
-    def dense(op):
-        def spied(query, kv_cache, block_table, seq_lens, *args, **kwargs):
+    def everything(op, run, of_kernels=False):
+        def spied(*args, **kwargs):
+            owner = args[:of_kernels]
+            query, kv_cache, block_table, seq_lens, *rest = args[of_kernels:]
             positions = [[torch.arange(n)] for n in seq_lens.tolist()]
             kv_cache = _only(kv_cache, block_table, positions)
-            selects = kwargs.get("select_block_size") is not None
-            record(op, _counts(positions), selects)
-            return getattr(ops, op)(
-                query, kv_cache, block_table, seq_lens, *args, **kwargs
-            )
+            record(op, _counts(positions), selects=of_kernels)
+            args = (*owner, query, kv_cache, block_table, seq_lens, *rest)
+            return run(*args, **kwargs)
 
         return spied
 
+    follow = ops.Kernels.sparse_decode
+
     def sparse_decode(
-        query, kv_cache, block_table, topk_blocks, topk_lens, seq_lens, **kwargs
+        self, query, kv_cache, block_table, topk_blocks, topk_lens, seq_lens, **kwargs
     ):
         size = kwargs["select_block_size"]
         positions = [
@@ -95,19 +97,19 @@ def spying() -> Iterator[list[Step]]:
         ]
         kv_cache = _only(kv_cache, block_table, positions)
         record("sparse_decode", _counts(positions))
-        return ops.sparse_decode(
-            query, kv_cache, block_table, topk_blocks, topk_lens, seq_lens, **kwargs
-        )
+        chosen = (topk_blocks, topk_lens)
+        follow(self, query, kv_cache, block_table, *chosen, seq_lens, **kwargs)
 
     spies = SimpleNamespace(
         write_kv=ops.write_kv,
-        select_blocks=ops.select_blocks,
-        dense_decode=dense("dense_decode"),
-        dense_extend=dense("dense_extend"),
-        sparse_decode=sparse_decode,
+        dense_decode=everything("dense_decode", ops.dense_decode),
+        dense_extend=everything("dense_extend", ops.dense_extend),
     )
+    selecting = everything("dense_decode", ops.Kernels.dense_decode, of_kernels=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "ops", spies)
+        patch.setattr(dense, "ops", spies)
+        patch.setattr(ops.Kernels, "dense_decode", selecting)
+        patch.setattr(ops.Kernels, "sparse_decode", sparse_decode)
         patch.setattr(TidalMetadataBuilder, "build", spied_build)
         patch.setattr(TidalImpl, "forward", spied_forward)
         yield steps

@@ -130,7 +130,7 @@ def test_the_recomputed_last_token_of_a_cached_prompt_is_prefill(llm):
             (answer,) = generate(llm, [prompt], max_tokens=1)
     assert answer.num_cached_tokens == 256
     (step,) = steps
-    assert step.metadata.num_actual_tokens == 1
+    assert step.metadata.dense.num_actual_tokens == 1
     assert step.metadata.num_decodes == 0
     assert layers(step.of("dense_extend")) == ALL_LAYERS
     assert layers(step.calls) == ALL_LAYERS
@@ -157,8 +157,8 @@ def test_a_selection_is_made_anew_in_every_step(llm, monkeypatch):
     build, cleaned = TidalMetadataBuilder.build, []
 
     def spied(self, *args, **kwargs):
-        self.selection.topk_blocks.fill_(-(2**30))
-        self.selection.topk_lens.fill_(2**30)
+        self.state.selection.topk_blocks.fill_(-(2**30))
+        self.state.selection.topk_lens.fill_(2**30)
         metadata = build(self, *args, **kwargs)
         cleaned.append(metadata.sparse)
         return metadata

@@ -12,7 +12,15 @@ from importlib.metadata import version
 import pytest
 import torch
 import vllm.v1.worker.cpu_worker as stock_cpu_worker
-from vllm.config import AttentionConfig, CacheConfig, ParallelConfig
+from vllm import _custom_ops
+from vllm.config import (
+    AttentionConfig,
+    CacheConfig,
+    CompilationConfig,
+    CUDAGraphMode,
+    ParallelConfig,
+)
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import builtin_platform_plugins, current_platform
 from vllm.platforms.cpu import CpuPlatform
@@ -24,10 +32,11 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.block_table import ComputeSlotMappingKernel
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2ModelRunner
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -184,27 +193,23 @@ class TestMetadata:
             "is_prefilling",
         }
 
-    @pytest.mark.parametrize("is_prefilling", [False, True])
-    def test_a_one_token_chunk_can_be_told_from_a_decode(self, is_prefilling):
-        starts = torch.tensor([0, 1, 2], dtype=torch.int32)
-        lens = torch.tensor([10, 20], dtype=torch.int32)
-        common = CommonAttentionMetadata(
-            query_start_loc=starts,
-            query_start_loc_cpu=starts,
-            seq_lens=lens,
-            seq_lens_cpu_upper_bound=lens,
-            num_reqs=2,
-            num_actual_tokens=2,
-            max_query_len=1,
-            max_seq_len=20,
-            block_table_tensor=torch.zeros(2, 2, dtype=torch.int32),
-            slot_mapping=torch.zeros(2, dtype=torch.int64),
-            is_prefilling=torch.tensor([False, is_prefilling]),
-        )
-        split = split_decodes_and_prefills(
-            common, decode_threshold=1, treat_short_extends_as_decodes=False
-        )
-        assert split == ((1, 1, 1, 1) if is_prefilling else (2, 0, 2, 0))
+    def test_rows_can_be_split_off(self):
+        """Fields that `dense.rows_from` does not know would keep the whole batch's."""
+        split = {
+            *("query_start_loc", "query_start_loc_cpu", "seq_lens", "num_reqs"),
+            *("num_actual_tokens", "block_table_tensor", "slot_mapping", "positions"),
+            *("is_prefilling", "seq_lens_cpu_upper_bound", "req_idx"),
+            *("_num_computed_tokens_cache", "_token_to_req_indices_cache"),
+        }
+        valid_for_part = {"max_query_len", "max_seq_len", "causal"}
+        refused = {
+            *("logits_indices_padded", "num_logits_indices", "max_logits_per_req"),
+            *("encoder_seq_lens", "encoder_seq_lens_cpu", "mm_req_doc_ranges"),
+            *("dcp_local_seq_lens", "dcp_local_seq_lens_cpu_upper_bound"),
+            *("rswa_prefix_lens", "replayssm_decode_base_cpu"),
+        }
+        fields = {field.name for field in dataclasses.fields(CommonAttentionMetadata)}
+        assert fields == split | valid_for_part | refused
 
     def test_the_builder_is_made_as_vllm_makes_it(self):
         made = parameters(AttentionMetadataBuilder.__init__)[1:]
@@ -225,6 +230,93 @@ class TestMetadata:
     def test_the_cache_holds_k_and_v_side_by_side(self, llm):
         for cache in runner(llm).kv_caches:
             assert cache.shape[1:] == (2, 16, 2 * 32)
+
+
+class TestDenseBackends:
+    """dense.py: what is composed with."""
+
+    @pytest.fixture(params=["FLASH_ATTN", "TRITON_ATTN"])
+    def dense(self, request):
+        return AttentionBackendEnum[request.param].get_class()
+
+    def test_roles(self, dense):
+        assert dense.forward_includes_kv_cache_update is False
+        assert dense.supported_kv_cache_layouts() is None  # any
+        impl, builder = dense.get_impl_cls(), dense.get_builder_cls()
+        made = parameters(AttentionImpl.__init__)
+        assert parameters(impl.__init__)[: len(made)] == made
+        assert parameters(impl.forward) == parameters(AttentionImpl.forward)
+        written = parameters(TidalImpl.do_kv_cache_update)
+        assert parameters(impl.do_kv_cache_update) == written
+        made = ["kv_cache_spec", "layer_names", "vllm_config", "device"]
+        assert parameters(builder.__init__)[1:] == made
+        assert builder.requires_block_table_width is False
+        assert parameters(builder.build) == parameters(AttentionMetadataBuilder.build)
+
+    def test_they_leave_padding_alone_and_take_any_strides(self, dense):
+        source = inspect.getsource(dense.get_impl_cls().forward)
+        assert "query[:num_actual_tokens]" in source
+        assert "output[:num_actual_tokens]" in source
+        assert "kv_cache.transpose(1, 2)" in source
+
+    def test_a_builder_keeps_what_its_metadata_points_to(self):
+        """Hence one for the whole batch and one for the prefills in it."""
+        builder = AttentionBackendEnum["FLASH_ATTN"].get_class().get_builder_cls()
+        kept = inspect.getsource(builder._store_scheduler_metadata)
+        assert "return self.scheduler_metadata[:n]" in kept
+
+    def test_it_looks_for_its_implementation_through_ours(self):
+        from vllm.v1.attention.backends import flash_attn
+
+        source = inspect.getsource(flash_attn._get_sliding_window_configs)
+        assert "layer.impl.get_impl_variants()" in source
+
+    def test_vllm_quantises_queries_only_for_who_wants_it(self):
+        assert AttentionImpl.supports_quant_query_input is False
+        source = inspect.getsource(Attention.__init__)
+        assert "self.impl.supports_quant_query_input" in source
+        assert "_q_scale" in inspect.getsource(Attention.forward)
+        quantise = parameters(_custom_ops.scaled_fp8_quant)
+        assert quantise[:2] == ["input", "scale"]
+
+
+class TestGraphs:
+    """metadata.py: which batches a full CUDA graph is replayed for."""
+
+    def test_modes(self):
+        full = {
+            mode.name for mode in CUDAGraphMode if mode.decode_mode().name == "FULL"
+        }
+        assert full == {"FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"}
+        assert all(CUDAGraphMode[name].has_full_cudagraphs() for name in full)
+        assert {"cudagraph_mode", "cudagraph_capture_sizes"} <= {
+            field.name for field in dataclasses.fields(CompilationConfig)
+        }
+
+    def test_v1_pads_for_a_full_graph_only(self):
+        """And takes any batch of single tokens for decodes."""
+        source = inspect.getsource(GPUModelRunner.execute_model)
+        assert "pad_attn = cudagraph_mode == CUDAGraphMode.FULL" in source
+        uniform = GPUModelRunner._is_uniform_decode
+        assert uniform(1, 1, num_tokens=3, num_reqs=3)
+        assert not uniform(2, 1, num_tokens=4, num_reqs=3)
+
+    def test_v2_pads_for_a_full_graph_only(self):
+        source = inspect.getsource(DefaultModelState.prepare_attn)
+        padded = source.index("num_reqs = input_batch.num_reqs_after_padding")
+        plain = source.index("num_reqs = input_batch.num_reqs\n")
+        assert source.index("cudagraph_mode == CUDAGraphMode.FULL") < padded < plain
+        # NOTE: of the real rows only.
+        assert "is_prefilling=torch.from_numpy(input_batch.is_prefilling_np)" in source
+
+    def test_v2_takes_a_prompts_last_token_for_a_decode(self):
+        source = inspect.getsource(V2ModelRunner.gather_batch_req_state)
+        assert "(prefill_runs_as_decode_np | ~is_prefilling_np).all()" in source
+
+    def test_state_is_found_where_layers_register(self):
+        source = inspect.getsource(Attention.__init__)
+        made = source.index("self.impl = impl_cls(")
+        assert made < source.index("static_forward_context[prefix] = self")
 
 
 class TestPlatform:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidal_vllm.config import (
+    KERNELS,
     KEYS,
     MAX_TOKENS,
     PRESETS,
@@ -65,6 +66,10 @@ BAD_SETTINGS = [
     bad("preset-unknown", "preset", "tidal", "one of", "mean 'tidaldecode'"),
     bad("preset-wrong-type", "preset", None, "one of", *PRESETS),
     bad("preset-unhashable", "preset", {}, "one of", *PRESETS),
+    bad("kernels-unknown", "kernels", "cud", "one of", *KERNELS, "mean 'cuda'"),
+    bad("kernels-upper-case", "kernels", "CUDA", "one of", "mean 'cuda'"),
+    bad("kernels-null", "kernels", None, "one of", *KERNELS),
+    bad("kernels-bool", "kernels", True, "one of", *KERNELS),
     bad("sinks-negative", "sink_tokens", -4, SINK),
     bad("sinks-float", "sink_tokens", 4.0, SINK, "not a float"),
     bad("sinks-bool", "sink_tokens", False, SINK, "not a bool"),
@@ -174,6 +179,7 @@ def test_defaults(additional_config):
         "min_sparse_len": None,
         "correction_interval": None,
         "publish_polluted": False,
+        "kernels": "auto",
     }
     assert config == TidalConfig()
     hash(config)
@@ -208,6 +214,11 @@ def test_explicit_keys_win_over_the_preset(preset):
 
 def test_a_preset_also_fills_a_config_built_directly():
     assert TidalConfig(preset="tidaldecode") == read({"preset": "tidaldecode"})
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_kernels_can_be_named(kernels):
+    assert read({"kernels": kernels}).kernels == kernels
 
 
 def test_layers_are_sorted_and_may_be_empty():

@@ -1,11 +1,10 @@
 """The operations on the paged KV cache, dispatched to what can run them.
 
-Each op means what `reference` says. Today the reference is also the only
-implementation: PyTorch, on whatever device the tensors are.
+Each op means what `reference` says. The decode ops run through `Kernels`, chosen once
+per engine by `choose`; writing KV and extending run on PyTorch, here for the CPU.
 """
 
-import torch
-
+from tidal_vllm.ops.dispatch import Kernels, choose, describe
 from tidal_vllm.ops.reference import (
     dense_decode,
     dense_extend,
@@ -14,8 +13,12 @@ from tidal_vllm.ops.reference import (
     sparse_decode,
     write_kv,
 )
+from tidal_vllm.ops.workspace import Workspace
 
 __all__ = [
+    "Kernels",
+    "Workspace",
+    "choose",
     "dense_decode",
     "dense_extend",
     "describe",
@@ -24,13 +27,3 @@ __all__ = [
     "sparse_decode",
     "write_kv",
 ]
-
-
-def describe(device: torch.device) -> str:
-    """One line on which implementation runs on a device."""
-    if device.type == "cpu":
-        return "PyTorch reference ops (CPU)"
-    return (
-        f"PyTorch reference ops on {device.type}: correct, not fast, "
-        "and not yet run on a GPU"
-    )

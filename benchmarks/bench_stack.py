@@ -1,0 +1,139 @@
+r"""All of a model's decode attention in one CUDA graph, dense and by roles.
+
+    python benchmarks/bench_stack.py --out benchmarks/results/gpu.jsonl
+
+32 layers of Llama 3.1 8B's shape: 2 DENSE through vLLM's FLASH_ATTN, 2 SELECT and 28
+SPARSE, against 32 layers of FLASH_ATTN (TRITON_ATTN where that does not load). Layers
+take turns on as many KV caches as fit into memory, so that none finds its tokens in
+the L2 that the last one left; the record says how many. Checked against the oracle
+before timing.
+"""
+
+import sys
+
+import timing
+import torch
+from baselines import flash_attn, triton_attn
+from paged_case import Case, Decoder, Shape, kernels_here, rule_of
+
+from tidal_vllm.policy import Role
+
+TARGET = 4.5
+NUM_LAYERS = 32
+SMOKE = [(2, 96, 32)]
+# Batch, context, budget: 10 % of the context, then the default.
+SIZES = [
+    *((64, 32768, 3264), (64, 65536, 6544), (64, 131072, 13104)),
+    *((16, 131072, 13104), (64, 32768, 4096), (64, 131072, 4096)),
+    *((16, 8192, 4096), (1, 131072, 4096)),
+]
+
+
+def roles(num_layers: int) -> list[Role]:
+    """As in the packaged profile of Llama 3.1 8B: 0 and 1, then 2 and 13."""
+    selecting = {2, 13}
+    return [
+        Role.DENSE if i < 2 else Role.SELECT if i in selecting else Role.SPARSE
+        for i in range(num_layers)
+    ]
+
+
+def make_cases(shape: Shape, batch: int, context: int, bench, most: int) -> list[Case]:
+    """Cases of the same queries and block tables, each with a KV cache of its own."""
+    first = Case.make(shape, batch, context, bench.device)
+    cases, needed = [first], first.kv_cache.nbytes
+    for _ in range(1, min(most, NUM_LAYERS)):
+        if bench.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info()
+            if free < needed + (8 << 30):
+                break
+        cache = torch.empty_like(first.kv_cache)
+        for part in cache.split(4096):
+            part.normal_()
+        fields = {**vars(first), "kv_cache": cache}
+        cases.append(Case(**fields))
+    return cases
+
+
+def run(bench, shape, batch: int, context: int, budget: int, args) -> None:
+    print(f"batch {batch}, context {context}, budget {budget}", flush=True)
+    cases = make_cases(shape, batch, context, bench, args.caches)
+    about = cases[0].describe() | {
+        "token_budget": budget,
+        "num_layers": args.layers,
+        "kv_caches": len(cases),
+    }
+    dense_of, dense_name = None, ""
+    for name, make in (("FLASH_ATTN", flash_attn), ("TRITON_ATTN", triton_attn)):
+        try:
+            calls = [make(case) for case in cases]
+            cases[0].check_dense(calls[0]())
+        except Exception as error:  # not on this machine
+            bench.skip(about, f"vllm {name}", error)
+            continue
+        dense_of, dense_name = calls, name
+        break
+    if dense_of is None:
+        raise SystemExit("no dense baseline runs here: nothing to compare with")
+
+    def dense() -> None:
+        for layer in range(args.layers):
+            dense_of[layer % len(cases)]()
+
+    times = bench.time_us(dense)
+    num_bytes = args.layers * cases[0].dense_bytes
+    base = bench.add(about, f"vllm {dense_name}, all dense", times, num_bytes)
+    for kernels in kernels_here(bench, shape, args.kernels):
+        rule = rule_of(budget)
+        first = Decoder(cases[0], rule, kernels)
+        first.check()
+        decoders = [first.over(case) for case in cases]
+
+        def by_role(decoders=decoders) -> None:
+            for layer, role in enumerate(roles(args.layers)):
+                decoder = decoders[layer % len(cases)]
+                if role is Role.DENSE:
+                    dense_of[layer % len(cases)]()
+                elif role is Role.SELECT:
+                    decoder.dense(keep=True)
+                    decoder.select()
+                else:
+                    decoder.sparse()
+
+        by_role()
+        last = decoders[(args.layers - 1) % len(cases)]
+        last.case.check_sparse(
+            *(last.output, last.topk_blocks, last.topk_lens, rule.select_block_size)
+        )
+        full = sum(role is not Role.SPARSE for role in roles(args.layers))
+        num_bytes = full * cases[0].dense_bytes
+        num_bytes += (args.layers - full) * cases[0].sparse_bytes(rule)
+        name = f"tidal {kernels.name}"
+        ours = bench.add(about, name, bench.time_us(by_role), num_bytes)
+        speedup = base["median_us"] / ours["median_us"]
+        bound = args.layers * cases[0].dense_bytes / num_bytes
+        bench.note(
+            about,
+            implementation=name,
+            speedup=round(speedup, 3),
+            speedup_by_bytes=round(bound, 3),
+            target=TARGET,
+        )
+
+
+def main() -> int:
+    parser = timing.parser(__doc__)
+    parser.add_argument("--layers", type=int, default=NUM_LAYERS)
+    parser.add_argument("--caches", type=int, default=NUM_LAYERS, help="at most")
+    args = parser.parse_args()
+    bench = timing.start("stack", args)
+    shape = Shape(dtype=args.dtype)
+    if args.smoke:
+        shape, args.layers, args.caches = Shape(4, 2, 32, dtype=args.dtype), 5, 2
+    for size in SMOKE if args.smoke else SIZES:
+        run(bench, shape, *size, args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

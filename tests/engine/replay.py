@@ -1,0 +1,95 @@
+"""Batches as vLLM describes them, and CUDA graphs played without one."""
+
+import math
+
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from .harness import runner
+
+
+def common_metadata(query_lens, lens, prefilling=None, **fields):
+    """A batch as vLLM describes it; rows without query tokens are padding."""
+    starts = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0).int()
+    seq_lens = torch.tensor(lens, dtype=torch.int32)
+    num_tokens = fields.pop("num_tokens", int(starts[-1]))
+    defaults = {
+        "query_start_loc": starts,
+        "query_start_loc_cpu": starts,
+        "seq_lens": seq_lens,
+        "seq_lens_cpu_upper_bound": seq_lens,
+        "num_reqs": len(lens),
+        "num_actual_tokens": num_tokens,
+        "max_query_len": max(query_lens),
+        "max_seq_len": max(lens),
+        "block_table_tensor": torch.arange(len(lens) * 4).int().view(-1, 4),
+        "slot_mapping": torch.arange(num_tokens),
+        "is_prefilling": torch.tensor(prefilling or [False] * len(lens)),
+    }
+    return CommonAttentionMetadata(**defaults | fields)
+
+
+def builders(llm):
+    return [
+        builder
+        for groups in runner(llm).attn_groups
+        for group in groups
+        for builder in group.metadata_builders
+    ]
+
+
+def impls(llm):
+    layers = runner(llm).vllm_config.compilation_config.static_forward_context
+    return [layer.impl for layer in layers.values()]
+
+
+class Graph:
+    """What a full CUDA graph does, without one: it runs captured metadata again.
+
+    The model runner's tensors are the same at capture and replay, their contents are
+    not; metadata made at capture refers to the tensors.
+    """
+
+    def __init__(self, llm, num_rows: int) -> None:
+        self.llm, (self.builder,) = llm, builders(llm)
+        self.lens = torch.ones(num_rows, dtype=torch.int32)
+        self.table = torch.zeros(num_rows, 128, dtype=torch.int32)
+        self.captured = self.builder.build_for_cudagraph_capture(
+            self._common([1] * num_rows, [1] * num_rows)
+        )
+
+    def _common(self, query_lens, lens):
+        return common_metadata(
+            query_lens,
+            lens,
+            num_tokens=len(lens),
+            seq_lens=self.lens,
+            block_table_tensor=self.table,
+        )
+
+    def replay(self, lens, table, query):
+        """Outputs of all layers, `[num_layers, num_rows, num_heads, head_size]`.
+
+        Args:
+            lens: One per row; 0 for rows of padding, which come last.
+        """
+        self.lens.copy_(torch.tensor(lens, dtype=torch.int32))
+        self.table.copy_(table)
+        self.builder.build(0, self._common([int(n > 0) for n in lens], lens))
+        return run_layers(self.llm, self.captured, query)
+
+
+def run_layers(llm, batch, query):
+    layers = runner(llm).vllm_config.compilation_config.static_forward_context
+    outputs = []
+    for layer in layers.values():
+        output = torch.full_like(query, math.nan)
+        new = query[:, : layer.num_kv_heads]
+        layer.impl.forward(layer, query, new, new, layer.kv_cache, batch, output)
+        outputs.append(output)
+    return torch.stack(outputs)
+
+
+def random_table(num_rows):
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(1, 60, (num_rows, 128), generator=generator).int()

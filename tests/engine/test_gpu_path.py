@@ -1,0 +1,503 @@
+"""The engine with kernels that write into given tensors, as they do on a GPU.
+
+Real engines on the CPU; the kernels are the reference ops in a kernel's clothes.
+"""
+
+import copy
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.selector import AttentionSelectorConfig
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from tidal_vllm import attention, backend, dense, metadata
+from tidal_vllm.backend import TidalBackend
+from tidal_vllm.dense import ReferenceBackend, count_decodes, rows_from
+from tidal_vllm.metadata import (
+    TidalMetadataBuilder,
+    choose_implementations,
+    is_captured,
+)
+
+from .harness import counters, generate, reconfigured, runner, scheduler, serve
+from .models import ROLES, random_prompt
+from .replay import (
+    Graph,
+    builders,
+    common_metadata,
+    impls,
+    random_table,
+    run_layers,
+)
+from .written_kernels import written_kernels
+
+BUDGET = 64
+SETTINGS = ROLES | {"token_budget": BUDGET, "select_block_size": 8}
+ARRIVALS = [
+    (step, random_prompt(length, seed=length), max_tokens)
+    for step, length, max_tokens in [
+        *((0, 200, 12), (0, 7, 20), (2, 333, 9)),
+        *((5, 60, 14), (6, 481, 6), (9, 65, 8)),
+    ]
+]
+
+
+@pytest.fixture(scope="module")
+def llm(engine, random_llama):
+    # Chunks of 128 tokens: prompts arrive in parts, beside decodes.
+    return engine(random_llama, tidal=SETTINGS, max_num_batched_tokens=128)
+
+
+@pytest.fixture(autouse=True)
+def kernels():
+    with written_kernels() as made:
+        yield made
+
+
+class TestBatches:
+    """The pure decisions on a batch."""
+
+    @pytest.mark.parametrize(
+        ("query_lens", "prefilling", "decodes"),
+        [
+            ([1, 1, 1], [0, 0, 0], 3),
+            ([1, 1, 9], [0, 0, 1], 2),
+            ([9, 3], [1, 1], 0),
+            ([1, 1, 5], [0, 1, 1], 1),  # a prompt's last token on its own
+            ([1, 5], [0, 0], 1),  # a correction
+            ([1, 1, 0, 0], [0, 0, 0, 0], 4),  # padded, V1 runner
+            ([1, 1, 0, 0], [0, 0], 4),  # padded, V2 runner
+            ([1, 1, 0], [0, 1], 1),
+        ],
+    )
+    def test_count_decodes(self, query_lens, prefilling, decodes):
+        lens = [10 + n for n in query_lens]
+        prefilling = [bool(p) for p in prefilling]
+        assert count_decodes(common_metadata(query_lens, lens, prefilling)) == decodes
+
+    def test_rows_from(self):
+        prefilling = [False, False, True, True]
+        whole = common_metadata([1, 1, 5, 3], [10, 20, 5, 30], prefilling)
+        rest = rows_from(whole, 2)
+        assert rest.query_start_loc.tolist() == [0, 5, 8]
+        assert rest.query_start_loc_cpu.tolist() == [0, 5, 8]
+        assert rest.seq_lens.tolist() == [5, 30]
+        assert rest.seq_lens_cpu_upper_bound.tolist() == [5, 30]
+        assert (rest.num_reqs, rest.num_actual_tokens) == (2, 8)
+        assert rest.block_table_tensor.tolist() == [[8, 9, 10, 11], [12, 13, 14, 15]]
+        assert rest.slot_mapping.tolist() == list(range(2, 10))
+        assert rest.is_prefilling.tolist() == [True, True]
+        assert rest.seq_lens.data_ptr() == whole.seq_lens[2:].data_ptr()
+
+    @pytest.mark.parametrize(
+        ("query_lens", "mode", "captured"),
+        [
+            ([1] * 4, "FULL_AND_PIECEWISE", True),
+            ([1] * 4, "FULL_DECODE_ONLY", True),
+            ([1] * 3, "FULL_AND_PIECEWISE", False),  # of no captured size: not padded
+            ([1, 1, 2], "FULL_AND_PIECEWISE", False),
+            ([2, 2], "FULL_AND_PIECEWISE", False),
+            ([1] * 4, "PIECEWISE", False),
+            ([1] * 4, "NONE", False),
+        ],
+    )
+    def test_is_captured(self, query_lens, mode, captured):
+        compilation = SimpleNamespace(
+            cudagraph_mode=CUDAGraphMode[mode], cudagraph_capture_sizes=[1, 2, 4, 8]
+        )
+        lens = [100] * len(query_lens)
+        batch = common_metadata(query_lens, lens)
+        assert is_captured(compilation, batch) is captured
+
+    def test_a_padded_batch_is_captured(self):
+        compilation = SimpleNamespace(
+            cudagraph_mode=CUDAGraphMode.FULL_DECODE_ONLY, cudagraph_capture_sizes=[4]
+        )
+        batch = common_metadata([1, 1, 1, 0], [9, 9, 9, 0], num_tokens=4)
+        assert is_captured(compilation, batch)
+
+
+def pretend(monkeypatch, device_type, capability=None, has_flash=True):
+    """Let the package see a GPU where it decides; vLLM's own code still sees a CPU."""
+    platform = SimpleNamespace(
+        device_type=device_type,
+        is_cuda=lambda: device_type == "cuda" and capability is not None,
+        get_device_capability=lambda: capability,
+    )
+    monkeypatch.setattr(dense, "current_platform", platform)
+    monkeypatch.setattr(backend, "current_platform", platform)
+    monkeypatch.setattr(dense, "_has_flash", lambda head_size: has_flash)
+
+
+class TestDenseBackend:
+    ASKED = AttentionSelectorConfig(
+        head_size=128, dtype=torch.bfloat16, kv_cache_dtype="auto", block_size=None
+    )
+    HOPPER = DeviceCapability(9, 0)
+
+    @pytest.mark.parametrize(
+        ("capability", "has_flash", "wanted"),
+        [
+            (HOPPER, True, "FLASH_ATTN"),
+            (DeviceCapability(8, 0), True, "FLASH_ATTN"),
+            (HOPPER, False, "TRITON_ATTN"),
+            (DeviceCapability(7, 5), True, "TRITON_ATTN"),
+            (None, True, "TRITON_ATTN"),  # not NVIDIA's
+        ],
+    )
+    def test_on_a_gpu(self, monkeypatch, capability, has_flash, wanted):
+        pretend(monkeypatch, "cuda", capability, has_flash)
+        assert dense.choose_dense_backend(self.ASKED, None).get_name() == wanted
+
+    def test_on_a_cpu(self, kernels):
+        assert dense.choose_dense_backend(self.ASKED, None) is ReferenceBackend
+        assert dense.choose_dense_backend(self.ASKED, kernels) is ReferenceBackend
+        interpreted = dataclasses.replace(kernels, name="triton")
+        found = dense.choose_dense_backend(self.ASKED, interpreted)
+        assert found.get_name() == "TRITON_ATTN"
+
+    def test_says_why_none_will_do(self, monkeypatch):
+        pretend(monkeypatch, "cuda", self.HOPPER)
+        with pytest.raises(ValueError) as refusal:
+            dense.choose_dense_backend(self.ASKED._replace(head_size=20), None)
+        assert str(refusal.value) == (
+            "no dense attention backend covers this set-up: FLASH_ATTN: head_size not "
+            "supported; TRITON_ATTN: head_size not supported"
+        )
+
+
+class TestSupport:
+    """What a layer may ask for on a GPU; on a CPU: test_vllm_assumptions.py."""
+
+    def reasons(self, **asked):
+        asked = TestDenseBackend.ASKED._replace(**asked)._asdict()
+        return TidalBackend.validate_configuration(
+            device_capability=TestDenseBackend.HOPPER, **asked
+        )
+
+    @pytest.fixture(autouse=True)
+    def on_a_gpu(self, monkeypatch):
+        pretend(monkeypatch, "cuda", TestDenseBackend.HOPPER)
+
+    @pytest.mark.parametrize(
+        "asked",
+        [
+            {},
+            {"dtype": torch.float16},
+            {"block_size": 32},
+            {"head_size": 64},
+            {"kv_cache_dtype": "fp8"},
+            {"kv_cache_dtype": "bfloat16"},
+        ],
+    )
+    def test_accepted(self, asked):
+        assert self.reasons(**asked) == []
+
+    @pytest.mark.parametrize(
+        ("asked", "reason"),
+        [
+            (
+                {"dtype": torch.float32},
+                "dtype = torch.float32: allowed [torch.bfloat16, torch.float16]",
+            ),
+            (
+                {"kv_cache_dtype": "fp8_e5m2"},
+                "kv_cache_dtype = fp8_e5m2: allowed "
+                "['auto', 'float16', 'bfloat16', 'fp8', 'fp8_e4m3']",
+            ),
+            ({"block_size": 8}, "block_size = 8: allowed are multiples of 16"),
+        ],
+        ids=["dtype", "kv_cache_dtype", "block_size"],
+    )
+    def test_refused(self, asked, reason):
+        assert self.reasons(**asked) == [reason]
+
+    def test_layouts_differ_by_device(self, monkeypatch):
+        on_gpu = TidalBackend.supported_kv_cache_layouts()
+        monkeypatch.undo()
+        on_cpu = TidalBackend.supported_kv_cache_layouts()
+        assert (on_gpu[0].name, on_cpu[0].name) == ("LBNHC", "LBHNC")
+        assert {*on_gpu} == {*on_cpu} == {*KVCacheLayout}
+        assert len(on_gpu) == len(on_cpu) == len(KVCacheLayout)
+
+
+def test_microbatches_are_refused(llm):
+    """Their halves would share the selection."""
+    config = SimpleNamespace(parallel_config=SimpleNamespace(use_ubatching=True))
+    startup = metadata.resolve(runner(llm).vllm_config)
+    with pytest.raises(ValueError, match="enable_dbo = True: both halves"):
+        backend._check_microbatches(config, startup)
+    dense_plan = dataclasses.replace(startup.plan, off_reason="none is sparse")
+    off = dataclasses.replace(startup, plan=dense_plan)
+    backend._check_microbatches(config, off)
+
+
+class TestGraphSupport:
+    def support(self, llm, **tidal):
+        with reconfigured(llm, **SETTINGS | tidal) as changed:
+            (builder,) = builders(changed)
+            return TidalMetadataBuilder.get_cudagraph_support(
+                builder.vllm_config, builder.kv_cache_spec
+            )
+
+    def test_reference_ops_cannot_be_captured(self, llm):
+        assert self.support(llm, kernels="reference") is AttentionCGSupport.NEVER
+
+    @pytest.mark.parametrize(
+        ("of_dense", "wanted"),
+        [
+            ("ALWAYS", "UNIFORM_SINGLE_TOKEN_DECODE"),
+            ("UNIFORM_BATCH", "UNIFORM_SINGLE_TOKEN_DECODE"),
+            ("NEVER", "NEVER"),
+        ],
+    )
+    def test_kernels_can(self, llm, monkeypatch, of_dense, wanted):
+        builder, support = ReferenceBackend.get_builder_cls(), AttentionCGSupport
+        monkeypatch.setattr(builder, "_cudagraph_support", support[of_dense])
+        assert self.support(llm, kernels="triton") is AttentionCGSupport[wanted]
+
+    def test_without_sparse_layers_it_is_the_dense_backends(self, llm, monkeypatch):
+        builder, wanted = ReferenceBackend.get_builder_cls(), AttentionCGSupport.ALWAYS
+        monkeypatch.setattr(builder, "_cudagraph_support", wanted)
+        assert self.support(llm, select_layers=[]) is wanted
+
+
+@pytest.fixture(scope="module", params=["sequence", "kv_head", "query_head"])
+def reference(request, llm):
+    """The scope, and the answers of the reference path."""
+    settings = SETTINGS | {"scope": request.param, "kernels": "reference"}
+    with reconfigured(llm, **settings):
+        llm.reset_prefix_cache()
+        return request.param, serve(llm, ARRIVALS, logprobs=3)
+
+
+@pytest.mark.parametrize("limit", [None, 1])
+def test_kernels_give_the_answers_of_the_reference(llm, reference, monkeypatch, limit):
+    """Bit by bit, and also where the workspace holds one sequence at a time."""
+    scope, wanted = reference
+    if limit is not None:
+        monkeypatch.setattr(metadata, "WORKSPACE_LIMIT", limit)
+    with reconfigured(llm, **SETTINGS, scope=scope, kernels="triton"):
+        (state,) = {id(impl.state): impl.state for impl in impls(llm)}.values()
+        assert state.kernels.name == "written"
+        assert state.rows_per_pass == (4 if limit is None else 1)
+        llm.reset_prefix_cache()
+        assert serve(llm, ARRIVALS, logprobs=3) == wanted
+        counted = counters(llm)
+    assert counted["sparse_steps"] > 10
+
+
+def test_short_batches_run_dense_bit_by_bit(llm):
+    prompts = [random_prompt(n, seed=n) for n in (5, 33)]
+    with reconfigured(llm, **SETTINGS, kernels="reference"):
+        wanted = generate(llm, prompts, logprobs=3)
+    llm.reset_prefix_cache()
+    with reconfigured(llm, **SETTINGS, kernels="triton"):
+        assert generate(llm, prompts, logprobs=3) == wanted
+        assert counters(llm)["sparse_steps"] == 0
+
+
+class TestWorkspace:
+    def test_layers_share_one_of_bounded_size(self, llm, monkeypatch):
+        with reconfigured(llm, **SETTINGS, kernels="triton"):
+            states = {id(impl.state) for impl in impls(llm)}
+            assert len(states) == 1
+            whole = impls(llm)[0].state
+            assert whole.workspace.block_lse.shape == (4, 6, 2048 // 8)
+            assert whole.selection.topk_blocks.shape == (4, 1, BUDGET // 8)
+            monkeypatch.setattr(metadata, "WORKSPACE_LIMIT", whole.workspace.nbytes - 1)
+            config = builders(llm)[0].vllm_config
+            half = impls(llm)[0].make_state(config)
+        assert half.workspace.nbytes < whole.workspace.nbytes
+        assert (whole.rows_per_pass, half.rows_per_pass) == (4, 2)
+        assert half.selection.topk_blocks.shape == whole.selection.topk_blocks.shape
+        assert "for 2 sequences at a time" in str(half)
+
+    def test_a_second_layer_takes_that_of_the_first(self, llm):
+        found = impls(llm)[3]._find_state(runner(llm).vllm_config)
+        assert found is impls(llm)[0].state is impls(llm)[5].state
+
+    def test_no_sparse_layer_no_workspace(self, llm):
+        with reconfigured(llm, **SETTINGS | {"select_layers": []}):
+            assert impls(llm)[0].state is None
+            kernels, dense_backend = choose_implementations(
+                builders(llm)[0].vllm_config, 32, "auto"
+            )
+        assert kernels is None
+        assert dense_backend is ReferenceBackend
+
+
+@pytest.fixture
+def graphs(llm):
+    """The engine as if it had captured decodes of 2 and 4 rows."""
+    with reconfigured(llm, **SETTINGS, kernels="triton"):
+        (builder,) = builders(llm)
+        config = copy.copy(builder.vllm_config.compilation_config)
+        config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+        config.cudagraph_capture_sizes = [2, 4]
+        builder.vllm_config.compilation_config = config
+        for layer in config.static_forward_context.values():
+            layer.kv_cache.normal_(generator=torch.Generator().manual_seed(1))
+        yield llm
+    llm.reset_prefix_cache()
+
+
+class TestReplay:
+    def test_a_replay_is_the_eager_step(self, graphs):
+        """Padded rows come out as zeros, and change nothing in the others."""
+        graph, table = Graph(graphs, 4), random_table(4)
+        query = torch.randn(4, 6, 32, generator=torch.Generator().manual_seed(3))
+        lens = [700, 40, 65, 0]
+        found = graph.replay(lens, table, query)
+        assert (found[:, 3] == 0).all()
+
+        builder = graph.builder
+        builder.vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+        eager = builder.build(
+            0, common_metadata([1, 1, 1], lens[:3], block_table_tensor=table[:3])
+        )
+        assert eager.sparse and eager.num_decodes == 3
+        assert torch.equal(found[:, :3], run_layers(graphs, eager, query[:3]))
+
+    def test_another_replay_sees_none_of_the_last(self, graphs):
+        graph, table = Graph(graphs, 4), random_table(4)
+        query = torch.randn(4, 6, 32)
+        wanted = graph.replay([300, 90, 500, 64], table, query)
+        graph.replay([700, 800, 0, 0], table.flip(0), query.flip(0))
+        assert torch.equal(graph.replay([300, 90, 500, 64], table, query), wanted)
+
+    def test_short_sequences_are_exact_all_the_same(self, graphs):
+        graph, table = Graph(graphs, 2), random_table(2)
+        query, lens = torch.randn(2, 6, 32), [BUDGET, 17]
+        found = graph.replay(lens, table, query)
+        batch = common_metadata([1, 1], lens, block_table_tensor=table)
+        compilation = graph.builder.vllm_config.compilation_config
+        compilation.cudagraph_mode = CUDAGraphMode.NONE
+        eager = graph.builder.build(0, batch)
+        assert not eager.sparse
+        torch.testing.assert_close(found, run_layers(graphs, eager, query))
+
+    def test_counters_know_the_real_rows(self, graphs):
+        graph, table = Graph(graphs, 4), random_table(4)
+        before = counters(graphs)
+        graph.replay([700, 40, 65, 0], table, torch.randn(4, 6, 32))
+        graph.replay([10, 20, 30, 40], table, torch.randn(4, 6, 32))
+        assert counters(graphs) - before == {
+            "sparse_steps": 2,
+            "decode_tokens": 7,
+            "context_tokens": 805 + 100,
+            # 64 tokens in 8 blocks, the last of them partly filled.
+            "sparse_context_tokens": (64 - 4) + 40 + (64 - 7) + 100,
+        }
+
+    def test_a_warm_up_is_not_counted(self, graphs):
+        Graph(graphs, 4).replay([1, 1, 1, 1], random_table(4), torch.randn(4, 6, 32))
+        assert counters(graphs)["decode_tokens"] == 0
+
+    def test_a_prompts_last_token_is_a_decode_there(self, graphs):
+        """The graph is fixed, so the builder must not claim otherwise."""
+        (builder,) = builders(graphs)
+        batch = common_metadata([1, 1], [100, 90], [False, True])
+        assert builder.build(0, batch).num_prefills == 0
+        batch = common_metadata([1, 1, 1], [100, 90, 90], [False, False, True])
+        assert builder.build(0, batch).num_prefills == 1
+
+    @pytest.mark.parametrize("tails_decode", [False, True])
+    def test_the_prefix_cache_does_not_get_such_a_token(
+        self, llm, monkeypatch, tails_decode
+    ):
+        found = scheduler(llm)
+        assert not found._tails_decode  # there are no graphs here
+        monkeypatch.setattr(found, "_tails_decode", tails_decode)
+        request = SimpleNamespace(request_id="tail", num_prompt_tokens=257)
+        clean = found._clean_position_after(request, 256, 1)
+        assert clean == (256 if tails_decode else 257)
+
+    def test_only_single_tokens_are_captured(self, graphs):
+        (builder,) = builders(graphs)
+        with pytest.raises(ValueError, match="max_query_len = 2 in a full CUDA graph"):
+            builder.build_for_cudagraph_capture(common_metadata([2, 2], [2, 2]))
+
+
+class TestComposition:
+    def test_dense_calls_get_all_that_vllm_gave(self, llm, monkeypatch):
+        """The whole batch in DENSE layers, in others its prefills only."""
+        calls = []
+
+        def forward(self, layer, query, key, value, kv_cache, batch, output):
+            calls.append((query.shape, key.shape, value.shape, batch))
+            return output.fill_(7)
+
+        monkeypatch.setattr(ReferenceBackend.get_impl_cls(), "forward", forward)
+        with reconfigured(llm, **SETTINGS, kernels="triton"):
+            (builder,) = builders(llm)
+            lens, table = [100, 200, 5], random_table(3)
+            batch = builder.build(
+                0,
+                common_metadata(
+                    *([1, 1, 5], lens, [False, False, True]), block_table_tensor=table
+                ),
+            )
+            query = torch.randn(7, 6, 32)
+            layers = runner(llm).vllm_config.compilation_config.static_forward_context
+            first, second = list(layers.values())[:2]  # DENSE, SELECT
+            for layer in (first, second):
+                output = torch.zeros_like(query)
+                keys = query[:, :2]
+                layer.impl.forward(
+                    *(layer, query, keys, keys, layer.kv_cache, batch, output)
+                )
+                assert (output[2:] == 7).all()
+                assert (output[:2] == 7).all() == (layer is first)
+        whole, rest = calls
+        assert [shape[0] for shape in whole[:3]] == [7, 7, 7]
+        assert whole[3] is batch.dense
+        assert [shape[0] for shape in rest[:3]] == [5, 5, 5]
+        assert rest[3] is batch.prefills
+        assert rest[3].seq_lens.tolist() == [5]
+
+    def test_vllm_finds_its_own_implementation_inside(self, llm):
+        impl = impls(llm)[0]
+        assert impl.get_impl_variants() == (impl, impl.dense)
+
+    def test_queries_are_quantised_for_flash_attention(self, llm, monkeypatch):
+        """Its fp8 kernels take fp8 queries; ours take them as they are."""
+        seen = []
+        impl = copy.copy(impls(llm)[0])
+        impl.quantizes_query = True
+        forward = lambda layer, query, *rest: seen.append(query)  # noqa: E731
+        impl.dense = SimpleNamespace(forward=forward)
+        monkeypatch.setattr(
+            "vllm._custom_ops.scaled_fp8_quant",
+            lambda flat, scale: ((flat / scale).to(torch.float8_e4m3fn), scale),
+        )
+        query = torch.randn(3, 6, 32)
+        layer = SimpleNamespace(_q_scale=torch.tensor(2.0))
+        impl._dense(layer, (query, query, query), None, None, None)
+        assert seen[0].dtype is torch.float8_e4m3fn
+        assert torch.equal(seen[0], (query / 2).to(torch.float8_e4m3fn))
+        assert attention.is_quantized_kv_cache("fp8")
+        assert not attention.is_quantized_kv_cache("auto")
+
+    def test_scales_of_the_cache_reach_the_kernels(self, llm, monkeypatch, kernels):
+        given = []
+        monkeypatch.setattr(
+            type(kernels), "sparse_decode", lambda *args, **more: given.append(more)
+        )
+        with reconfigured(llm, **SETTINGS, kernels="triton"):
+            (builder,) = builders(llm)
+            batch = builder.build(0, common_metadata([1], [100]))
+            layer = SimpleNamespace(
+                layer_name="model.layers.2.self_attn.attn",
+                _k_scale_float=0.5,
+                _v_scale_float=0.25,
+            )
+            query = torch.randn(1, 6, 32)
+            impls(llm)[2].forward(layer, query, query, query, None, batch, query)
+        (more,) = given
+        assert (more["k_scale"], more["v_scale"]) == (0.5, 0.25)

@@ -1,0 +1,90 @@
+"""What a GPU runs, on the CPU: Triton kernels, vLLM's Triton attention, V2 runner.
+
+All of it under Triton's interpreter, in fp16: vLLM's kernel is wrong there in bf16.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from .harness import child_environment
+from .models import build_random_model
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("interpreted")
+    model = build_random_model(folder / "model", "llama", num_hidden_layers=3)
+    child = [sys.executable, "-m", "tests.engine.interpreted_child"]
+    done = subprocess.run(
+        [*child, model, folder / "results.json"],
+        env=child_environment(
+            CUDA_VISIBLE_DEVICES="",
+            TRITON_INTERPRET="1",
+            VLLM_USE_V2_MODEL_RUNNER="1",
+            VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        ),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=550,
+    )
+    print(done.stdout)
+    assert done.returncode == 0
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_everything_is_interpreted(results):
+    for name in ("triton", "exact triton"):
+        assert results[name]["kernels"] == "triton"
+        assert results[name]["dense"] == "TRITON_ATTN"
+        assert results[name]["runner"].startswith("vllm.v1.worker.cpu.")
+    assert results["reference"]["dense"] == "PyTorch reference ops"
+
+
+def test_exact_where_all_blocks_are_kept(results):
+    """Through mixed batches, chunks, a shared prefix, corrections."""
+    found, wanted = results["exact triton"], results["exact reference"]
+    assert found["corrections"] >= 1
+    assert found["counters"]["sparse_steps"] >= 6
+    compared = sum(map(compare, found["answers"], wanted["answers"]))
+    assert compared >= 20
+    assert found["answers"][-1]["num_cached_tokens"] == 32
+
+
+def test_sparse_answers_are_those_of_the_reference(results):
+    found, wanted = results["triton"], results["reference"]
+    assert found["counters"] == wanted["counters"]
+    assert found["counters"]["sparse_steps"] >= 6
+    compared = sum(map(compare, found["answers"], wanted["answers"]))
+    assert compared >= 20
+
+
+def compare(one, other) -> int:
+    """How many tokens of two answers could be compared: all up to a tie."""
+    assert one["num_cached_tokens"] == other["num_cached_tokens"]
+    steps = zip(one["logprobs"], other["logprobs"], strict=True)
+    pairs = zip(one["token_ids"], other["token_ids"], strict=True)
+    for index, ((step, wanted), (token, expected)) in enumerate(
+        zip(steps, pairs, strict=True)
+    ):
+        both = step.keys() & wanted.keys()
+        assert len(both) >= 2  # the third may tie with the fourth
+        for known in both:
+            assert step[known] == pytest.approx(wanted[known], abs=0.05)
+        if token != expected:
+            assert wanted[str(token)] == pytest.approx(max(wanted.values()), abs=0.02)
+            return index + 1
+    return len(one["token_ids"])
+
+
+def test_captured_metadata_replays_bit_by_bit(results):
+    """With a row of padding, which comes out as zeros."""
+    replay = results["replay"]
+    assert replay["equal"]
+    assert replay["padding"] == 0.0
+    assert max(replay["differences"]) < 2e-3

@@ -1,0 +1,141 @@
+"""Compiles every launch of a few decode steps for a GPU that is not there.
+
+    python -m tests.kernels.compile_child sm_90 [--all]
+
+With --all for every set-up, else for those of `OF_TARGET`, which take less time. Prints
+a line of JSON per kernel: its name, set-up, shared memory and, in `spills`, the bytes
+(NVIDIA) or registers (AMD) that did not fit into registers.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from tidal_vllm.ops import triton_attend, triton_ops, triton_select
+
+BF16, FP16, FP32, FP8 = (
+    torch.bfloat16,
+    torch.float16,
+    torch.float32,
+    torch.float8_e4m3fn,
+)
+# Name: query's dtype, head size, heads, KV heads, sets, cache's dtype, selection block.
+SET_UPS = {
+    "d128": (BF16, 128, 32, 8, 1, BF16, 16),
+    "d128 fp8": (BF16, 128, 32, 8, 1, FP8, 16),
+    "d64 tokens": (FP16, 64, 32, 8, 32, FP16, 1),
+    "d256": (BF16, 256, 16, 8, 1, BF16, 16),
+    "d96 MQA": (FP16, 96, 64, 1, 1, FP16, 16),
+    "d128 fp32": (FP32, 128, 8, 8, 1, FP32, 16),
+}
+OF_TARGET = {
+    "sm_80": ("d128 fp8",),
+    "sm_90": ("d128", "d64 tokens", "d256"),
+    "gfx942": ("d128 fp8",),
+}
+# As `triton_attend._device_limits` would answer.
+LIMITS = {
+    "sm_80": (108, 5, False),
+    "sm_90": (132, 5, True),
+    "gfx942": (304, 2, False),
+}
+
+
+class AbsentDriver:
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def target_of(name: str) -> GPUTarget:
+    if name.startswith("gfx"):
+        return GPUTarget("hip", name, 64)
+    return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+
+
+def report(compiled, name: str, setup: str) -> None:
+    asm = compiled.asm
+    line = {"kernel": name, "setup": setup, "shared": compiled.metadata.shared}
+    if "cubin" in asm:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(asm["cubin"])
+            file.flush()
+            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+            usage = subprocess.check_output(command, text=True)
+        line["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
+        line["spills"] = sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage)))
+        line["async_16_bytes"] = len(re.findall(r"cp\.async.*0x10", asm["ptx"]))
+    else:
+        text = asm["amdgcn"]
+        line["registers"] = int(re.search(r"\.vgpr_count: +(\d+)", text)[1])
+        line["spills"] = sum(map(int, re.findall(r"vgpr_spill_count: +(\d+)", text)))
+    print(json.dumps(line), flush=True)
+
+
+def main(target: str, everything: bool) -> None:
+    driver.set_active(AbsentDriver(target_of(target)))
+    triton_attend._device_limits = lambda device: LIMITS[target]
+    current = [""]
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+        report(compiled, self.fn.__name__, current[0])
+
+    JITFunction.run = compile_only
+    for name in SET_UPS if everything else OF_TARGET[target]:
+        current[0] = name
+        decode(*SET_UPS[name])
+    for num_blocks in (triton_select.CHOOSE_TILE, 131072):
+        current[0] = f"{num_blocks} blocks"
+        select(num_blocks)
+
+
+def decode(dtype, head_size, num_heads, num_kv_heads, num_sets, cache_dtype, size):
+    int32 = torch.int32
+    query = torch.zeros(4, num_heads, head_size, dtype=dtype)
+    cache = torch.zeros(64, num_kv_heads, 16, 2 * head_size, dtype=cache_dtype)
+    table, lens = torch.zeros(4, 16, dtype=int32), torch.zeros(4, dtype=int32)
+    sets = torch.zeros(4, num_sets, 64, dtype=int32), torch.zeros(4, num_sets).int()
+    lse, block_lse = torch.zeros(4, num_heads), torch.zeros(4, num_heads, 256)
+    partials = (
+        torch.zeros(4, num_heads, 64, head_size),
+        torch.zeros(4, num_heads, 64),
+    )
+    scales = (0.1, 1.0, 1.0, size)
+    triton_ops.dense_decode(
+        *(query, cache, table, lens, query.clone(), lse, block_lse, *partials, *scales)
+    )
+    triton_ops.sparse_decode(
+        *(query, cache, table, *sets, lens, query.clone(), lse, *partials, *scales)
+    )
+
+
+def select(num_blocks: int) -> None:
+    lens = torch.zeros(2, dtype=torch.int32)
+    blocks = torch.zeros(2, 1, 256, dtype=torch.int32)
+    triton_ops.select_blocks(
+        *(torch.zeros(2, 32, num_blocks), torch.zeros(2, 32), lens, blocks),
+        *(torch.zeros(2, 1).int(), torch.zeros(2, 1, num_blocks)),
+        *(4096, 16, 4, 1024, 4096),
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], "--all" in sys.argv)

@@ -1,0 +1,115 @@
+"""Through `ops.choose`: one decode step as the engine runs it, and what is covered."""
+
+import math
+
+import pytest
+import torch
+
+from tidal_vllm import ops
+from tidal_vllm.config import TidalConfigError
+from tidal_vllm.ops import reference, workspace
+from tidal_vllm.policy import SelectionRule
+
+from .harness import (
+    all_tokens,
+    assert_attends,
+    assert_same_lse,
+    low_precision,
+    make_paged,
+)
+
+RULE = SelectionRule(
+    token_budget=96,
+    select_block_size=16,
+    sink_tokens=4,
+    recent_tokens=20,
+    sparse_threshold=96,
+)
+DTYPE = torch.bfloat16
+
+
+@pytest.fixture(params=["auto", "triton"])
+def chosen(request, device):
+    if device.type == "cpu" and request.param == "auto":
+        pytest.skip("auto is the reference on a CPU")
+    return ops.choose(device, requested=request.param, head_size=64, dtype=DTYPE)
+
+
+def test_one_step(chosen, device, monkeypatch):
+    monkeypatch.setattr(workspace, "MAX_SPLITS", 3)
+    monkeypatch.setattr(workspace, "MIN_SPLITS", 1)
+    paged = make_paged(device, (300, 0, 90), num_kv_heads=2, group=2, head_size=64)
+    args = (paged.query, paged.kv_cache, paged.block_table)
+    work = chosen.allocate_workspace(5, 4, 1, 64, 20, device)
+    output = torch.full_like(paged.query, math.nan)
+    given = dict(scale=paged.batch.scale, output=output, workspace=work)
+    topk_blocks = torch.empty(5, 1, 6, dtype=torch.int32, device=device)
+    topk_lens = torch.empty(5, 1, dtype=torch.int32, device=device)
+
+    chosen.dense_decode(*args, paged.seq_lens, **given, select_block_size=16)
+    exact, exact_lse, _ = reference.dense_decode(*paged.cpu, scale=paged.batch.scale)
+    assert_attends(output, exact, low_precision(paged, all_tokens(paged)))
+    assert_same_lse(work.lse[:3], exact_lse, paged)
+
+    chosen.select_blocks(
+        paged.seq_lens,
+        rule=RULE,
+        workspace=work,
+        topk_blocks=topk_blocks,
+        topk_lens=topk_lens,
+    )
+    assert topk_lens[:3, 0].tolist() == [6, 0, 6]
+
+    chosen.sparse_decode(
+        *(*args, topk_blocks, topk_lens, paged.seq_lens),
+        **given,
+        select_block_size=16,
+    )
+    exact, exact_lse = reference.sparse_decode(
+        *paged.cpu[:3],
+        *(topk_blocks[:3].cpu(), topk_lens[:3].cpu(), paged.cpu[3]),
+        scale=paged.batch.scale,
+        select_block_size=16,
+    )
+    assert_attends(output, exact, low_precision(paged, all_tokens(paged)))
+    assert_same_lse(work.lse[:3], exact_lse, paged)
+
+
+@pytest.mark.parametrize(
+    "case, words",
+    [
+        ({"head_size": 512}, "head_size = 512: allowed 1 to 256"),
+        ({"dtype": torch.float64}, "dtype = torch.float64: allowed torch.float16"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype = fp8_e5m2"),
+        (
+            {"kv_cache_dtype": "float16"},
+            "float16 beside torch.bfloat16: allowed 'auto'",
+        ),
+        ({"select_block_size": 256}, "select_block_size = 256 at head_size 128"),
+        ({"select_block_size": 128, "head_size": 256}, "must fit into 64 KiB"),
+    ],
+)
+def test_triton_refuses(device, case, words):
+    case = {"head_size": 128, "dtype": DTYPE, **case}
+    with pytest.raises(TidalConfigError) as caught:
+        ops.choose(device, requested="triton", **case)
+    assert "the Triton kernels do not cover" in str(caught.value)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"kv_cache_dtype": "bfloat16"},
+        {"kv_cache_dtype": "fp8"},
+        {"kv_cache_dtype": "fp8_e4m3", "dtype": torch.float16},
+        {"dtype": torch.float32, "head_size": 80},
+        {"select_block_size": 128},
+        {"select_block_size": 64, "head_size": 256},
+    ],
+)
+def test_triton_covers(device, case):
+    case = {"head_size": 128, "dtype": DTYPE, **case}
+    kernels = ops.choose(device, requested="triton", **case)
+    assert (kernels.name, kernels.capturable) == ("triton", True)
+    assert kernels.why.startswith("Triton kernels on ")

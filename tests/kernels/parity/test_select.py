@@ -1,0 +1,249 @@
+"""select_blocks: exactly the sets that its definition names, and the reference's."""
+
+import math
+
+import pytest
+import torch
+
+from tests.reference import naive
+from tidal_vllm.ops import reference
+from tidal_vllm.policy import SelectionRule
+
+from .harness import dense, make_paged
+
+
+def rule(budget, size=1, sinks=0, recent=1, threshold=None) -> SelectionRule:
+    threshold = budget if threshold is None else threshold
+    return SelectionRule(
+        token_budget=budget,
+        select_block_size=size,
+        sink_tokens=sinks,
+        recent_tokens=recent,
+        sparse_threshold=threshold,
+    )
+
+
+def select(kernels, device, block_lse, lse, lens, rule, num_sets=1, extra=3):
+    """Blocks [rows][sets], checked to be what their lens say, -1 behind."""
+    block_lse, lse = block_lse.to(device), lse.to(device)
+    num_seqs, _, num_blocks = block_lse.shape
+    most = max([rule.num_kept_blocks(n) for n in lens], default=0) + extra
+    seq_lens = torch.tensor(lens, dtype=torch.int32, device=device)
+    topk_blocks = torch.full(
+        (num_seqs + 1, num_sets, most), 7, dtype=torch.int32, device=device
+    )
+    topk_lens = torch.full((num_seqs + 1, num_sets), 7, dtype=torch.int32).to(device)
+    mass = torch.full((num_seqs + 2, num_sets, num_blocks), math.nan, device=device)
+    kernels.select_blocks(
+        *(block_lse, lse, seq_lens, topk_blocks, topk_lens, mass),
+        *(rule.token_budget, rule.select_block_size, rule.sink_tokens),
+        *(rule.recent_tokens, rule.sparse_threshold),
+    )
+    topk_blocks, topk_lens = topk_blocks.cpu(), topk_lens.cpu()
+    assert (topk_blocks[num_seqs:] == 7).all() and (topk_lens[num_seqs:] == 7).all()
+    found = []
+    for row, seq_len in enumerate(lens):
+        assert (topk_lens[row] == rule.num_kept_blocks(seq_len)).all()
+        kept = int(topk_lens[row, 0])
+        assert (topk_blocks[row, :, kept:] == -1).all()
+        found.append(topk_blocks[row, :, :kept].tolist())
+    return found
+
+
+def scores_of(masses: torch.Tensor, num_heads: int, shift: bool = False):
+    """block_lse and lse whose masses are `masses` [rows, sets, blocks] times heads.
+
+    All heads of a set see the same, so equal masses stay equal bit for bit.
+    """
+    per_head = (
+        masses.float().log().repeat_interleave(num_heads // masses.shape[1], dim=1)
+    )
+    lse = torch.zeros(per_head.shape[:2])
+    if shift:
+        lse += torch.arange(num_heads) * 8.0 - 100.0
+    return per_head + lse[..., None], lse
+
+
+def random_masses(lens, num_sets, num_blocks, rule, most=40, seed=0):
+    """Whole numbers, many of them equal; NaN past a row's last block."""
+    rng = torch.Generator().manual_seed(seed)
+    masses = torch.randint(0, most, (len(lens), num_sets, num_blocks), generator=rng)
+    masses = masses.float()
+    for row, seq_len in enumerate(lens):
+        masses[row, :, rule.num_blocks(seq_len) :] = math.nan
+    return masses
+
+
+def expected(masses, lens, rule):
+    return [
+        [
+            naive.select(one[: rule.num_blocks(n)].tolist(), n, rule)
+            for one in masses[row]
+        ]
+        for row, n in enumerate(lens)
+    ]
+
+
+RULES = {
+    "token level": rule(32),
+    "token level, sinks and recent": rule(32, sinks=4, recent=8),
+    "blocks of 16": rule(160, 16, sinks=4, recent=40),
+    "blocks of 16, sinks in two": rule(160, 16, sinks=20, recent=1),
+    "blocks of 3": rule(30, 3, sinks=4, recent=7),
+    "forced fill the budget": rule(48, 16, sinks=4, recent=12),
+    "one block": rule(16, 16),
+    "threshold above the budget": rule(64, 16, sinks=4, threshold=300),
+    "threshold below the budget": rule(64, 16, sinks=4, threshold=10),
+}
+
+
+class TestExactSets:
+    @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+    @pytest.mark.parametrize("num_sets", [1, 2, 4])
+    def test_against_the_definition(self, kernels, device, rule, num_sets):
+        budget, size = rule.token_budget, rule.select_block_size
+        lens = [0, 1, size, budget - 1, budget, budget + 1, budget + size, 2 * budget]
+        lens += [rule.keep_all_len, rule.keep_all_len + 1, 7 * budget + 5]
+        num_blocks = rule.num_blocks(max(lens)) + 1
+        masses = random_masses(lens, num_sets, num_blocks, rule)
+        scores = scores_of(masses, 4, shift=True)
+        found = select(kernels, device, *scores, lens, rule, num_sets)
+        assert found == expected(masses, lens, rule)
+
+    @pytest.mark.parametrize("most", [1, 2, 3], ids=["zeros", "two values", "three"])
+    def test_ties_go_to_the_smaller_index(self, kernels, device, most):
+        chosen = rule(48, sinks=2, recent=5)
+        masses = random_masses([200, 131], 2, 200, chosen, most)
+        found = select(kernels, device, *scores_of(masses, 2), [200, 131], chosen, 2)
+        assert found == expected(masses, [200, 131], chosen)
+
+    @pytest.mark.parametrize("seq_len", [63, 64, 65, 127, 128, 129, 640, 1000])
+    @pytest.mark.parametrize("most", [2, 500])
+    def test_more_blocks_than_a_tile(self, kernels, device, monkeypatch, seq_len, most):
+        """The same in several tiles, by making them small where that can be done."""
+        small_tiles(monkeypatch, device)
+        chosen = rule(40, sinks=3, recent=6)
+        masses = random_masses([seq_len] * 2, 1, seq_len, chosen, most)
+        found = select(kernels, device, *scores_of(masses, 3), [seq_len] * 2, chosen)
+        assert found == expected(masses, [seq_len] * 2, chosen)
+
+    def test_a_million_tokens(self, kernels, device):
+        lens, chosen = [2**20, 2**20 - 5], rule(4096, 16, sinks=4, recent=1024)
+        masses = random_masses(lens, 1, 2**16, chosen, most=3000)
+        found = select(kernels, device, *scores_of(masses, 1), lens, chosen)
+        assert found == expected(masses, lens, chosen)
+
+    def test_a_set_keeps_many_tiles_of_blocks(self, kernels, device, monkeypatch):
+        small_tiles(monkeypatch, device)
+        lens, chosen = [700, 900], rule(300, threshold=800)
+        masses = random_masses(lens, 1, 900, chosen)
+        found = select(kernels, device, *scores_of(masses, 1), lens, chosen)
+        assert found == expected(masses, lens, chosen)
+
+    def test_tiny_and_huge_masses_keep_their_order(self, kernels, device):
+        chosen = rule(4)
+        block_lse = torch.tensor([-1e30, -60.0, -70.0, -50.0, 80.0, 70.0, -math.inf, 0])
+        found = select(
+            kernels, device, block_lse[None, None], torch.zeros(1, 1), [8], chosen
+        )
+        assert found == [[[3, 4, 5, 7]]]
+
+    def test_masses_too_large_for_a_float_are_equal(self, kernels, device):
+        chosen = rule(3)
+        block_lse = torch.tensor([1.0, 100.0, 200.0, math.inf, 80.0, 0.0])
+        found = select(
+            kernels, device, block_lse[None, None], torch.zeros(1, 1), [6], chosen
+        )
+        assert found == [[[1, 2, 5]]]
+
+    def test_a_nan_weighs_nothing(self, kernels, device):
+        chosen = rule(3)
+        block_lse = torch.zeros(1, 2, 8)
+        block_lse[0, :, 2] = 1.0
+        block_lse[0, 1, :2] = math.nan
+        found = select(kernels, device, block_lse, torch.zeros(1, 2), [8], chosen)
+        assert found == [[[2, 3, 7]]]
+
+    def test_heads_weigh_alike_after_their_softmax(self, kernels, device):
+        """Block 1 has the larger scores, block 0 the larger share of its heads."""
+        chosen = rule(2)
+        block_lse = torch.tensor(
+            [[[0.0, -9.0, -9.0], [0.0, -9.0, -9.0], [50, 90, 0.0]]]
+        )
+        lse = torch.tensor([[0.1, 0.1, 90.0]])
+        found = select(kernels, device, block_lse, lse, [3], chosen)
+        assert found == [[[0, 2]]]
+
+    def test_an_empty_batch(self, kernels, device):
+        scores = torch.zeros(0, 2, 5), torch.zeros(0, 2)
+        assert select(kernels, device, *scores, [], rule(4)) == []
+
+    def test_what_has_no_room_is_left_out(self, kernels, device):
+        """The config rules it out; memory behind the buffer stays as it is."""
+        if kernels.__name__.endswith(".cuda"):
+            pytest.skip("a precondition there")
+        chosen = rule(8)
+        masses = random_masses([20, 6], 1, 20, chosen)
+        scores = [t.to(device) for t in scores_of(masses, 1)]
+        buffer = torch.full((2, 1, 9), 7, dtype=torch.int32, device=device)
+        lens = torch.zeros(2, 1, dtype=torch.int32, device=device)
+        kernels.select_blocks(
+            *(*scores, torch.tensor([20, 6], dtype=torch.int32, device=device)),
+            *(buffer[..., :4], lens, torch.empty_like(masses).to(device)),
+            *(8, 1, 0, 1, 8),
+        )
+        assert lens.flatten().tolist() == [4, 4]
+        assert (buffer[..., 4:] == 7).all()
+        assert buffer[1, 0, :4].tolist() == [0, 1, 2, 3]
+
+
+def small_tiles(monkeypatch, device) -> None:
+    if device.type == "cpu":
+        from tidal_vllm.ops import triton_select
+
+        monkeypatch.setattr(triton_select, "CHOOSE_TILE", 64)
+        monkeypatch.setattr(triton_select, "WEIGH_TILE", 64)
+
+
+class TestAfterDenseDecode:
+    CHOSEN = rule(96, 16, sinks=4, recent=20)
+
+    @pytest.mark.parametrize("scope", ["sequence", "kv_head", "query_head"])
+    def test_captures_what_the_reference_captures(self, kernels, device, scope):
+        lens = (400, 0, 96, 333)
+        paged = make_paged(device, lens, num_kv_heads=2, group=3, head_size=64)
+        _, lse, block_lse = dense(kernels, paged, 16)
+        num_sets = paged.batch.num_sets(scope)
+        found = select(kernels, device, block_lse, lse, lens, self.CHOSEN, num_sets)
+        block_lse, lse = block_lse.cpu(), lse.cpu()
+        topk_blocks = torch.empty(4, num_sets, 6, dtype=torch.int32)
+        topk_lens = torch.empty(4, num_sets, dtype=torch.int32)
+        reference.select_blocks(
+            *(block_lse, lse, paged.batch.seq_lens),
+            rule=self.CHOSEN,
+            topk_blocks=topk_blocks,
+            topk_lens=topk_lens,
+        )
+        mass = (block_lse - lse[..., None]).exp()
+        mass = mass.view(4, num_sets, -1, mass.shape[2]).sum(2)
+        for row in range(4):
+            for i in range(num_sets):
+                exact = topk_blocks[row, i, : topk_lens[row, i]].long()
+                ours = torch.tensor(found[row][i], dtype=torch.int64)
+                assert len(ours) == len(exact)
+                captured, best = mass[row, i, ours].sum(), mass[row, i, exact].sum()
+                assert abs(captured - best) <= 1e-6 * best
+
+    def test_a_permuted_batch_gives_permuted_sets_in_every_run(self, kernels, device):
+        lens = [400, 0, 96, 333]
+        masses = random_masses(lens, 2, 26, self.CHOSEN)
+        block_lse, lse = scores_of(masses, 4, shift=True)
+        order = [3, 0, 2, 1]
+        one = select(kernels, device, block_lse, lse, lens, self.CHOSEN, 2)
+        again = select(kernels, device, block_lse, lse, lens, self.CHOSEN, 2)
+        permuted = select(
+            *(kernels, device, block_lse[order], lse[order]),
+            *([lens[i] for i in order], self.CHOSEN, 2),
+        )
+        assert one == again
+        assert permuted == [one[i] for i in order]

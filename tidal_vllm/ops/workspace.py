@@ -1,0 +1,90 @@
+"""The buffers that kernels write between their parts, allocated once per engine."""
+
+from dataclasses import dataclass
+
+import torch
+
+# Parts into which one sequence is split at most, and at least may be; between the two,
+# as many as keep sequences times parts at PARTIAL_ROWS (16 MiB at 32 heads of 128).
+MAX_SPLITS = 128
+MIN_SPLITS = 8
+PARTIAL_ROWS = 1024
+
+
+@dataclass
+class Workspace:
+    """Scratch of one engine: all layers share it, nothing in it outlives a layer.
+
+    Kernels write into it at addresses that never change, so a CUDA graph can replay
+    over it. The reference, which returns its own tensors, only puts them here.
+    """
+
+    lse: torch.Tensor | None = None
+    """`[max_num_seqs, num_heads]` fp32, of the last decode op."""
+    block_lse: torch.Tensor | None = None
+    """`[max_num_seqs, num_heads, max_blocks]` fp32, of the last `dense_decode` with
+    a select_block_size; only a row's own blocks mean something."""
+    mass: torch.Tensor | None = None
+    """`[max_num_seqs, num_sets, max_blocks]` fp32."""
+    partial_out: torch.Tensor | None = None
+    """fp32, flat; `partials` gives its shape for a batch."""
+    partial_lse: torch.Tensor | None = None
+    """fp32, flat."""
+    num_heads: int = 0
+    head_size: int = 0
+
+    @classmethod
+    def allocate(
+        cls,
+        max_num_seqs: int,
+        num_heads: int,
+        num_sets: int,
+        head_size: int,
+        max_blocks: int,
+        device: torch.device,
+    ) -> "Workspace":
+        """Allocate everything that the kernels need.
+
+        Args:
+            max_num_seqs: Most sequences of one decode step, padded rows included.
+            num_heads: Query heads of this rank.
+            num_sets: Sets per sequence; 0 where nothing is ever selected.
+            max_blocks: Selection blocks of the longest sequence; 0 likewise.
+        """
+
+        def floats(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=device)
+
+        rows = max(n * num_splits(n) for n in range(1, max_num_seqs + 1)) * num_heads
+        return cls(
+            lse=floats(max_num_seqs, num_heads),
+            block_lse=floats(max_num_seqs, num_heads, max_blocks),
+            mass=floats(max_num_seqs, num_sets, max_blocks),
+            partial_out=floats(rows * head_size),
+            partial_lse=floats(rows),
+            num_heads=num_heads,
+            head_size=head_size,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        buffers = (
+            *(self.lse, self.block_lse, self.mass),
+            *(self.partial_out, self.partial_lse),
+        )
+        return sum(buffer.nbytes for buffer in buffers if buffer is not None)
+
+    def partials(self, num_seqs: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views for a batch: `[num_seqs, num_heads, splits, head_size]`, and its lse.
+
+        A small batch gets more splits out of the same memory.
+        """
+        shape = (num_seqs, self.num_heads, num_splits(num_seqs))
+        rows = shape[0] * shape[1] * shape[2]
+        out = self.partial_out[: rows * self.head_size].view(*shape, self.head_size)
+        return out, self.partial_lse[:rows].view(shape)
+
+
+def num_splits(num_seqs: int) -> int:
+    """Parts into which each sequence of a batch may be split; >= 1."""
+    return max(MIN_SPLITS, min(MAX_SPLITS, PARTIAL_ROWS // max(num_seqs, 1)))
