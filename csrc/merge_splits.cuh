@@ -8,6 +8,10 @@ namespace tidal {
 
 inline constexpr int kMergeThreads = 64;
 
+struct Stream;
+// On the current device; nothing to do where no row can have been split.
+void launch_merge(const AttendParams& p, const Stream& stream);
+
 // Grid: heads, rows. A row with one split has been written by it.
 template <class T>
 TIDAL_KERNEL(kMergeThreads, 1) merge_splits_kernel(const AttendParams p) {

@@ -140,9 +140,9 @@ AttendParams params_of(const AttendArguments& a) {
 
 void plan(AttendParams& p, int processors, int splits_at_least, int split_tokens) {
   p.tiles_per_unit = ceil_div(p.heads_per_unit, kTileHeads);
-  const int units = p.num_heads / p.heads_per_unit * p.tiles_per_unit;
-  const SplitLimits limits = limit_splits(p.num_seqs, units, processors, p.split_capacity,
-                                          splits_at_least, split_tokens);
+  const SplitLimits limits =
+      limit_splits(p.num_seqs, thread_blocks(p), processors, p.split_capacity,
+                   splits_at_least, split_tokens);
   p.splits = smaller(limits.splits, kMostRows);
   p.min_split_tokens = limits.min_tokens;
 }

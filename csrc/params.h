@@ -52,6 +52,11 @@ struct AttendParams {
   float v_scale;
 };
 
+// Thread blocks that do one row without splitting it.
+inline int thread_blocks(const AttendParams& p) {
+  return p.num_heads / p.heads_per_unit * p.tiles_per_unit;
+}
+
 struct SelectParams {
   const float* block_lse;  // [S, H, N], last dim contiguous
   const float* lse;        // [S, H] contiguous

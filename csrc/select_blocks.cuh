@@ -54,7 +54,8 @@ TIDAL_DEVICE void count_digit(int* bins, unsigned digit, bool counts) {
   const unsigned lanes = ballot(counts);
   if (lanes == 0) return;
   const int leader = lowest_bit(lanes);
-  const bool agrees = counts && digit == shuffle(digit, leader);
+  const unsigned first = shuffle(digit, leader);
+  const bool agrees = counts && digit == first;
   if (ballot(agrees) == lanes) {
     if (thread_index() % 32 == leader) atomic_add_shared(&bins[digit], bit_count(lanes));
   } else if (counts) {
