@@ -5,10 +5,12 @@ TIDAL_BUILD_CUDA decides at build time:
                     leaves the package without the extension (Triton is used then)
     1               build; anything missing or failing is an error
     0               do not build
+CMAKE_ARGS is handed on, for instance "-DTIDAL_CUDA_ARCHS=90a" for one GPU alone.
 `pip install -v` shows the line that says what was decided.
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -72,6 +74,7 @@ class CMakeBuild(build_ext):
             *("cmake", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"),
             f"-DCMAKE_CUDA_COMPILER={find_nvcc()}",
             f"-DTORCH_DIR={find_torch()}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         jobs = str(self.parallel or os.cpu_count() or 1)
         for command in (configure, ["cmake", "--build", str(build), "-j", jobs]):

@@ -230,7 +230,7 @@ struct Loader {
 // fills the registers, so it stays in shared memory, each lane's part of a step together.
 template <class S>
 struct Query {
-  uint32_t in_registers[S::query_in_shared ? 1 : S::steps][4];
+  uint32_t in_registers[S::query_in_shared ? 1 : S::steps][4] = {};
 
   TIDAL_DEVICE static uint32_t* in_shared(int step) {
     return reinterpret_cast<uint32_t*>(shared_memory() + S::warps * S::stages * S::stage_bytes) +

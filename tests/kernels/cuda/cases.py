@@ -160,7 +160,9 @@ def in_fp32(batch: Batch, case: Case) -> tuple[torch.Tensor, ...]:
     cache = batch.kv_cache.float()
     if case.fp8:
         size = case.head_size
-        cache = torch.cat((cache[..., :size] * K_SCALE, cache[..., size:] * V_SCALE), -1)
+        cache = torch.cat(
+            (cache[..., :size] * K_SCALE, cache[..., size:] * V_SCALE), -1
+        )
     return batch.query.float(), cache, batch.block_table, batch.seq_lens
 
 

@@ -74,7 +74,9 @@ class Emulator:
         for name in outputs:
             target = _storage(tensors[name])
             end = start + target.nbytes
-            part = torch.frombuffer(bytearray(done.stdout[start:end]), dtype=torch.uint8)
+            part = torch.frombuffer(
+                bytearray(done.stdout[start:end]), dtype=torch.uint8
+            )
             torch.from_numpy(target).copy_(part)
             start = end
         assert start == len(done.stdout)

@@ -49,7 +49,10 @@ def test_nothing_else_is_written(kernels):
 def test_without_block_lse_the_results_are_the_same_bits(kernels, name):
     case = CASES[name]
     batch = case.make()
-    kept, plain = run_dense(kernels, batch, case), run_dense(kernels, batch, case, False)
+    kept, plain = (
+        run_dense(kernels, batch, case),
+        run_dense(kernels, batch, case, False),
+    )
     assert torch.equal(kept["output"], plain["output"])
     assert torch.equal(kept["lse"], plain["lse"])
 

@@ -168,7 +168,9 @@ def test_heads_weigh_alike_whatever_their_lse(kernels):
 
 @pytest.mark.parametrize("seq_len", [0, 1, 31, 32, 33, 47, 48, 49])
 def test_a_row_up_to_the_threshold_keeps_all_its_blocks(kernels, seq_len):
-    check(kernels, masses(1, 2, 6), [seq_len], rule_of(32, 16, threshold=48), num_sets=2)
+    check(
+        kernels, masses(1, 2, 6), [seq_len], rule_of(32, 16, threshold=48), num_sets=2
+    )
 
 
 def test_strided_results(kernels):

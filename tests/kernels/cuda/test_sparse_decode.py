@@ -79,7 +79,9 @@ def test_any_number_of_splits(kernels, splits, size):
 
 def all_blocks(case: Case, num_sets: int):
     counts = [-(-n // case.select_block_size) for n in case.lens]
-    rows = torch.arange(max(counts), dtype=torch.int32).expand(len(counts), num_sets, -1)
+    rows = torch.arange(max(counts), dtype=torch.int32).expand(
+        len(counts), num_sets, -1
+    )
     lens = torch.tensor(counts, dtype=torch.int32)[:, None].repeat(1, num_sets)
     return rows.contiguous(), lens
 
