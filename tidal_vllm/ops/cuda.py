@@ -1,8 +1,8 @@
-"""The decode ops of the CUDA extension (`csrc/`); importing fails where it is not built.
+"""The decode ops of the CUDA extension, `csrc/`; cannot be imported where not built.
 
 Each means what the function of the same name in `reference` says, writes into given
 tensors, allocates nothing and never waits for the GPU, so that a CUDA graph can hold
-it. Results are the same bits from run to run; a row's do not depend on other rows' data.
+it. Results are the same bits from run to run, and a row's do not depend on the others.
 None of this has run on a GPU yet: the kernels' source is tested under an emulation on
 the CPU (tests/kernels/cuda).
 
