@@ -88,7 +88,7 @@ CASES = {
         block_size=32, select_block_size=32, lens=(131, 32, 1)
     ),
     "selection blocks of 48 in 96": Case(
-        block_size=96, select_block_size=48, lens=(300, 97, 48, 5)
+        block_size=96, select_block_size=48, lens=(300, 97, 64, 48, 5)
     ),
     "every edge": Case(4, 1, lens=EDGES, head_size=64),
     "every edge, single tokens": Case(
