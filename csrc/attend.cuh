@@ -44,7 +44,8 @@ struct Shape {
       smaller(kMostStages, (kSharedLimit - query_bytes) / (warps * stage_bytes));
   static constexpr int out_stride = kHeadSize + 4;  // floats
   static constexpr int join_bytes = warps * kTileHeads * (out_stride + 2) * 4;
-  static constexpr int shared_bytes = larger(warps * stages * stage_bytes + query_bytes, join_bytes);
+  static constexpr int shared_bytes =
+      larger(warps * stages * stage_bytes + query_bytes, join_bytes);
   static_assert(kHeadSize % 32 == 0 && stages >= 2 && shared_bytes <= kSharedLimit);
   static_assert(kTileTokens * chunks % 32 == 0 && row_stride / 16 % 2 == 1);
 };
@@ -116,6 +117,7 @@ struct Share {
 
   // The first slot of a warp's i-th tile; rises with i.
   TIDAL_DEVICE int slot(int warp, int warps, int i) const {
+    if (grain == kTileTokens) return begin + (i * warps + warp) * kTileTokens;
     const int tiles = grain / kTileTokens;
     return begin + (i / tiles * warps + warp) * grain + i % tiles * kTileTokens;
   }
@@ -174,7 +176,7 @@ struct Loader {
   const int* table;
   char* stages;  // this warp's
   int next_position;
-  int position, block;  // of the tile that is copied next
+  int token, block;  // of the tile that is copied next: place in its block, or -1
 
   TIDAL_DEVICE Loader(const AttendParams& p, const Slots& slots, const Share& share)
       : p(p), slots(slots), share(share) {
@@ -182,8 +184,7 @@ struct Loader {
             share.head / p.group * p.cache_head * sizeof(typename S::Stored);
     table = p.block_table + share.row * p.table_row;
     stages = shared_memory() + thread_index() / 32 * S::stages * S::stage_bytes;
-    position = position_of(0);
-    block = block_of(position);
+    find(position_of(0));
     next_position = position_of(1);
   }
 
@@ -193,8 +194,10 @@ struct Loader {
     return slot < share.end ? slots.position(slot) : -1;
   }
 
-  TIDAL_DEVICE int block_of(int position) const {
-    return position < 0 ? 0 : table[position / p.block_size];
+  TIDAL_DEVICE void find(int position) {
+    const int logical = position < 0 ? 0 : position / p.block_size;
+    token = position < 0 ? -1 : position - logical * p.block_size;
+    block = position < 0 ? 0 : table[logical];
   }
 
   TIDAL_DEVICE char* stage(int tile) const {
@@ -206,22 +209,19 @@ struct Loader {
   TIDAL_DEVICE void copy(int tile) {
     const int lane = thread_index() % 32;
     int64_t offset = -1;
-    if (position >= 0) {
-      offset = block * p.cache_block + position % p.block_size * p.cache_token;
-    }
+    if (token >= 0) offset = block * p.cache_block + token * p.cache_token;
     char* to = stage(tile);
-    const unsigned present = ballot(position >= 0) & 0xffff;
+    const unsigned present = ballot(token >= 0) & 0xffff;
     if (lane == 0) *reinterpret_cast<unsigned*>(to + S::row_bytes) = present;
 #pragma unroll 4
     for (int i = 0; i < kTileTokens * S::chunks / 32; ++i) {
       const int chunk = i * 32 + lane;
-      const int token = chunk / S::chunks, byte = chunk % S::chunks * 16;
-      const int64_t from = shuffle(offset, token);
+      const int row = chunk / S::chunks, byte = chunk % S::chunks * 16;
+      const int64_t from = shuffle(offset, row);
       const int64_t first = (from < 0 ? 0 : from) * int64_t{sizeof(typename S::Stored)};
-      copy_async_16(to + token * S::row_stride + byte, cache + first + byte, from >= 0);
+      copy_async_16(to + row * S::row_stride + byte, cache + first + byte, from >= 0);
     }
-    position = next_position;
-    block = block_of(position);
+    find(next_position);
     next_position = position_of(tile + 2);
   }
 };
@@ -233,8 +233,8 @@ struct Query {
   uint32_t in_registers[S::query_in_shared ? 1 : S::steps][4] = {};
 
   TIDAL_DEVICE static uint32_t* in_shared(int step) {
-    return reinterpret_cast<uint32_t*>(shared_memory() + S::warps * S::stages * S::stage_bytes) +
-           (step * 32 + thread_index() % 32) * 4;
+    char* const queries = shared_memory() + S::warps * S::stages * S::stage_bytes;
+    return reinterpret_cast<uint32_t*>(queries) + (step * 32 + thread_index() % 32) * 4;
   }
 
   TIDAL_DEVICE void load(const AttendParams& p, const Share& share) {
@@ -304,7 +304,8 @@ TIDAL_DEVICE void score(const char* stage, const Query<S>& query, float scale,
     }
   } else {
     // Matrices: the halves of a step for tokens 0-7, then for 8-15.
-    const char* from = stage + (lane / 16 * 8 + lane % 8) * S::row_stride + lane / 8 % 2 * 16;
+    const int token = lane / 16 * 8 + lane % 8;
+    const char* from = stage + token * S::row_stride + lane / 8 % 2 * 16;
 #pragma unroll
     for (int step = 0; step < S::steps; ++step) {
       uint32_t keys[4], part[4];

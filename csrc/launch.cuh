@@ -44,7 +44,8 @@ void launch_kernel(const char* name, void (*kernel)(const Params), dim3 grid, in
                                     shared_bytes),
                name);
   }
-  kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream.handle)>>>(params);
+  const auto on = static_cast<cudaStream_t>(stream.handle);
+  kernel<<<grid, threads, shared_bytes, on>>>(params);
   check_cuda(cudaGetLastError(), name);
 }
 

@@ -167,7 +167,8 @@ void dense_decode(const AttendArguments& a) {
     p.block_lse_head = a.block_lse->stride(1);
     p.num_blocks = static_cast<int>(a.block_lse->size(2));
   }
-  plan(p, count_processors(checks.device_index()), kDenseSplitsAtLeast, kDenseSplitTokens);
+  plan(p, count_processors(checks.device_index()), kDenseSplitsAtLeast,
+       kDenseSplitTokens);
   launch_dense_decode(p, current_stream(checks.device_index()));
 }
 

@@ -45,7 +45,8 @@ TIDAL_KERNEL(kMassThreads, 1) set_mass(const SelectParams p) {
   for (int head = 0; head < heads; ++head) {
     mass += exp2_of((from[head * p.block_lse_head + block] - lse[head]) * kLog2E);
   }
-  p.mass[row * p.mass_row + set * p.mass_set + block] = mass > 0.f ? mass : 0.f;  // NaN: 0
+  if (!(mass > 0.f)) mass = 0.f;  // NaN too
+  p.mass[row * p.mass_row + set * p.mass_set + block] = mass;
 }
 
 // Adds one to the digit's bin for each lane that counts. Many masses are equal (zeros

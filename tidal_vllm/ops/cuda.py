@@ -43,21 +43,26 @@ def _write_only(*args) -> None:
     """What a compiler sees: the written tensors keep their shapes."""
 
 
-def why_not(case) -> str | None:
-    """What of a `dispatch.Case` the extension does not cover; None if it covers all."""
-    size = case.select_block_size
+def why_not(case) -> str:
+    """What of a `dispatch.Case` is not covered, and what is; empty if all is."""
+    size = case.select_block_size or 1
     if case.dtype not in DTYPES:
-        return f"dtype {case.dtype}, only bfloat16 and float16"
+        return f"dtype = {case.dtype}: allowed {', '.join(map(str, DTYPES))}"
+    if not case.fp8 and case.cache_dtype is not case.dtype:
+        return (
+            f"kv_cache_dtype = {case.kv_cache_dtype} beside {case.dtype}: allowed "
+            "'auto', the same dtype, 'fp8' or 'fp8_e4m3'"
+        )
     if case.head_size not in HEAD_SIZES:
-        return f"head_size {case.head_size}, only {', '.join(map(str, HEAD_SIZES))}"
-    if not case.fp8 and case.cache_dtype != case.dtype:
-        return f"kv_cache_dtype {case.kv_cache_dtype} with {case.dtype}"
-    if size is not None and size not in (1, 2, 4, 8) and size % 16:
-        return f"select_block_size {size}, only 1, 2, 4, 8 and multiples of 16"
+        allowed = ", ".join(map(str, HEAD_SIZES))
+        return f"head_size = {case.head_size}: allowed {allowed}"
+    if size not in (1, 2, 4, 8) and size % 16:
+        return f"select_block_size = {size}: allowed 1, 2, 4, 8 and multiples of 16"
     capability = torch.cuda.get_device_capability(case.device)
     if capability < OLDEST:
-        return "compute capability {}.{}, only 8.0 and newer".format(*capability)
-    return None
+        found = ".".join(map(str, capability))
+        return f"compute capability {found}: allowed 8.0 and above"
+    return ""
 
 
 def dense_decode(

@@ -70,7 +70,26 @@ def agreement() -> dict[str, float]:
     }
 
 
-def doubts() -> dict[str, str | None]:
+def far_blocks() -> dict[str, bool]:
+    """Offsets of 2**31 and 2**32 elements; the memory between is never touched."""
+    heads, size = 2, 128
+    near = torch.randn(3, heads, 16, size).to(torch.float8_e4m3fn).view(torch.uint8)
+    memory = torch.empty(2**32 + near.numel(), dtype=torch.uint8)
+    far = memory.as_strided(near.shape, (2**31, 16 * size, size, 1))
+    far.copy_(near)
+    found = {}
+    for op in OPS[:2]:
+        arguments = good_arguments(op)
+        arguments["block_table"] = torch.tensor([[2, 1], [0, 0], [1, 2]]).int()
+        outputs = []
+        for cache in (near, far):
+            getattr(cuda, op)(**arguments | {"kv_cache": cache})
+            outputs.append(arguments["output"].clone())
+        found[op] = torch.equal(*outputs) and bool(outputs[0].any())
+    return found
+
+
+def doubts() -> dict[str, str]:
     torch.cuda.get_device_capability = lambda device: (9, 0)
     good = {
         "device": torch.device("cuda"),
@@ -100,6 +119,6 @@ def doubts() -> dict[str, str | None]:
 
 if __name__ == "__main__":
     schemas = {op: str(getattr(torch.ops.tidal, op).default._schema) for op in OPS}
-    parts = (refusals, opchecks, agreement, doubts)
+    parts = (refusals, opchecks, agreement, far_blocks, doubts)
     result = {part.__name__: part() for part in parts}
     json.dump(result | {"schemas": schemas, "path": cuda.__file__}, sys.stdout)

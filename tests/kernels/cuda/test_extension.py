@@ -76,6 +76,10 @@ def test_one_step_agrees_with_the_reference(child):
     assert found["chosen blocks"] == found["padded row"] == 0
 
 
+def test_a_cache_beyond_32_bit_offsets(child):
+    assert child["far_blocks"] == {"dense_decode": True, "sparse_decode": True}
+
+
 def test_schemas_name_what_is_written(child):
     writes = {
         op: re.findall(r"Tensor\(\w!\)\?? (\w+)", schema)
@@ -92,18 +96,19 @@ def test_schemas_name_what_is_written(child):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("good", None),
-        ("fp8", None),
-        ("nothing selected", None),
-        ("fp32", "dtype torch.float32, only bfloat16 and float16"),
-        ("head size", "head_size 80, only 64, 96, 128, 256"),
-        ("cache", "kv_cache_dtype float16 with torch.bfloat16"),
-        ("block", "select_block_size 24, only 1, 2, 4, 8 and multiples of 16"),
-        ("Turing", "compute capability 7.5, only 8.0 and newer"),
+        ("good", ""),
+        ("fp8", ""),
+        ("nothing selected", ""),
+        ("fp32", "dtype = torch.float32: allowed torch.bfloat16, torch.float16"),
+        ("head size", "head_size = 80: allowed 64, 96, 128, 256"),
+        ("cache", "kv_cache_dtype = float16 beside torch.bfloat16: allowed 'auto'"),
+        ("block", "select_block_size = 24: allowed 1, 2, 4, 8 and multiples of 16"),
+        ("Turing", "compute capability 7.5: allowed 8.0 and above"),
     ],
 )
 def test_it_says_what_it_does_not_cover(child, name, reason):
-    assert child["doubts"][name] == reason
+    found = child["doubts"][name]
+    assert found.startswith(reason) if reason else found == ""
 
 
 def test_without_the_extension_the_import_says_so():

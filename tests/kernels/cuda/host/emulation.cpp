@@ -240,7 +240,8 @@ void launch(Dim grid, int threads, int shared_bytes,
   }
   machine.kernel = &kernel;
   machine.error.clear();
-  if (machine.fibers.size() < static_cast<size_t>(threads)) machine.fibers.resize(threads);
+  const auto count = static_cast<size_t>(threads);
+  if (machine.fibers.size() < count) machine.fibers.resize(count);
   std::vector<int> order(threads);
   std::iota(order.begin(), order.end(), 0);
   if (schedule_seed == 1) std::reverse(order.begin(), order.end());
@@ -313,7 +314,8 @@ const char* exchange(const void* value, int bytes, const char* what) {
 void load_matrices(uint32_t (&to)[4], const char* row, bool transposed) {
   check_readable("ldmatrix");
   if (reinterpret_cast<uintptr_t>(row) % 16) fail("ldmatrix from an odd address");
-  const char* slots = exchange(&row, sizeof(row), transposed ? "ldmatrix.trans" : "ldmatrix");
+  const char* const what = transposed ? "ldmatrix.trans" : "ldmatrix";
+  const char* slots = exchange(&row, sizeof(row), what);
   const int lane = machine.current->thread % 32;
   for (int matrix = 0; matrix < 4; ++matrix) {
     uint16_t halves[2];

@@ -171,7 +171,9 @@ uint32_t times(T, uint32_t pair, float factor) {
   return pack(T{}, emulation::to_float(T{}, static_cast<uint16_t>(pair)) * factor,
               emulation::to_float(T{}, static_cast<uint16_t>(pair >> 16)) * factor);
 }
-inline uint32_t times_2_to_120(bf16, uint32_t pair) { return times(bf16{}, pair, 0x1p120f); }
+inline uint32_t times_2_to_120(bf16, uint32_t pair) {
+  return times(bf16{}, pair, 0x1p120f);
+}
 inline uint32_t times_256(fp16, uint32_t pair) { return times(fp16{}, pair, 256.f); }
 
 inline void ldmatrix_x4(uint32_t (&to)[4], const char* row) {

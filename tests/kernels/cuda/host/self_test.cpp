@@ -24,7 +24,7 @@ void copy_16(bool wait, bool barrier, int misalign) {
 void multiply() {
   const int lane = thread_index();
   const auto a_at = [](int row, int k) { return float((row * 7 + k * 3) % 11 - 5); };
-  const auto b_at = [](int k, int column) { return float((k * 5 + column * 2) % 13 - 6); };
+  const auto b_at = [](int k, int col) { return float((k * 5 + col * 2) % 13 - 6); };
   uint32_t a[4], b[2];
   for (int r = 0; r < 4; ++r) {
     const int row = lane / 4 + 8 * (r % 2), k = 2 * (lane % 4) + 8 * (r / 2);
@@ -67,7 +67,8 @@ const std::map<std::string, void (*)()> kernels = {
     {"end without a wait", [] { copy_16(false, true, 0); }},
     {"copy from an odd address", [] { copy_16(true, true, 8); }},
     {"ballot that some lanes skip", [] { if (thread_index() % 2) ballot(true); }},
-    {"two instructions at once", [] { thread_index() < 16 ? (void)ballot(true) : sync_warp(); }},
+    {"two instructions at once",
+     [] { thread_index() < 16 ? (void)ballot(true) : sync_warp(); }},
     {"barrier that a warp skips", [] { if (thread_index() < 32) sync_block(); }},
     {"shared memory past its end", [] { shared_memory()[2048] = 1; }},
     {"mma", multiply},
