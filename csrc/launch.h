@@ -1,0 +1,23 @@
+// What the ops need of a device: the .cu files for CUDA, an emulation in the tests.
+#pragma once
+
+#include "params.h"
+
+namespace tidal {
+
+struct Stream {
+  int device_index;
+  void* handle;
+};
+
+extern const char* const kDeviceType;  // that the tensors must be on
+
+int count_processors(int device_index);
+Stream current_stream(int device_index);
+
+// Each throws std::runtime_error if the launch fails.
+void launch_dense_decode(const AttendParams& p, const Stream& stream);
+void launch_sparse_decode(const AttendParams& p, const Stream& stream);
+void launch_select_blocks(const SelectParams& p, const Stream& stream);
+
+}  // namespace tidal

@@ -1,0 +1,154 @@
+// Every instruction that C++ has no word for. Without a CUDA compiler the same names
+// come from tests/kernels/cuda/host/emulation.h, so that the kernels run on a CPU.
+#pragma once
+
+#include <cstdint>
+
+#include "plan.h"
+
+namespace tidal {
+
+inline constexpr float kLog2E = 1.4426950408889634f;
+inline constexpr float kLn2 = 0.6931471805599453f;
+
+// Storage only: arithmetic is fp32, or happens inside mma.
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+struct fp8_e4m3 {
+  uint8_t bits;
+};
+
+}  // namespace tidal
+
+#ifndef __CUDACC__
+#include "emulation.h"
+#else
+
+#define TIDAL_KERNEL(threads, blocks_per_processor) \
+  __global__ void __launch_bounds__(threads, blocks_per_processor)
+#define TIDAL_DEVICE __device__ __forceinline__
+
+namespace tidal {
+
+TIDAL_DEVICE int thread_index() { return threadIdx.x; }
+TIDAL_DEVICE int block_x() { return blockIdx.x; }
+TIDAL_DEVICE int block_y() { return blockIdx.y; }
+TIDAL_DEVICE int block_z() { return blockIdx.z; }
+
+TIDAL_DEVICE char* shared_memory() {
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+}
+
+TIDAL_DEVICE void sync_block() { __syncthreads(); }
+TIDAL_DEVICE void sync_warp() { __syncwarp(); }
+TIDAL_DEVICE unsigned ballot(bool yes) { return __ballot_sync(~0u, yes); }
+TIDAL_DEVICE int bit_count(unsigned bits) { return __popc(bits); }
+TIDAL_DEVICE int lowest_bit(unsigned bits) { return __ffs(bits) - 1; }
+template <class V>
+TIDAL_DEVICE V shuffle(V value, int lane) {
+  return __shfl_sync(~0u, value, lane);
+}
+template <class V>
+TIDAL_DEVICE V shuffle_xor(V value, int mask) {
+  return __shfl_xor_sync(~0u, value, mask);
+}
+TIDAL_DEVICE void atomic_add_shared(int* address, int value) {
+  atomicAdd(address, value);
+}
+
+TIDAL_DEVICE unsigned float_bits(float value) { return __float_as_uint(value); }
+TIDAL_DEVICE float exp2_of(float value) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+TIDAL_DEVICE float log2_of(float value) {
+  float result;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+
+// Two floats rounded to nearest even, the first in the low half.
+TIDAL_DEVICE uint32_t pack(bf16, float low, float high) {
+  uint32_t result;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+TIDAL_DEVICE uint32_t pack(fp16, float low, float high) {
+  uint32_t result;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+
+// Both halves times a power of two; subnormals count.
+TIDAL_DEVICE uint32_t times_2_to_120(bf16, uint32_t pair) {
+  uint32_t result;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;"
+      : "=r"(result)
+      : "r"(pair), "r"(0x7B807B80u), "r"(0x80008000u));
+  return result;
+}
+TIDAL_DEVICE uint32_t times_256(fp16, uint32_t pair) {
+  uint32_t result;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(pair), "r"(0x5C005C00u));
+  return result;
+}
+
+TIDAL_DEVICE uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of
+// matrix l / 8. Lane l gets elements 2 * (l % 4) and the next of row l / 4.
+TIDAL_DEVICE void ldmatrix_x4(uint32_t (&to)[4], const char* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+// The same, each matrix transposed.
+TIDAL_DEVICE void ldmatrix_x4_trans(uint32_t (&to)[4], const char* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// to[16, 8] += a[16, 16] * b[16, 8], accumulated in fp32.
+TIDAL_DEVICE void mma(bf16, float (&to)[4], const uint32_t (&a)[4], uint32_t b0,
+                      uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(to[0]), "+f"(to[1]), "+f"(to[2]), "+f"(to[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+TIDAL_DEVICE void mma(fp16, float (&to)[4], const uint32_t (&a)[4], uint32_t b0,
+                      uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(to[0]), "+f"(to[1]), "+f"(to[2]), "+f"(to[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// 16 bytes to shared memory; zeros, and nothing is read, unless valid.
+TIDAL_DEVICE void copy_async_16(char* to, const char* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
+                   shared_address(to)),
+               "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0)
+               : "memory");
+}
+TIDAL_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most `kPending` of this thread's groups are under way. Other threads' copies
+// are visible only after a barrier that follows their waits.
+template <int kPending>
+TIDAL_DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+}  // namespace tidal
+#endif

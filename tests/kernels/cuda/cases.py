@@ -1,0 +1,260 @@
+"""Named cases of the decode ops, and how a result is judged against the oracle."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from reference.cases import Batch, make_batch
+
+from tidal_vllm.ops import reference
+
+FP8 = torch.float8_e4m3fn
+K_SCALE, V_SCALE = 0.75, 1.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch and how the ops are to take it; processors decide about the splits."""
+
+    num_heads: int = 8
+    num_kv_heads: int = 2
+    head_size: int = 128
+    dtype: torch.dtype = torch.bfloat16
+    fp8: bool = False
+    layout: str = "LBNHC"
+    block_size: int = 16
+    select_block_size: int = 16
+    lens: tuple[int, ...] = (70, 0, 17, 1)
+    splits: int = 4
+    sharpness: float = 1.0
+
+    @property
+    def scales(self) -> dict[str, float]:
+        on = self.fp8
+        return {"k_scale": K_SCALE if on else 1.0, "v_scale": V_SCALE if on else 1.0}
+
+    def make(self, seed: int = 0) -> Batch:
+        group = self.num_heads // self.num_kv_heads
+        batch = make_batch(
+            self.lens,
+            num_kv_heads=self.num_kv_heads,
+            group=group,
+            head_size=self.head_size,
+            block_size=self.block_size,
+            layout=self.layout,
+            dtype=FP8 if self.fp8 else self.dtype,
+            sharpness=self.sharpness,
+            seed=seed,
+        )
+        return replace(batch, query=batch.query.to(self.dtype))
+
+
+# Lengths at and around each boundary: tile (16 tokens), what four warps take (64), KV
+# block, and the least of a split (128 sparse, 512 dense).
+EDGES = tuple(sorted({e + d for e in (16, 64, 128) for d in (-1, 0, 1)}))
+CASES = {
+    "Llama-3 heads, 32 on 8": Case(32, 8),
+    "Qwen2.5-7B heads, 28 on 4, group 7": Case(28, 4),
+    "Qwen2.5-14B heads, 40 on 8, group 5": Case(40, 8),
+    "multi-head, 6 on 6": Case(6, 6),
+    "multi-query, 32 on 1: two tiles of heads": Case(32, 1),
+    "multi-query, 20 on 1: a second tile of four": Case(20, 1),
+    "group 16: one full tile": Case(16, 1),
+    "head size 64": Case(head_size=64),
+    "head size 96": Case(head_size=96),
+    "head size 256": Case(head_size=256),
+    "fp16": Case(dtype=torch.float16),
+    "fp16, head size 64": Case(dtype=torch.float16, head_size=64),
+    "fp16, head size 256": Case(dtype=torch.float16, head_size=256),
+    "fp8": Case(fp8=True),
+    "fp8 under fp16": Case(fp8=True, dtype=torch.float16),
+    "fp8, head size 64": Case(fp8=True, head_size=64),
+    "fp8, head size 96": Case(fp8=True, head_size=96),
+    "fp8, head size 256": Case(fp8=True, head_size=256),
+    "LBHNC": Case(layout="LBHNC"),
+    "LHBNC": Case(layout="LHBNC"),
+    "LNBHC": Case(layout="LNBHC"),
+    "LBNHC, padded rows": Case(layout="LBNHC, padded rows"),
+    "LBHNC, padded heads and blocks": Case(layout="LBHNC, padded heads and blocks"),
+    "LBNHC, slice of a bigger one": Case(layout="LBNHC, slice of a bigger one"),
+    "fp8, LBHNC": Case(fp8=True, layout="LBHNC"),
+    "KV blocks of 32": Case(block_size=32),
+    "KV blocks of 48": Case(block_size=48),
+    "single tokens": Case(select_block_size=1),
+    "selection blocks of 2": Case(select_block_size=2),
+    "selection blocks of 4": Case(select_block_size=4),
+    "selection blocks of 8": Case(select_block_size=8),
+    "selection blocks of 32": Case(
+        block_size=32, select_block_size=32, lens=(131, 32, 1)
+    ),
+    "selection blocks of 48 in 96": Case(
+        block_size=96, select_block_size=48, lens=(300, 97, 64, 48, 5)
+    ),
+    "every edge": Case(4, 1, lens=EDGES, head_size=64),
+    "every edge, single tokens": Case(
+        4, 1, lens=EDGES, head_size=64, select_block_size=1
+    ),
+    "four splits and more": Case(2, 1, lens=(2100, 511, 512, 513, 1024, 0)),
+    "selection blocks of 64 over splits": Case(
+        2, 1, lens=(1700, 1025), block_size=64, select_block_size=64, head_size=64
+    ),
+    "scores of hundreds": Case(sharpness=30.0),
+    "empty rows only": Case(lens=(0, 0)),
+}
+SMALL = ("Llama-3 heads, 32 on 8", "fp8", "head size 256", "four splits and more")
+
+
+def attend_tensors(batch: Batch, case: Case) -> dict[str, torch.Tensor]:
+    """What both ops take; results and workspace start as NaN.
+
+    Outputs are rows of a wider tensor, the workspace has a row more than needed.
+    """
+    rows, heads, size = batch.query.shape
+    wide = torch.full((rows, heads + 1, size + 16), math.nan, dtype=batch.query.dtype)
+    shape = (rows + 1, heads, case.splits)
+    return {
+        "query": batch.query,
+        "kv_cache": batch.kv_cache,
+        "block_table": batch.block_table,
+        "seq_lens": batch.seq_lens,
+        "output": wide[:, :heads, :size],
+        "lse": torch.full((rows, heads), math.nan),
+        "partial_out": torch.full((*shape, size), math.nan),
+        "partial_lse": torch.full(shape, math.nan),
+    }
+
+
+def run_dense(kernels, batch: Batch, case: Case, keep: bool = True) -> dict:
+    tensors = attend_tensors(batch, case)
+    if keep:
+        most = -(-max(case.lens) // case.select_block_size)
+        shape = (*batch.query.shape[:2], most + 3)
+        tensors["block_lse"] = torch.full(shape, math.nan)
+    kernels.run(
+        "dense_decode",
+        tensors,
+        ("output", "lse", *(["block_lse"] if keep else [])),
+        scale=batch.scale,
+        select_block_size=case.select_block_size if keep else 1,
+        **case.scales,
+    )
+    return tensors
+
+
+def run_sparse(kernels, batch: Batch, case: Case, blocks, lens) -> dict:
+    tensors = attend_tensors(batch, case)
+    tensors |= {"topk_blocks": blocks, "topk_lens": lens}
+    kernels.run(
+        "sparse_decode",
+        tensors,
+        ("output", "lse"),
+        scale=batch.scale,
+        select_block_size=case.select_block_size,
+        **case.scales,
+    )
+    return tensors
+
+
+def in_fp32(batch: Batch, case: Case) -> tuple[torch.Tensor, ...]:
+    """The tensors that an op begins with, as the oracle takes them."""
+    cache = batch.kv_cache.float()
+    if case.fp8:
+        size = case.head_size
+        cache = torch.cat(
+            (cache[..., :size] * K_SCALE, cache[..., size:] * V_SCALE), -1
+        )
+    return batch.query.float(), cache, batch.block_table, batch.seq_lens
+
+
+def in_low_precision(batch: Batch, case: Case, positions=None) -> torch.Tensor:
+    """Plain attention with weights and output rounded to the query's dtype."""
+    result = torch.zeros(batch.query.shape)
+    for row in range(len(batch.keys)):
+        for head in range(case.num_heads):
+            kv_head = head // (case.num_heads // case.num_kv_heads)
+            k = batch.keys[row][:, kv_head].float() * case.scales["k_scale"]
+            v = batch.values[row][:, kv_head].float() * case.scales["v_scale"]
+            if positions is not None:
+                chosen = positions(row, head)
+                k, v = k[chosen], v[chosen]
+            if len(k):
+                scores = batch.scale * (k @ batch.query[row, head].float())
+                weights = scores.softmax(0).to(case.dtype).float()
+                result[row, head] = (weights @ v).to(case.dtype).float()
+    return result
+
+
+def assert_output(actual, exact, low, what="output"):
+    """At most twice the error that rounding to the dtype costs plain attention."""
+    assert not actual.isnan().any(), f"{what}: NaN"
+    allowed = 2 * float((low - exact).abs().max()) + 1e-5
+    error = float((actual.float() - exact).abs().max())
+    assert error <= allowed, f"{what}: off by {error:.3g}, allowed {allowed:.3g}"
+
+
+def assert_lse(actual, exact, batch: Batch, what="lse"):
+    """fp32 scores err by a few units in their last place; -inf must be -inf."""
+    infinite = exact.isinf()
+    assert (actual[infinite] == -math.inf).all(), f"{what}: not -inf"
+    if infinite.all():
+        return
+    largest = max(float(exact[~infinite].abs().max()), 8.0)
+    error = float((actual - exact)[~infinite].abs().max())
+    assert error <= 1e-6 * largest, f"{what}: off by {error:.3g} at {largest:.3g}"
+
+
+def dense_oracle(batch: Batch, case: Case):
+    return reference.dense_decode(
+        *in_fp32(batch, case),
+        scale=batch.scale,
+        select_block_size=case.select_block_size,
+    )
+
+
+def sparse_oracle(batch: Batch, case: Case, blocks, lens):
+    query, cache, table, seq_lens = in_fp32(batch, case)
+    return reference.sparse_decode(
+        query,
+        cache,
+        table,
+        blocks,
+        lens,
+        seq_lens,
+        scale=batch.scale,
+        select_block_size=case.select_block_size,
+    )
+
+
+def make_sets(batch: Batch, case: Case, scope: str, seed: int = 0, most: int = 40):
+    """A random set for each row and group of heads, in random order.
+
+    Behind each set: blocks that no table covers. Every third set is empty, a padded
+    row's set is not, as replayed graphs leave it.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    num_sets = batch.num_sets(scope)
+    shape = (len(case.lens), num_sets, most + 2)
+    blocks = torch.full(shape, 2**26, dtype=torch.int32)
+    lens = torch.zeros(shape[:2], dtype=torch.int32)
+    for row, seq_len in enumerate(case.lens):
+        total = -(-max(seq_len, 1) // case.select_block_size)
+        for i in range(num_sets):
+            chosen = torch.randperm(total, generator=rng)
+            few = int(torch.randint(1, total + 1, (1,), generator=rng))
+            count = 0 if (row + i) % 3 == 2 else min(few, most)
+            blocks[row, i, :count] = chosen[:count].to(torch.int32)
+            lens[row, i] = count
+    return blocks, lens
+
+
+def positions_of(case: Case, blocks, lens):
+    """For `in_low_precision`: which positions a head attends to."""
+    size, num_sets = case.select_block_size, blocks.shape[1]
+
+    def positions(row: int, head: int) -> list[int]:
+        i = head // (case.num_heads // num_sets)
+        chosen = blocks[row, i, : int(lens[row, i])].tolist()
+        every = (b * size + t for b in chosen for t in range(size))
+        return [t for t in every if t < case.lens[row]]
+
+    return positions

@@ -1,0 +1,29 @@
+import shutil
+
+import pytest
+import torch
+
+from .emulator import Emulator, compile_runner
+from .gpu import Gpu
+
+WHERE = ["emulation", *(["gpu"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(scope="session")
+def runner(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++ to run the CUDA kernels' source on the CPU")
+    return compile_runner(tmp_path_factory.mktemp("cuda") / "run")
+
+
+@pytest.fixture(scope="module", params=WHERE)
+def kernels_of_module(request):
+    """The kernels' source on the CPU, and the extension where there is a GPU."""
+    if request.param == "gpu":
+        return Gpu()
+    return Emulator(request.getfixturevalue("runner"))
+
+
+@pytest.fixture
+def kernels(kernels_of_module):
+    return kernels_of_module

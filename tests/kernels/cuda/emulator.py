@@ -1,0 +1,100 @@
+"""The CUDA kernels' own source, run on the CPU by tests/kernels/cuda/host."""
+
+import os
+import struct
+import subprocess
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+CSRC = ROOT / "csrc"
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+FLAGS = ("-std=c++17", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror")
+
+
+class KernelError(RuntimeError):
+    """What the op threw: a check that failed, or a rule that a kernel broke."""
+
+
+def compile_runner(to: Path, csrc: Path = CSRC, flags: tuple[str, ...] = ()) -> Path:
+    """Build the runner with sanitizers from the kernels in `csrc`."""
+    sources = [
+        HERE / "host/run.cpp",
+        HERE / "host/emulated_device.cpp",
+        HERE / "host/emulation.cpp",
+        csrc / "ops.cpp",
+    ]
+    # -O1: optimising further costs more here than it saves in running.
+    command = ["g++", *FLAGS, "-O1", "-g1", *SANITIZERS, *flags]
+    command += [f"-I{csrc}", f"-I{HERE / 'host'}", *map(str, sources), "-o", str(to)]
+    subprocess.run(command, check=True)
+    return to
+
+
+class Emulator:
+    """Runs one op per process; tensors stand as they are, strides, offsets and all."""
+
+    def __init__(self, runner: Path, schedule: int = 0, processors: int = 132):
+        self.runner = runner
+        self.schedule = schedule
+        self.processors = processors
+
+    def run(self, op: str, tensors: dict, outputs: tuple[str, ...], **numbers) -> None:
+        """Run `op`; the tensors named in `outputs` are written.
+
+        Raises:
+            KernelError: the op threw; the message is its own.
+            AssertionError: a sanitizer found something; the message is its report.
+        """
+        records = {
+            "op": op,
+            "schedule": self.schedule,
+            "processors": self.processors,
+            "outputs": " ".join(outputs),
+            **numbers,
+        }
+        parts = [_record(name, str(value).encode()) for name, value in records.items()]
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                parts.append(_record(f"{name}.meta", _meta(tensor).encode()))
+                parts.append(_record(name, _storage(tensor).tobytes()))
+        done = subprocess.run(
+            [str(self.runner)],
+            input=b"".join(parts),
+            capture_output=True,
+            timeout=300,
+            env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"},
+        )
+        assert done.returncode == 0, done.stderr.decode(errors="replace")[-6000:]
+        if not done.stdout.startswith(b"ok"):
+            raise KernelError(done.stdout.decode())
+        start = 2
+        for name in outputs:
+            target = _storage(tensors[name])
+            end = start + target.nbytes
+            part = torch.frombuffer(
+                bytearray(done.stdout[start:end]), dtype=torch.uint8
+            )
+            torch.from_numpy(target).copy_(part)
+            start = end
+        assert start == len(done.stdout)
+
+
+def _record(name: str, data: bytes) -> bytes:
+    key = name.encode()
+    return struct.pack("Q", len(key)) + key + struct.pack("Q", len(data)) + data
+
+
+def _storage(tensor: torch.Tensor):
+    """All bytes of a tensor's storage, as a writable array."""
+    storage = tensor.untyped_storage()
+    return torch.tensor([], dtype=torch.uint8).set_(storage).numpy()
+
+
+def _meta(tensor: torch.Tensor) -> str:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    offset = tensor.storage_offset() * tensor.element_size()
+    where = (tensor.device.type, 0, offset, tensor.dim())
+    return " ".join(map(str, (dtype, *where, *tensor.shape, *tensor.stride())))

@@ -1,0 +1,30 @@
+"""The extension on a GPU behind the emulator's interface."""
+
+import torch
+
+
+def to_cuda(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides, padding included."""
+    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    return storage.cuda().as_strided(
+        tensor.shape, tensor.stride(), tensor.storage_offset()
+    )
+
+
+def from_cuda(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copies all of the storage back, so that stray writes are seen."""
+    every = torch.empty(0, dtype=source.dtype, device=source.device)
+    every = every.set_(source.untyped_storage())
+    torch.empty(0, dtype=target.dtype).set_(target.untyped_storage()).copy_(every)
+
+
+class Gpu:
+    def run(self, op: str, tensors: dict, outputs: tuple[str, ...], **numbers) -> None:
+        import tidal_vllm.ops.cuda  # noqa: F401
+
+        if op == "dense_decode":
+            tensors.setdefault("block_lse", None)
+        there = {name: t if t is None else to_cuda(t) for name, t in tensors.items()}
+        getattr(torch.ops.tidal, op)(**there, **numbers)
+        for name in outputs:
+            from_cuda(there[name], tensors[name])

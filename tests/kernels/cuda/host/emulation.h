@@ -1,0 +1,198 @@
+// The names of csrc/primitives.cuh, run on a CPU: each thread of a block is a fiber, and
+// warp-wide instructions meet in a buffer, fragment by fragment as PTX defines them.
+//
+// Stricter than a GPU where that finds mistakes: shared memory starts as NaN, the target
+// of an asynchronous copy is NaN until it was waited for, reading it needs a barrier
+// after that wait, addresses must be aligned, and the order in which threads run is
+// chosen by a seed.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define TIDAL_KERNEL(threads, blocks_per_processor) inline void
+#define TIDAL_DEVICE inline
+
+namespace tidal::emulation {
+
+struct Dim {
+  int x = 1, y = 1, z = 1;
+};
+
+// Runs `kernel` for every block of the grid. `schedule`: 0 runs the threads in order, 1
+// in reverse, anything else is the seed of a new random order in each round.
+void launch(Dim grid, int threads, int shared_bytes, const std::function<void()>& kernel);
+void set_schedule(unsigned schedule);
+
+[[noreturn]] void fail(const char* format, ...);
+
+int thread_index();
+Dim block_index();
+char* shared_memory();
+void sync_block();
+void sync_warp();
+void check_readable(const char* what);  // a barrier since the last wait for copies
+void copy_async(char* to, const char* from, bool valid);
+void commit_copies();
+void wait_copies(int pending);
+
+inline constexpr int kSlotBytes = 64;
+// All 32 lanes hand in `bytes` and get the 32 slots of their warp, valid until the next
+// exchange but one. `what`: the instruction; all lanes must be at the same one.
+const char* exchange(const void* value, int bytes, const char* what);
+
+template <class V>
+V from_lane(const char* slots, int lane) {
+  V value;
+  std::memcpy(&value, slots + lane * kSlotBytes, sizeof(V));
+  return value;
+}
+
+inline float half_to_float(uint16_t bits) {
+  _Float16 value;
+  std::memcpy(&value, &bits, 2);
+  return static_cast<float>(value);
+}
+inline uint16_t float_to_half(float value) {
+  const _Float16 rounded = static_cast<_Float16>(value);
+  uint16_t bits;
+  std::memcpy(&bits, &rounded, 2);
+  return bits;
+}
+inline float bfloat_to_float(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+inline uint16_t float_to_bfloat(float value) {
+  uint32_t wide;
+  std::memcpy(&wide, &value, 4);
+  if (std::isnan(value)) return 0x7fff;
+  return static_cast<uint16_t>((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
+}
+
+inline float to_float(bf16, uint16_t bits) { return bfloat_to_float(bits); }
+inline float to_float(fp16, uint16_t bits) { return half_to_float(bits); }
+inline uint16_t from_float(bf16, float value) { return float_to_bfloat(value); }
+inline uint16_t from_float(fp16, float value) { return float_to_half(value); }
+
+void load_matrices(uint32_t (&to)[4], const char* row, bool transposed);
+
+// PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": of a[16, 16]
+// lane l holds in register r, half i: row l / 4 + 8 * (r % 2), column
+// 2 * (l % 4) + i + 8 * (r / 2); of b[16, 8] row 2 * (l % 4) + i + 8 * r, column l / 4;
+// of c[16, 8] in register r: row l / 4 + 8 * (r / 2), column 2 * (l % 4) + r % 2.
+template <class T>
+void multiply(float (&to)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Fragments {
+    float a[8], b[4];
+  } mine;
+  const uint32_t b[2] = {b0, b1};
+  for (int r = 0; r < 4; ++r) {
+    mine.a[2 * r] = to_float(T{}, static_cast<uint16_t>(a[r]));
+    mine.a[2 * r + 1] = to_float(T{}, static_cast<uint16_t>(a[r] >> 16));
+  }
+  for (int r = 0; r < 2; ++r) {
+    mine.b[2 * r] = to_float(T{}, static_cast<uint16_t>(b[r]));
+    mine.b[2 * r + 1] = to_float(T{}, static_cast<uint16_t>(b[r] >> 16));
+  }
+  static_assert(sizeof(Fragments) <= kSlotBytes);
+  const char* slots = exchange(&mine, sizeof(mine), "mma");
+  const int lane = thread_index() % 32;
+  for (int r = 0; r < 4; ++r) {
+    const int row = lane / 4 + 8 * (r / 2), column = 2 * (lane % 4) + r % 2;
+    float sum = to[r];
+    for (int quad = 0; quad < 4; ++quad) {
+      const auto left = from_lane<Fragments>(slots, (row % 8) * 4 + quad);
+      const auto right = from_lane<Fragments>(slots, column * 4 + quad);
+      for (int half = 0; half < 2; ++half) {
+        for (int i = 0; i < 2; ++i) {
+          sum += left.a[2 * (row / 8 + 2 * half) + i] * right.b[2 * half + i];
+        }
+      }
+    }
+    to[r] = sum;
+  }
+}
+
+}  // namespace tidal::emulation
+
+namespace tidal {
+
+inline int thread_index() { return emulation::thread_index(); }
+inline int block_x() { return emulation::block_index().x; }
+inline int block_y() { return emulation::block_index().y; }
+inline int block_z() { return emulation::block_index().z; }
+inline char* shared_memory() { return emulation::shared_memory(); }
+inline void sync_block() { emulation::sync_block(); }
+inline void sync_warp() { emulation::sync_warp(); }
+
+template <class V>
+V shuffle(V value, int lane) {
+  if (lane < 0 || lane > 31) emulation::fail("shuffle from lane %d", lane);
+  const char* slots = emulation::exchange(&value, sizeof(V), "shuffle");
+  return emulation::from_lane<V>(slots, lane);
+}
+template <class V>
+V shuffle_xor(V value, int mask) {
+  const char* slots = emulation::exchange(&value, sizeof(V), "shuffle_xor");
+  return emulation::from_lane<V>(slots, emulation::thread_index() % 32 ^ mask);
+}
+inline unsigned ballot(bool yes) {
+  const char* slots = emulation::exchange(&yes, sizeof(yes), "ballot");
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    bits |= unsigned{emulation::from_lane<bool>(slots, lane)} << lane;
+  }
+  return bits;
+}
+inline int bit_count(unsigned bits) { return __builtin_popcount(bits); }
+inline int lowest_bit(unsigned bits) { return __builtin_ctz(bits); }
+inline void atomic_add_shared(int* address, int value) { *address += value; }
+
+inline unsigned float_bits(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+inline float exp2_of(float value) { return std::exp2(value); }
+inline float log2_of(float value) { return std::log2(value); }
+
+template <class T>
+uint32_t pack(T, float low, float high) {
+  return emulation::from_float(T{}, low) |
+         static_cast<uint32_t>(emulation::from_float(T{}, high)) << 16;
+}
+template <class T>
+uint32_t times(T, uint32_t pair, float factor) {
+  return pack(T{}, emulation::to_float(T{}, static_cast<uint16_t>(pair)) * factor,
+              emulation::to_float(T{}, static_cast<uint16_t>(pair >> 16)) * factor);
+}
+inline uint32_t times_2_to_120(bf16, uint32_t pair) {
+  return times(bf16{}, pair, 0x1p120f);
+}
+inline uint32_t times_256(fp16, uint32_t pair) { return times(fp16{}, pair, 256.f); }
+
+inline void ldmatrix_x4(uint32_t (&to)[4], const char* row) {
+  emulation::load_matrices(to, row, false);
+}
+inline void ldmatrix_x4_trans(uint32_t (&to)[4], const char* row) {
+  emulation::load_matrices(to, row, true);
+}
+template <class T>
+void mma(T, float (&to)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulation::multiply<T>(to, a, b0, b1);
+}
+inline void copy_async_16(char* to, const char* from, bool valid) {
+  emulation::copy_async(to, from, valid);
+}
+inline void commit_copies() { emulation::commit_copies(); }
+template <int kPending>
+void wait_copies() {
+  emulation::wait_copies(kPending);
+}
+
+}  // namespace tidal

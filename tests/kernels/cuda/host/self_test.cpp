@@ -1,0 +1,89 @@
+// Kernels that break a rule, and mma against plain loops. Prints what the emulation says
+// to the one named on the command line.
+#include <iostream>
+#include <map>
+#include <vector>
+
+#include "primitives.cuh"
+
+using namespace tidal;
+
+namespace {
+
+void copy_16(bool wait, bool barrier, int misalign) {
+  alignas(16) static const char source[32] = {};
+  char* to = shared_memory() + 16 * thread_index();
+  copy_async_16(to, source + misalign, true);
+  commit_copies();
+  if (wait) wait_copies<0>();
+  if (barrier) sync_warp();
+  uint32_t matrices[4];
+  ldmatrix_x4(matrices, to);
+}
+
+void multiply() {
+  const int lane = thread_index();
+  const auto a_at = [](int row, int k) { return float((row * 7 + k * 3) % 11 - 5); };
+  const auto b_at = [](int k, int col) { return float((k * 5 + col * 2) % 13 - 6); };
+  uint32_t a[4], b[2];
+  for (int r = 0; r < 4; ++r) {
+    const int row = lane / 4 + 8 * (r % 2), k = 2 * (lane % 4) + 8 * (r / 2);
+    a[r] = pack(bf16{}, a_at(row, k), a_at(row, k + 1));
+  }
+  for (int r = 0; r < 2; ++r) {
+    const int k = 2 * (lane % 4) + 8 * r, column = lane / 4;
+    b[r] = pack(bf16{}, b_at(k, column), b_at(k + 1, column));
+  }
+  float c[4] = {100.f, 100.f, 100.f, 100.f};
+  mma(bf16{}, c, a, b[0], b[1]);
+  for (int r = 0; r < 4; ++r) {
+    const int row = lane / 4 + 8 * (r / 2), column = 2 * (lane % 4) + r % 2;
+    float sum = 100.f;
+    for (int k = 0; k < 16; ++k) sum += a_at(row, k) * b_at(k, column);
+    if (sum != c[r]) emulation::fail("mma[%d, %d] is %f, not %f", row, column, c[r], sum);
+  }
+}
+
+void transpose() {
+  const int lane = thread_index();
+  uint16_t* memory = reinterpret_cast<uint16_t*>(shared_memory());
+  for (int i = lane; i < 4 * 64; i += 32) memory[i] = static_cast<uint16_t>(i);
+  sync_warp();
+  uint32_t plain[4], transposed[4];
+  ldmatrix_x4(plain, shared_memory() + lane * 16);
+  ldmatrix_x4_trans(transposed, shared_memory() + lane * 16);
+  for (int m = 0; m < 4; ++m) {
+    const int row = lane / 4, column = lane % 4 * 2;
+    if ((plain[m] & 0xffff) != unsigned(m * 64 + row * 8 + column) ||
+        (transposed[m] >> 16) != unsigned(m * 64 + (column + 1) * 8 + row)) {
+      emulation::fail("ldmatrix: wrong element in matrix %d", m);
+    }
+  }
+}
+
+const std::map<std::string, void (*)()> kernels = {
+    {"copy, wait, barrier, read", [] { copy_16(true, true, 0); }},
+    {"read without a barrier", [] { copy_16(true, false, 0); }},
+    {"end without a wait", [] { copy_16(false, true, 0); }},
+    {"copy from an odd address", [] { copy_16(true, true, 8); }},
+    {"ballot that some lanes skip", [] { if (thread_index() % 2) ballot(true); }},
+    {"two instructions at once",
+     [] { thread_index() < 16 ? (void)ballot(true) : sync_warp(); }},
+    {"barrier that a warp skips", [] { if (thread_index() < 32) sync_block(); }},
+    {"shared memory past its end", [] { shared_memory()[2048] = 1; }},
+    {"mma", multiply},
+    {"ldmatrix", transpose},
+};
+
+}  // namespace
+
+int main(int, char** arguments) {
+  const std::string name = arguments[1];
+  try {
+    const int threads = name == "barrier that a warp skips" ? 64 : 32;
+    emulation::launch({}, threads, 2048, kernels.at(name));
+    std::cout << "ok";
+  } catch (const std::exception& error) {
+    std::cout << error.what();
+  }
+}

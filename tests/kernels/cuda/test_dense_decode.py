@@ -1,0 +1,122 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from .cases import (
+    CASES,
+    SMALL,
+    Case,
+    assert_lse,
+    assert_output,
+    dense_oracle,
+    in_low_precision,
+    run_dense,
+)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_means_what_the_reference_says(kernels, name):
+    case = CASES[name]
+    batch = case.make()
+    got = run_dense(kernels, batch, case)
+    output, lse, block_lse = dense_oracle(batch, case)
+    assert_output(got["output"], output, in_low_precision(batch, case))
+    assert_lse(got["lse"], lse, batch)
+    for row, seq_len in enumerate(case.lens):
+        used = -(-seq_len // case.select_block_size)
+        assert_lse(
+            got["block_lse"][row, :, :used],
+            block_lse[row, :, :used],
+            batch,
+            f"block_lse of row {row}",
+        )
+        assert got["block_lse"][row, :, used:].isnan().all(), "written past the row"
+        if seq_len == 0:
+            assert (got["output"][row] == 0).all()
+
+
+def test_nothing_else_is_written(kernels):
+    """Outputs are rows of a wider tensor that holds NaN."""
+    case = Case(lens=(20, 600))
+    got = run_dense(kernels, case.make(), case)
+    wide = got["output"]
+    base = torch.empty(0, dtype=wide.dtype).set_(wide.untyped_storage())
+    assert int((~base.isnan()).sum()) == wide.numel()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_without_block_lse_the_results_are_the_same_bits(kernels, name):
+    case = CASES[name]
+    batch = case.make()
+    kept, plain = (
+        run_dense(kernels, batch, case),
+        run_dense(kernels, batch, case, False),
+    )
+    assert torch.equal(kept["output"], plain["output"])
+    assert torch.equal(kept["lse"], plain["lse"])
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("size", [1, 16, 32])
+def test_any_number_of_splits(kernels, splits, size):
+    case = Case(
+        2,
+        1,
+        64,
+        lens=(3000, 0, 900, 512),
+        splits=splits,
+        select_block_size=size,
+        block_size=32,
+    )
+    batch = case.make()
+    got = run_dense(kernels, batch, case)
+    output, lse, block_lse = dense_oracle(batch, case)
+    assert_output(got["output"], output, in_low_precision(batch, case))
+    assert_lse(got["lse"], lse, batch)
+    used = -(-3000 // size)
+    assert_lse(got["block_lse"][0, :, :used], block_lse[0], batch, "block_lse")
+
+
+def test_a_batch_permuted_gives_the_results_permuted_bit_for_bit(kernels):
+    case = Case(4, 2, 64, lens=(1300, 0, 33, 700, 16))
+    batch = case.make()
+    first = run_dense(kernels, batch, case)
+    order = [3, 1, 4, 0, 2]
+    again = run_dense(
+        kernels,
+        batch.rows(order),
+        replace(case, lens=tuple(case.lens[i] for i in order)),
+    )
+    for name in ("output", "lse"):
+        assert torch.equal(again[name], first[name][order])
+    scores = first["block_lse"][order]
+    assert torch.equal(again["block_lse"].nan_to_num(7.0), scores.nan_to_num(7.0))
+
+
+def test_the_other_rows_do_not_matter(kernels):
+    case = Case(4, 2, 64, lens=(900, 40))
+    batch = case.make()
+    first = run_dense(kernels, batch, case)
+    changed = replace(
+        batch,
+        query=torch.stack((batch.query[0], -batch.query[1])),
+        seq_lens=torch.tensor([900, 3], dtype=torch.int32),
+    )
+    again = run_dense(kernels, changed, case)
+    for name in ("output", "lse", "block_lse"):
+        assert torch.equal(again[name][0, ..., :57], first[name][0, ..., :57])
+        assert not torch.equal(again[name][1, ..., :1], first[name][1, ..., :1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_fp8_number_is_itself(kernels, dtype):
+    """One token, so its value comes out; 256 codes in two halves, NaN among them."""
+    for first in (0, 128):
+        case = Case(1, 1, 128, dtype=dtype, fp8=True, lens=(1,))
+        batch = case.make()
+        codes = torch.arange(first, first + 128, dtype=torch.uint8)
+        codes = codes.view(torch.float8_e4m3fn)
+        batch.kv_cache[int(batch.block_table[0, 0]), 0, 0, 128:] = codes
+        got = run_dense(kernels, batch, replace(case, fp8=False))["output"][0, 0]
+        assert torch.equal(got.float().nan_to_num(7e4), codes.float().nan_to_num(7e4))

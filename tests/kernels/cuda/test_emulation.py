@@ -1,0 +1,96 @@
+"""The emulation itself: its instructions, the mistakes it finds, orders of threads."""
+
+import os
+import re
+import subprocess
+
+import pytest
+import torch
+
+from .cases import Case, make_sets, run_dense, run_sparse
+from .emulator import CSRC, FLAGS, HERE, SANITIZERS, Emulator
+from .test_select_blocks import masses, rule_of, select
+
+SAYS = {
+    "copy, wait, barrier, read": "ok",
+    "mma": "ok",
+    "ldmatrix": "ok",
+    "read without a barrier": "ldmatrix without a barrier after wait_copies",
+    "end without a wait": "copies that nobody waited for",
+    "copy from an odd address": "not a multiple of 16",
+    "ballot that some lanes skip": "deadlock: .* at ballot",
+    "two instructions at once": "while other lanes are at",
+    "barrier that a warp skips": "deadlock: .* at sync_block",
+    "shared memory past its end": "AddressSanitizer: heap-buffer-overflow",
+}
+
+
+@pytest.fixture(scope="session")
+def self_test(tmp_path_factory):
+    to = tmp_path_factory.mktemp("emulation") / "self_test"
+    sources = [str(HERE / "host" / name) for name in ("self_test.cpp", "emulation.cpp")]
+    command = ["g++", *FLAGS, "-O1", *SANITIZERS, f"-I{CSRC}", f"-I{HERE / 'host'}"]
+    subprocess.run([*command, *sources, "-o", str(to)], check=True)
+    return to
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_it_says(self_test, name):
+    done = subprocess.run(
+        [str(self_test), name],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"},
+    )
+    assert re.search(SAYS[name], done.stdout + done.stderr), done.stdout + done.stderr
+
+
+# In order, reversed, and three random orders, new in each round.
+SCHEDULES = (0, 1, 2, 3, 4)
+
+
+def each_order(runner, results):
+    first = None
+    for schedule in SCHEDULES:
+        now = results(Emulator(runner, schedule))
+        if first is None:
+            first = now
+        for a, b in zip(now, first, strict=True):
+            assert torch.equal(a, b), f"schedule {schedule}"
+
+
+@pytest.mark.parametrize("size", [1, 8, 16, 32])
+def test_dense_decode_in_any_order_of_threads(runner, size):
+    case = Case(4, 2, 64, lens=(300, 33), select_block_size=size, block_size=32)
+    batch = case.make()
+
+    def results(kernels):
+        got = run_dense(kernels, batch, case)
+        return got["output"], got["lse"], got["block_lse"].nan_to_num(7.0)
+
+    each_order(runner, results)
+
+
+@pytest.mark.parametrize(
+    "case", [Case(4, 2, 128), Case(4, 2, 256), Case(4, 2, 96, fp8=True)], ids=str
+)
+def test_sparse_decode_in_any_order_of_threads(runner, case):
+    case = Case(**{**vars(case), "lens": (300, 40, 0)})
+    batch = case.make()
+    blocks, lens = make_sets(batch, case, "kv_head")
+
+    def results(kernels):
+        got = run_sparse(kernels, batch, case, blocks, lens)
+        return got["output"], got["lse"]
+
+    each_order(runner, results)
+
+
+def test_select_blocks_in_any_order_of_threads(runner):
+    rule = rule_of(300, 1, 2, 9)
+    each_order(
+        runner,
+        lambda kernels: select(
+            kernels, masses(2, 2, 1500, levels=50), [1500, 900], rule, num_sets=2
+        )[1:],
+    )

@@ -1,0 +1,193 @@
+import math
+
+import pytest
+import torch
+from reference import naive
+
+from tidal_vllm.ops import reference
+from tidal_vllm.policy import SelectionRule
+
+
+def rule_of(budget, size=16, sinks=0, recent=1, threshold=0):
+    return SelectionRule(
+        token_budget=budget,
+        select_block_size=size,
+        sink_tokens=sinks,
+        recent_tokens=recent,
+        sparse_threshold=threshold,
+    )
+
+
+def masses(*shape, levels=4096, seed=0):
+    """Multiples of 1 / levels: equal ones are ties, others differ for any rounding."""
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(0, levels, shape, generator=rng) / levels
+
+
+def select(kernels, mass, seq_lens, rule, *, num_sets=1, max_blocks=None, stride=0):
+    """Runs the kernel on block_lse = log(mass), lse = 0; rows beyond stay as they are.
+
+    Unused parts of block_lse, of the workspace and behind each row hold NaN or 7.
+    """
+    rows, heads, used = mass.shape
+    most = -(-max(rule.token_budget, rule.sparse_threshold) // rule.select_block_size)
+    max_blocks = max_blocks or most
+    wide = torch.full((rows, heads, used + 5), math.nan)
+    block_lse = wide[..., :used]
+    block_lse.copy_(mass.log())
+    for row, seq_len in enumerate(seq_lens):
+        block_lse[row, :, -(-seq_len // rule.select_block_size) :] = math.nan
+    blocks = torch.full((rows + 1, num_sets, max_blocks + stride), 7, dtype=torch.int32)
+    lens = torch.full((rows + 1, num_sets + stride), 7, dtype=torch.int32)
+    tensors = {
+        "block_lse": block_lse,
+        "lse": torch.zeros(rows, heads),
+        "seq_lens": torch.tensor(seq_lens, dtype=torch.int32),
+        "topk_blocks": blocks[..., :max_blocks],
+        "topk_lens": lens[:, :num_sets],
+        "mass": torch.full((rows + 1, num_sets, used + 3), math.nan),
+    }
+    kernels.run("select_blocks", tensors, ("topk_blocks", "topk_lens"), **vars(rule))
+    return tensors, blocks, lens
+
+
+def check(kernels, mass, seq_lens, rule, **how):
+    tensors, blocks, lens = select(kernels, mass, seq_lens, rule, **how)
+    expected = torch.full_like(blocks, 7)
+    expected_lens = torch.full_like(lens, 7)
+    num_sets = tensors["topk_blocks"].shape[1]
+    reference.select_blocks(
+        tensors["block_lse"],
+        tensors["lse"],
+        tensors["seq_lens"],
+        rule=rule,
+        topk_blocks=expected[..., : tensors["topk_blocks"].shape[2]],
+        topk_lens=expected_lens[:, :num_sets],
+    )
+    assert torch.equal(lens, expected_lens)
+    assert torch.equal(blocks, expected)
+
+
+CASES = {
+    "the default configuration, 64K": (4096, [65536, 65521, 4097, 4096], 4096, 16),
+    "two chunks and a bit": (1025, [16400, 16399, 16385], 1024, 16),
+    "budget of one block more than forced": (300, [4800, 4777], 48, 16),
+    "single tokens": (3000, [3000, 2999, 1025, 17], 1024, 1),
+    "selection blocks of 64": (400, [25600, 25599, 700], 2048, 64),
+    "tiny": (9, [9, 8, 5, 4, 3, 0], 4, 1),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("forced", ["current", "recent", "sinks and recent"])
+@pytest.mark.parametrize("levels", [4096, 3])
+def test_it_means_what_the_reference_says(kernels, name, forced, levels):
+    blocks, lens, budget, size = CASES[name]
+    sinks = size if "sinks" in forced else 0
+    recent = {"current": 1}.get(forced, max(1, budget // 3 - size))
+    rule = rule_of(budget, size, sinks, recent)
+    check(kernels, masses(len(lens), 1, blocks, levels=levels), lens, rule)
+
+
+@pytest.mark.parametrize("blocks", [1023, 1024, 1025, 8192, 65536, 70001])
+def test_any_number_of_blocks(kernels, blocks):
+    """65536 blocks of 16 are a million tokens; each warp then takes a run of them."""
+    mass = masses(1, 1, blocks, levels=2**20, seed=blocks)
+    check(kernels, mass, [blocks * 16 - 3], rule_of(4096, 16, 4, 1024))
+
+
+@pytest.mark.parametrize("kept", [1, 2, 1023, 1024, 1998, 1999])
+@pytest.mark.parametrize("levels", [1, 2, 4096])
+def test_any_room(kernels, kept, levels):
+    check(kernels, masses(1, 1, 2000, levels=levels), [2000], rule_of(kept, 1))
+
+
+@pytest.mark.parametrize("spread", [2**-24, 2**-20, 2**-10, 1.0, 80.0])
+def test_masses_that_differ_in_any_bit(kernels, spread):
+    """Judged by the masses that the kernel itself saw: the choice must be exact."""
+    steps = torch.randint(0, 200, (1, 1, 3000), generator=torch.Generator()) / 200
+    tensors = {
+        "block_lse": -0.69 - spread * 16 * steps,
+        "lse": torch.zeros(1, 1),
+        "seq_lens": torch.tensor([3000], dtype=torch.int32),
+        "topk_blocks": torch.zeros(1, 1, 700, dtype=torch.int32),
+        "topk_lens": torch.zeros(1, 1, dtype=torch.int32),
+        "mass": torch.zeros(1, 1, 3000),
+    }
+    if spread == 80.0:
+        tensors["block_lse"] /= 16
+    rule = rule_of(700, 1, 2, 30)
+    kernels.run("select_blocks", tensors, ("topk_blocks", "mass"), **vars(rule))
+    mass = tensors["mass"][0, 0]
+    assert torch.allclose(mass, tensors["block_lse"][0, 0].exp(), rtol=2e-5, atol=0)
+    expected = naive.select(mass.tolist(), 3000, rule)
+    assert tensors["topk_blocks"][0, 0].tolist() == expected
+
+
+def test_masses_over_the_whole_range(kernels):
+    exponents = torch.randint(-120, 0, (2, 1, 1500), generator=torch.Generator())
+    mass = torch.exp2(exponents.float())
+    mass[0, 0, ::3] = 0.0
+    check(kernels, mass, [1500, 1499], rule_of(700, 1, 3, 50))
+
+
+def test_a_nan_weighs_nothing_and_infinity_everything(kernels):
+    mass = masses(1, 1, 300)
+    mass[0, 0, 5::7] = math.nan
+    mass[0, 0, 100] = math.inf
+    check(kernels, mass, [300], rule_of(200, 1))
+    check(kernels, torch.full((1, 1, 300), math.nan), [300], rule_of(20, 1))
+
+
+@pytest.mark.parametrize("num_sets", [1, 2, 4, 8])
+def test_a_set_sums_the_mass_of_its_own_heads(kernels, num_sets):
+    """Random masses: no ties, so what is kept does not hang on the order of a sum."""
+    rng = torch.Generator().manual_seed(3)
+    mass = torch.rand(3, 8, 500, generator=rng) + 0.01
+    summed = mass.unflatten(1, (num_sets, -1)).sum(2).sort(-1).values
+    assert (summed.diff() / summed[..., 1:]).min() > 1e-8
+    check(kernels, mass, [500, 333, 0], rule_of(128, 1, 2, 9), num_sets=num_sets)
+
+
+def test_heads_weigh_alike_whatever_their_lse(kernels):
+    share = torch.tensor([[[0.4, 0.3, 0.2, 0.1], [0.1, 0.1, 0.75, 0.05]]])
+    lse = torch.tensor([[50.0, 0.0]])
+    tensors = {
+        "block_lse": share.log() + lse[..., None],
+        "lse": lse,
+        "seq_lens": torch.tensor([4], dtype=torch.int32),
+        "topk_blocks": torch.zeros(1, 1, 2, dtype=torch.int32),
+        "topk_lens": torch.zeros(1, 1, dtype=torch.int32),
+        "mass": torch.zeros(1, 1, 4),
+    }
+    outputs = ("topk_blocks", "topk_lens", "mass")
+    kernels.run("select_blocks", tensors, outputs, **vars(rule_of(2, 1)))
+    assert tensors["topk_blocks"].tolist() == [[[2, 3]]]
+    assert torch.allclose(tensors["mass"][0, 0], share.sum(1)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("seq_len", [0, 1, 31, 32, 33, 47, 48, 49])
+def test_a_row_up_to_the_threshold_keeps_all_its_blocks(kernels, seq_len):
+    check(
+        kernels, masses(1, 2, 6), [seq_len], rule_of(32, 16, threshold=48), num_sets=2
+    )
+
+
+def test_strided_results(kernels):
+    rule = rule_of(64, 1, 2, 9)
+    check(kernels, masses(3, 4, 300), [300, 64, 299], rule, num_sets=4, stride=5)
+
+
+def test_max_blocks_beyond_what_is_kept(kernels):
+    rule = rule_of(64, 1, 2, 9)
+    check(kernels, masses(2, 1, 300), [300, 20], rule, max_blocks=250)
+
+
+def test_a_batch_permuted_gives_the_selection_permuted(kernels):
+    mass, lens, rule = masses(4, 2, 400), [400, 7, 230, 310], rule_of(100, 1, 2, 3)
+    first, _, _ = select(kernels, mass, lens, rule, num_sets=2)
+    order = [2, 0, 3, 1]
+    again, _, _ = select(
+        kernels, mass[order], [lens[i] for i in order], rule, num_sets=2
+    )
+    assert torch.equal(again["topk_blocks"][:4], first["topk_blocks"][order])

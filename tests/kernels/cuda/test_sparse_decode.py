@@ -1,0 +1,164 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tidal_vllm.ops.reference import merge_states
+
+from .cases import (
+    CASES,
+    Case,
+    assert_lse,
+    assert_output,
+    in_low_precision,
+    make_sets,
+    positions_of,
+    run_dense,
+    run_sparse,
+    sparse_oracle,
+)
+
+SCOPES = ("sequence", "kv_head", "query_head")
+
+
+def check(kernels, case, batch, blocks, lens):
+    got = run_sparse(kernels, batch, case, blocks, lens)
+    output, lse = sparse_oracle(batch, case, blocks, lens)
+    low = in_low_precision(batch, case, positions_of(case, blocks, lens))
+    assert_output(got["output"], output, low)
+    assert_lse(got["lse"], lse, batch)
+    assert (got["output"][lse == -math.inf] == 0).all()
+    return got
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_means_what_the_reference_says(kernels, name):
+    case = CASES[name]
+    batch = case.make()
+    check(kernels, case, batch, *make_sets(batch, case, "sequence"))
+
+
+@pytest.mark.parametrize("scope", SCOPES[1:])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Llama-3 heads, 32 on 8",
+        "Qwen2.5-7B heads, 28 on 4, group 7",
+        "multi-query, 20 on 1: a second tile of four",
+        "fp8, head size 64",
+        "head size 256",
+        "LBHNC",
+        "single tokens",
+        "every edge, single tokens",
+        "selection blocks of 48 in 96",
+    ],
+)
+def test_every_scope(kernels, name, scope):
+    case = CASES[name]
+    batch = case.make()
+    check(kernels, case, batch, *make_sets(batch, case, scope))
+
+
+@pytest.mark.parametrize("num_sets", [2, 4, 8])
+def test_sets_that_are_no_scope(kernels, num_sets):
+    """Several KV heads on one set, and several sets within a KV head."""
+    case = Case(8, 4, 64)
+    batch = case.make()
+    blocks, lens = make_sets(batch, case, "query_head")
+    check(kernels, case, batch, blocks[:, :num_sets], lens[:, :num_sets])
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5, 32])
+@pytest.mark.parametrize("size", [1, 16])
+def test_any_number_of_splits(kernels, splits, size):
+    case = Case(4, 2, 64, lens=(900, 300, 0), splits=splits, select_block_size=size)
+    batch = case.make()
+    check(kernels, case, batch, *make_sets(batch, case, "kv_head", most=700))
+
+
+def all_blocks(case: Case, num_sets: int):
+    counts = [-(-n // case.select_block_size) for n in case.lens]
+    rows = torch.arange(max(counts), dtype=torch.int32).expand(
+        len(counts), num_sets, -1
+    )
+    lens = torch.tensor(counts, dtype=torch.int32)[:, None].repeat(1, num_sets)
+    return rows.contiguous(), lens
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("size", [1, 16])
+def test_a_full_budget_is_dense(kernels, scope, size):
+    """Bit for bit where the heads and the splits are the same."""
+    case = Case(6, 2, 64, lens=(300, 0, 129, 16), splits=1, select_block_size=size)
+    batch = case.make()
+    dense = run_dense(kernels, batch, case)
+    sparse = run_sparse(kernels, batch, case, *all_blocks(case, batch.num_sets(scope)))
+    assert torch.equal(sparse["output"], dense["output"])
+    assert torch.equal(sparse["lse"], dense["lse"])
+
+
+def test_the_order_within_a_set_changes_nothing(kernels):
+    case = Case(4, 2, 64, lens=(500,))
+    batch = case.make()
+    blocks, lens = make_sets(batch, case, "kv_head")
+    lens[:] = 20
+    blocks[0, :, :20] = torch.randperm(32)[:20].to(torch.int32)
+    first = check(kernels, case, batch, blocks, lens)
+    blocks[0, :, :20] = blocks[0, :, :20].flip(-1)
+    again = check(kernels, case, batch, blocks, lens)
+    assert_output(again["output"], first["output"].float(), 0.01 + first["output"])
+
+
+def test_two_disjoint_sets_merged_are_their_union(kernels):
+    case = Case(4, 2, 64, dtype=torch.float16, lens=(500, 90))
+    batch = case.make()
+    blocks, lens = all_blocks(case, 2)
+    lens[:] = torch.tensor([[32, 32], [6, 6]])
+    whole = run_sparse(kernels, batch, case, blocks, lens)
+    even, odd = blocks[:, :, ::2], blocks[:, :, 1::2]
+    even, odd = even.contiguous(), odd.contiguous()
+    parts = [run_sparse(kernels, batch, case, b, lens // 2) for b in (even, odd)]
+    output, lse = merge_states(
+        parts[0]["output"].float(),
+        parts[0]["lse"],
+        parts[1]["output"].float(),
+        parts[1]["lse"],
+    )
+    assert (output - whole["output"].float()).abs().max() < 2e-3
+    assert (lse - whole["lse"]).abs().max() < 1e-5
+
+
+def test_a_batch_permuted_gives_the_results_permuted_bit_for_bit(kernels):
+    case = Case(4, 2, 64, lens=(700, 0, 33, 300))
+    batch = case.make()
+    blocks, lens = make_sets(batch, case, "kv_head")
+    first = run_sparse(kernels, batch, case, blocks, lens)
+    order = [3, 1, 0, 2]
+    permuted = replace(case, lens=tuple(case.lens[i] for i in order))
+    again = run_sparse(kernels, batch.rows(order), permuted, blocks[order], lens[order])
+    assert torch.equal(again["output"], first["output"][order])
+    assert torch.equal(again["lse"], first["lse"][order])
+
+
+def test_a_padded_row_ignores_its_stale_set(kernels):
+    case = Case(4, 2, 64, lens=(0, 40))
+    batch = case.make()
+    blocks, lens = make_sets(batch, case, "sequence")
+    lens[0] = 3
+    blocks[0, 0, :3] = torch.tensor([5, 900, 7])
+    got = run_sparse(kernels, batch, case, blocks, lens)
+    assert (got["output"][0] == 0).all()
+    assert (got["lse"][0] == -math.inf).all()
+
+
+def test_blocks_past_the_end_hold_nothing(kernels):
+    case = Case(4, 2, 64, lens=(40,))
+    batch = case.make()
+    blocks = torch.tensor([[[1, 50, 2, 3]]], dtype=torch.int32)
+    lens = torch.tensor([[4]], dtype=torch.int32)
+    check(kernels, case, batch, blocks, lens)
+    blocks[0, 0] = torch.tensor([3, 4, 5, 6])
+    got = run_sparse(kernels, batch, case, blocks, lens)
+    assert (got["output"] == 0).all()
+    assert (got["lse"] == -math.inf).all()
