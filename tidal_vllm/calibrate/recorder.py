@@ -116,7 +116,9 @@ class Recorder:
         """
         steps, self._steps = self._steps[:num_steps], []
         if steps:
-            stacked = {name: np.stack([step[name] for step in steps]) for name in _MERGE}
+            stacked = {
+                name: np.stack([step[name] for step in steps]) for name in _MERGE
+            }
             np.savez_compressed(path, **stacked)
         return len(steps)
 

@@ -121,7 +121,7 @@ class Profile:
             )
         if not self.config_sha256:
             return None
-        if not self.specificity(_model_names(model)):
+        if not self.specificity(model_names(model)):
             return f"was measured on {self.model} and fits {list(self.models)}, not {model}"
         if config_sha256 and config_sha256 != self.config_sha256:
             return (
@@ -167,7 +167,7 @@ def find_profile(
     if config_profile.lower().endswith(".json") or "/" in config_profile:
         profile = load_profile(os.path.expanduser(config_profile))
     else:
-        profile = _by_name(config_profile, search_dirs)
+        profile = by_name(config_profile, search_dirs)
     reason = profile.misfit(model, num_layers, config_sha256)
     if reason is not None:
         wanted = f"must be a profile with num_hidden_layers = {num_layers}"
@@ -313,7 +313,7 @@ def _checked(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _model_names(model: str) -> tuple[str, ...]:
+def model_names(model: str) -> tuple[str, ...]:
     """What a model may be called; a hub snapshot's folder is only a hash."""
     parts = [part for part in model.split("/") if part]
     hub = [p.split("--")[-1] for p in parts if p.startswith("models--")]
@@ -325,13 +325,13 @@ def _model_names(model: str) -> tuple[str, ...]:
 
 def _matches(model: str, search_dirs: Sequence[Path] | None) -> Iterator[Profile]:
     """Profiles that fit the model's name, best first."""
-    names = _model_names(model)
+    names = model_names(model)
     for folder in _folders(search_dirs):
         fitting = [p for p in _load_folder(folder) if p.specificity(names)]
         yield from sorted(fitting, key=lambda p: (-p.specificity(names), p.name))
 
 
-def _by_name(name: str, search_dirs: Sequence[Path] | None) -> Profile:
+def by_name(name: str, search_dirs: Sequence[Path] | None) -> Profile:
     profiles = list_profiles(search_dirs)
     for profile in profiles:
         if profile.name.lower() == name.lower():
