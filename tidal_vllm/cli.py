@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from tidal_vllm import __version__
+from tidal_vllm.calibrate.command import add_options
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,8 +103,6 @@ def _parser() -> argparse.ArgumentParser:
     calibrate = commands.add_parser(
         "calibrate", help="measure which layers of a model should select, and how much"
     )
-    from tidal_vllm.calibrate.command import add_options
-
     add_options(calibrate)
     calibrate.set_defaults(run=_calibrate)
 

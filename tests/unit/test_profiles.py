@@ -12,9 +12,9 @@ from tidal_vllm.policy import plan_layers
 from tidal_vllm.profiles import (
     PACKAGED_DIR,
     find_profile,
-    near_miss,
     list_profiles,
     load_profile,
+    near_miss,
 )
 
 FIELDS = {

@@ -67,8 +67,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--context",
         type=int,
         metavar="TOKENS",
-        help="length of the built-in prompts, or the most that a prompt of the file may "
-        f"have (default: {MOST_CONTEXT}, or what the model allows)",
+        help="length of the built-in prompts, or the most that a prompt of a file "
+        f"may have (default: {MOST_CONTEXT}, or what the model allows)",
     )
     add(
         "--decode-tokens",
@@ -81,8 +81,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--budget",
         type=int,
         metavar="TOKENS",
-        help=f"tokens a SPARSE layer may attend to (default: 1 in {BUDGET_SHARE} of the "
-        f"context, at most {MOST_BUDGET}); the curve tries others too",
+        help="tokens a SPARSE layer may attend to (default: 1 in "
+        f"{BUDGET_SHARE} of the context, at most {MOST_BUDGET}); the curve tries "
+        "others too",
     )
     add("--select-block-size", type=int, default=16, metavar="TOKENS")
     add("--scope", default=SCOPES[0], metavar="|".join(SCOPES))
@@ -145,13 +146,10 @@ def run(arguments: argparse.Namespace) -> int:
         with switches():
             request = _Request(arguments)
             job = request.job()
-            state = State(
-                request.state_folder, request.manifest(job), arguments.restart
-            )
-            if state.num_replies:
-                _say(
-                    f"Resuming: {state.num_replies} answers are kept in {state.folder}"
-                )
+            asked = request.manifest(job)
+            state = State(request.state_folder, asked, arguments.restart)
+            if kept := state.num_replies:
+                _say(f"Resuming: {kept} answers are kept in {state.folder}")
             started = time.perf_counter()
             with request.engine(job) as start:
                 result = calibrate(job, state, start)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def engine_kwargs(model: str, settings: dict[str, Any], **more: Any) -> dict[str
         "attention_backend": NAME,
         "additional_config": {"tidal": settings},
         "skip_tokenizer_init": True,
+        "use_tqdm_on_load": False,
         "enforce_eager": True,
         "enable_prefix_caching": True,
         "max_num_seqs": 1,
@@ -97,6 +99,7 @@ class CalibrationEngine:
     def __init__(self, kwargs: dict[str, Any]) -> None:
         from vllm import LLM
 
+        print("Starting vLLM ...", file=sys.stderr, flush=True)
         self._llm = LLM(**kwargs)
         self._settings: dict[str, Any] | None = None
         self._start = kwargs["additional_config"]["tidal"]

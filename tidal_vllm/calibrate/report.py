@@ -39,7 +39,7 @@ def describe(job: Job, result: Result, seconds: float) -> str:
         f"  {_sure(result)}",
         f"  runner-up: {_runner_up(result)}",
         f"Budget {setting.token_budget} tokens, block {setting.select_block_size}, "
-        f"scope {setting.scope}, correction every {result.interval or 'never'}: "
+        f"scope {setting.scope}, {_correction(result.interval)}: "
         f"reads {best.read_share:.0%} of the KV",
         f"  {_did(best.measured, result.dense)}",
         f"  captures {best.captured:.1%} of the attention mass on average, "
@@ -119,9 +119,13 @@ def _did(measured: Measured, dense: Measured) -> str:
     )
 
 
+def _correction(interval: int | None) -> str:
+    return f"corrected every {interval} steps" if interval else "no correction"
+
+
 def _sure(result: Result) -> str:
     return (
-        f"agreement at least {result.chosen.measured.sure_agreement:.1%} with 95 % "
+        f"at least {result.chosen.measured.sure_agreement:.1%} with 95 % "
         f"confidence; {result.stability:.0%} of resamples of the prompts give the same "
         "layers"
     )

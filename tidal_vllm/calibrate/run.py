@@ -277,6 +277,8 @@ class _Calibration:
         self.right: list[bool] = []
         self.logprobs: list[list[float]] = []
         records = []
+        if any(state.reply(f"dense {i}") is None for i in range(len(job.prompts))):
+            _ = self.engine  # started here, so that the bar counts prompts only
         for i, prompt in enumerate(_progress(job.prompts, "Recording dense attention")):
             key = f"dense {i}"
             if state.reply(key) is None:

@@ -49,8 +49,8 @@ class State:
                     "-o",
                     str(folder),
                     "holds an interrupted run that was asked for other "
-                    f"{', '.join(sorted(changed))}: repeat its command to resume it, or "
-                    "add --restart to throw it away",
+                    f"{', '.join(sorted(changed))}: repeat its command to resume "
+                    "it, or add --restart to throw it away",
                 )
         self._replies: dict[str, dict[str, Any]] = {}
         self._log = folder / "replies.jsonl"

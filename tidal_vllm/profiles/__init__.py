@@ -122,7 +122,8 @@ class Profile:
         if not self.config_sha256:
             return None
         if not self.specificity(model_names(model)):
-            return f"was measured on {self.model} and fits {list(self.models)}, not {model}"
+            names = ", ".join(self.models)
+            return f"was measured on {self.model} and fits {names}, not {model}"
         if config_sha256 and config_sha256 != self.config_sha256:
             return (
                 f"was measured on a model of another config: config_sha256 "
