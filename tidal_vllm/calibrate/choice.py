@@ -110,8 +110,9 @@ def candidates(
 ) -> list[Choice]:
     """What is worth a real run: few choices for each number of full layers.
 
-    The two best by avoidable loss, and the best by all the mass that is not captured,
-    which also counts what no selection of this size could have held.
+    The two best by avoidable loss; the best by its squares, which hold one layer that
+    loses much worse than many that lose little; and the best by all the mass that is
+    not captured, which also counts what no selection of this size could have held.
 
     Args:
         loss: Avoidable loss, as in ``assess``.
@@ -126,8 +127,9 @@ def candidates(
     for extra in range(1, min(max_select, len(loss) - first_select) + 1):
         for choice in best_choices(loss, first_select + extra, first_select, keep=2):
             found[choice.select] = choice
-        for other in best_choices(1.0 - captured, first_select + extra, first_select):
-            found.setdefault(other.select, assess(loss, other.select))
+        for measure in (loss**2, 1.0 - captured):
+            for other in best_choices(measure, first_select + extra, first_select):
+                found.setdefault(other.select, assess(loss, other.select))
     return sorted(found.values(), key=lambda c: (c.num_full, c.score))
 
 
