@@ -42,6 +42,7 @@ from tidal_vllm.startup import model_sha256
 MOST_CONTEXT = 8192  # tokens, where --context is not given
 BUDGET_SHARE = 8  # where --budget is not given: one token of so many, at most
 MOST_BUDGET = 4096
+LEAST_BLOCKS, LEAST_BUDGET = 4, 8  # what is forced by default fits into both
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
@@ -187,7 +188,7 @@ class _Request:
             self.lines = asking.read_file(arguments.prompts)
         self.more = self._engine_args()
         name = model_names(arguments.model)
-        if not name:
+        if not any(name):
             raise TidalConfigError("MODEL", arguments.model, "must be a model's name")
         self.name = name[0].lower()
         self.output = arguments.output or PROJECT_DIR / f"{self.name}.json"
@@ -354,14 +355,16 @@ class _Request:
         size = self.given.select_block_size
         budget = self.given.budget
         if budget is None:
-            budget = max(min(shortest // BUDGET_SHARE, MOST_BUDGET) // size, 1) * size
+            least = max(LEAST_BLOCKS, -(-LEAST_BUDGET // size))
+            wanted = min(shortest // BUDGET_SHARE, MOST_BUDGET)
+            budget = max(wanted // size, least) * size
+        config = TidalConfig(
+            token_budget=budget, select_block_size=size, scope=self.given.scope
+        )
         if budget >= shortest:
             reason = f"must be below the shortest prompt, {shortest} tokens: up to the "
             reason += "budget sparse attention is dense"
             raise TidalConfigError("--budget", budget, reason)
-        config = TidalConfig(
-            token_budget=budget, select_block_size=size, scope=self.given.scope
-        )
         config.check_kv_block_size(self.vllm_config.cache_config.block_size or 16)
         return config
 
