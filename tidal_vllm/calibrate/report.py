@@ -158,10 +158,10 @@ def _heat_map(
         for j in range(i + 1, count):
             value = float(values[i, j])
             shade = ",".join(str(round(255 + (c - 255) * value)) for c in colour)
-            edge = "stroke='#111' stroke-width=1.5" if (i, j) in given else ""
+            edge = "'#111' stroke-width=2" if (i, j) in given else "'#d8dee6'"
             cells.append(
                 f"<rect x={left + j * _CELL} y={top + i * _CELL} width={_CELL - 1} "
-                f"height={_CELL - 1} fill='rgb({shade})' {edge}><title>"
+                f"height={_CELL - 1} fill='rgb({shade})' stroke={edge}><title>"
                 f"{result.layers[i]} for {result.layers[j]}: {value:.3f}"
                 "</title></rect>"
             )
@@ -199,11 +199,11 @@ def _curve(result: Result) -> str:
     floor = max(0.0, min(lowest - 0.02, 0.9))
 
     def at(share: float, value: float) -> tuple[float, float]:
-        x = left + share * (width - left - 10)
+        x = left + share * (width - left - 30)
         return x, bottom - (value - floor) / (1 - floor) * (bottom - 20)
 
     drawn = [
-        f"<line x1={left} y1={bottom} x2={width - 10} y2={bottom} stroke='#8795a8'/>",
+        f"<line x1={left} y1={bottom} x2={width - 30} y2={bottom} stroke='#8795a8'/>",
         f"<line x1={left} y1=20 x2={left} y2={bottom} stroke='#8795a8'/>",
     ]
     for share in (0, 0.25, 0.5, 0.75, 1):
@@ -216,6 +216,10 @@ def _curve(result: Result) -> str:
         drawn.append(
             f"<text x={left - 4} y={y + 3:.1f} text-anchor=end>{value:.2f}</text>"
         )
+    drawn.append(
+        f"<text x={width - 30} y={bottom + 26} text-anchor=end>KV bytes read per "
+        "step, of dense; large circles: recommended</text>"
+    )
     series = (
         ("agreement with dense", "#0a6b2d", lambda p: p.measured.agreement),
         ("captured mass, mean", "#2166ac", lambda p: p.captured),
@@ -225,14 +229,15 @@ def _curve(result: Result) -> str:
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in path)
         drawn.append(f"<polyline points='{line}' fill=none stroke='{colour}'/>")
         for point, (x, y) in zip(points, path, strict=True):
-            radius = 5 if point is result.best else 3
+            radius = (7, 3)[number] + 2 * (point is result.best)
             drawn.append(
-                f"<circle cx={x:.1f} cy={y:.1f} r={radius} fill='{colour}'><title>"
+                f"<circle cx={x:.1f} cy={y:.1f} r={radius} "
+                f"fill='{('none', colour)[number]}' stroke='{colour}'><title>"
                 f"budget {point.config.token_budget}: {value(point):.4f}"
                 "</title></circle>"
             )
         drawn.append(
-            f"<text x={width - 150} y={bottom - 30 + 14 * number} "
+            f"<text x={width - 170} y={bottom - 30 + 14 * number} "
             f"fill='{colour}'>{name}</text>"
         )
     return (
