@@ -141,7 +141,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Calibrate as asked and return the exit code."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     state = None
     try:
         with switches():

@@ -19,6 +19,7 @@ from tidal_vllm.plugin import NAME
 # vLLM's own switches, set before it reads them. In this process, so that a worker's
 # failure is ours; the V1 runner, for V2 has another interface for forced tokens.
 _SWITCHES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
+_LOG_LEVEL = "VLLM_LOGGING_LEVEL"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +74,9 @@ def complete_settings(
 @contextlib.contextmanager
 def switches() -> Iterator[None]:
     """vLLM's environment as calibration needs it, and less of its log."""
-    kept = {name: os.environ.get(name) for name in _SWITCHES}
+    kept = {name: os.environ.get(name) for name in (*_SWITCHES, _LOG_LEVEL)}
     os.environ.update(_SWITCHES)
+    os.environ.setdefault(_LOG_LEVEL, "ERROR")
     ours = logging.getLogger("vllm.tidal")
     level = ours.level
     ours.setLevel(logging.ERROR)  # a start-up table per trial says nothing
@@ -84,7 +86,7 @@ def switches() -> Iterator[None]:
         ours.setLevel(level)
         for name, value in kept.items():
             if value is None:
-                del os.environ[name]
+                os.environ.pop(name, None)
             else:
                 os.environ[name] = value
 
