@@ -312,7 +312,7 @@ def test_a_folder_in_the_way_of_the_state(no_engine, llama, capsys):
         ("", "holds no prompt"),
         ("{", "line 1: not valid JSON"),
         ("[1]", "line 1: must be a JSON object"),
-        ('{"promt": "x"}', "line 1: unknown key 'promt'; did you mean 'prompt'?"),
+        ('{"prompt_ids": [1]}', "key 'prompt_ids'; did you mean 'prompt_token_ids'?"),
         ('{"answer": "x"}', "line 1: lacks `prompt` or `prompt_token_ids`"),
         ('{"prompt": ""}', "line 1: prompt must be a non-empty string"),
         ('{"prompt_token_ids": []}', "must be a non-empty list of token ids"),
