@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from tidal_vllm import __version__
+from tidal_vllm.calibrate.command import add_options
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,6 +32,24 @@ def _demo(arguments: argparse.Namespace) -> int:
     from tidal_vllm.demo import run_demo
 
     return run_demo(arguments.model_dir, arguments.contexts, arguments.token_budget)
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from tidal_vllm.calibrate.command import run
+
+    return run(arguments)
+
+
+def _profiles(arguments: argparse.Namespace) -> int:
+    from tidal_vllm.config import TidalConfigError
+    from tidal_vllm.profiles.show import list_all, show
+
+    try:
+        print(list_all() if arguments.name is None else show(arguments.name))
+    except TidalConfigError as error:
+        print(f"tidal-vllm profiles: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _planted(arguments: argparse.Namespace) -> int:
@@ -80,6 +99,18 @@ def _parser() -> argparse.ArgumentParser:
         help="tokens a sparse layer may attend to (default: %(default)s)",
     )
     demo.set_defaults(run=_demo)
+
+    calibrate = commands.add_parser(
+        "calibrate", help="measure which layers of a model should select, and how much"
+    )
+    add_options(calibrate)
+    calibrate.set_defaults(run=_calibrate)
+
+    profiles = commands.add_parser(
+        "profiles", help="list the known profiles, or show one"
+    )
+    profiles.add_argument("name", nargs="?", help="a profile's name, or a .json file")
+    profiles.set_defaults(run=_profiles)
 
     planted = commands.add_parser(
         "planted", help="build the planted model, a checkpoint with known answers"

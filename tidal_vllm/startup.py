@@ -11,7 +11,8 @@ from typing import Any
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.plugin import NAME
 from tidal_vllm.policy import LayerPlan, SelectionRule, all_dense, plan_layers
-from tidal_vllm.profiles import find_profile, layer_count_warning
+from tidal_vllm.profiles import Profile, find_profile, near_miss
+from tidal_vllm.profiles.fingerprint import config_sha256
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,12 @@ def resolve(vllm_config: Any) -> Startup:
     else:
         config = TidalConfig.from_additional_config(vllm_config.additional_config)
         config.check_max_model_len(model_config.max_model_len)
-        profile = find_profile(config.profile, model_config.model, num_layers)
+        name, shape = model_config.model, model_sha256(model_config)
+        profile = find_profile(config.profile, name, num_layers, config_sha256=shape)
+        if profile is not None:
+            config = _with_settings(config, profile, vllm_config)
         plan = plan_layers(config, num_layers, profile)
-        mismatch = layer_count_warning(model_config.model, num_layers)
+        mismatch = near_miss(name, num_layers, config_sha256=shape)
         if profile is None and plan.warning and mismatch:
             plan = replace(plan, warning=f"{mismatch}; {plan.warning}")
         if plan.sparse and vllm_config.speculative_config is not None:
@@ -70,3 +74,22 @@ def resolve(vllm_config: Any) -> Startup:
                 "token, which are attended to densely",
             )
     return Startup(config, plan, SelectionRule.from_config(config))
+
+
+def model_sha256(model_config: Any) -> str:
+    """The hash that measured profiles know this model by."""
+    return config_sha256(model_config.hf_text_config.to_dict())
+
+
+def _with_settings(
+    config: TidalConfig, profile: Profile, vllm_config: Any
+) -> TidalConfig:
+    """The profile's settings below what the user gave; a preset replaces them all."""
+    given = (vllm_config.additional_config or {}).get("tidal", {})
+    if "preset" in given:
+        return config
+    settings = dict(profile.settings)
+    longest = vllm_config.model_config.max_model_len - 1
+    if (settings.get("correction_interval") or 0) > longest:
+        del settings["correction_interval"]  # no output gets that long
+    return TidalConfig(**{**settings, **given})

@@ -10,9 +10,12 @@ import pytest
 import tidal_vllm
 
 PACKAGE = Path(tidal_vllm.__file__).parent
-NO_TORCH = ("config", "policy", "profiles", "planted", "startup", "versions", "plugin")
+NO_TORCH = (
+    *("config", "policy", "profiles", "planted", "startup", "versions", "plugin"),
+    *("cli", "calibrate.choice", "calibrate.baselines", "calibrate.report"),
+)
 # At import; the others of MAY_IMPORT_VLLM do it where they need it.
-NO_VLLM = (*NO_TORCH, "ops", "metrics", "cli", "demo", "doctor")
+NO_VLLM = (*NO_TORCH, "ops", "metrics", "demo", "doctor", "calibrate.recorder")
 MAY_IMPORT_VLLM = {
     "plugin",
     "backend",
@@ -25,6 +28,7 @@ MAY_IMPORT_VLLM = {
     "metrics",
     "demo",
     "doctor",
+    "calibrate",
 }
 # What a module of the package may import of it, at its top level or inside; a folder
 # counts as one module. Modules of the command line are the top: they see everything.
@@ -56,7 +60,7 @@ BELOW = {
     "cpu_worker": {"metrics"},
     "platform": {"backend", "cpu_worker", "plugin", "startup"},
 }
-TOP = {"cli", "demo", "doctor"}
+TOP = {"cli", "demo", "doctor", "calibrate"}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -100,7 +104,8 @@ class TestEachFile:
         assert used <= BELOW[module]
 
     def test_policy_and_config_know_no_torch(self, source):
-        if module_of(source) in ("config", "policy", "profiles"):
+        pure = source.name in ("choice.py", "baselines.py", "state.py", "prompts.py")
+        if pure or module_of(source) in ("config", "policy", "profiles"):
             assert not roots(imported(source)) & {"torch", "vllm", "transformers"}
 
 

@@ -12,9 +12,9 @@ from tidal_vllm.policy import plan_layers
 from tidal_vllm.profiles import (
     PACKAGED_DIR,
     find_profile,
-    layer_count_warning,
     list_profiles,
     load_profile,
+    near_miss,
 )
 
 FIELDS = {
@@ -124,7 +124,7 @@ def test_models_find_their_profile(model, name):
 )
 def test_other_models_find_none(model, num_layers):
     assert find_profile(None, model, num_layers, [PACKAGED_DIR]) is None
-    assert layer_count_warning(model, num_layers, [PACKAGED_DIR]) is None
+    assert near_miss(model, num_layers, [PACKAGED_DIR]) is None
 
 
 def test_link_to_a_local_folder_finds_its_target(tmp_path):
@@ -136,11 +136,11 @@ def test_link_to_a_local_folder_finds_its_target(tmp_path):
 def test_same_name_with_another_layer_count_is_no_match_but_a_warning():
     model = "me/Llama-3.1-8B-pruned"
     assert find_profile(None, model, 24) is None
-    assert layer_count_warning(model, 24) == (
+    assert near_miss(model, 24) == (
         "profile llama-3.1-8b fits the name of me/Llama-3.1-8B-pruned but is for 32 "
-        "layers, not 24: not used"
+        "layers, but me/Llama-3.1-8B-pruned has 24: not used"
     )
-    assert layer_count_warning(model, 32) is None
+    assert near_miss(model, 32) is None
 
 
 def test_most_specific_glob_wins_whatever_the_file_order(tmp_path):

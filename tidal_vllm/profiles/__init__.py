@@ -2,8 +2,10 @@
 
 A profile is one JSON file: ``name``, ``models`` (globs of model names),
 ``num_hidden_layers``, ``dense_layers``, ``select_layers``, ``source`` (where each
-number came from) and, if useful, ``notes``. Layers are 0-based. Knows neither torch
-nor vLLM.
+number came from), if useful ``notes`` and settings of ``TidalConfig`` such as
+``token_budget``. Layers are 0-based. One that ``tidal-vllm calibrate`` wrote also has
+``model``, ``config_sha256``, ``measured``, ``versions`` and ``checksum``. Knows neither
+torch nor vLLM.
 """
 
 from __future__ import annotations
@@ -12,16 +14,18 @@ import dataclasses
 import fnmatch
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tidal_vllm.config import (
+    TidalConfig,
     TidalConfigError,
     check_int,
     check_layers,
     suggestion,
 )
+from tidal_vllm.profiles.fingerprint import checksum
 
 PACKAGED_DIR = Path(__file__).parent
 PROJECT_DIR = Path("tidal_profiles")
@@ -36,7 +40,17 @@ _REQUIRED = (
     "select_layers",
     "source",
 )
-_OPTIONAL = ("notes",)
+# Settings that a profile may recommend; what the user says wins over them.
+SETTINGS = (
+    "token_budget",
+    "select_block_size",
+    "scope",
+    "sink_tokens",
+    "recent_fraction",
+    "correction_interval",
+)
+_MEASURED = ("model", "config_sha256", "measured", "versions", "checksum")
+_OPTIONAL = ("notes", *SETTINGS, *_MEASURED)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +67,11 @@ class Profile:
             off. Every other layer is SPARSE.
         source: Where each number came from.
         notes: Anything else worth knowing.
+        settings: Values of ``TidalConfig`` keys that go with the layers.
+        model: The model that was measured; empty in a profile that was not.
+        config_sha256: Of the model measured, see ``fingerprint``; or empty.
+        measured: What calibration found, for people; or empty.
+        versions: What it ran on; or empty.
         path: The file.
     """
 
@@ -63,6 +82,11 @@ class Profile:
     select_layers: tuple[int, ...]
     source: str
     notes: str = ""
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    model: str = ""
+    config_sha256: str = ""
+    measured: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     path: Path
 
     @property
@@ -84,12 +108,37 @@ class Profile:
             default=0,
         )
 
+    def misfit(self, model: str, num_layers: int, config_sha256: str) -> str | None:
+        """Say why this is no profile for a model; None: it is one.
+
+        Args:
+            model: vLLM's model name; counts for a measured profile only.
+            config_sha256: The model's; empty where it is not known, and unchecked.
+        """
+        if self.num_hidden_layers != num_layers:
+            return (
+                f"is for {self.num_hidden_layers} layers, but {model} has {num_layers}"
+            )
+        if not self.config_sha256:
+            return None
+        if not self.specificity(model_names(model)):
+            names = ", ".join(self.models)
+            return f"was measured on {self.model} and fits {names}, not {model}"
+        if config_sha256 and config_sha256 != self.config_sha256:
+            return (
+                f"was measured on a model of another config: config_sha256 "
+                f"{self.config_sha256[:12]}, but that of {model} is "
+                f"{config_sha256[:12]}"
+            )
+        return None
+
 
 def find_profile(
     config_profile: str | None,
     model: str,
     num_layers: int,
     search_dirs: Sequence[Path] | None = None,
+    config_sha256: str = "",
 ) -> Profile | None:
     """Find the profile that gives a model its layer roles.
 
@@ -101,40 +150,46 @@ def find_profile(
         num_layers: The model's layer count.
         search_dirs: Folders, first wins. None: ``./tidal_profiles``,
             ``~/.config/tidal_vllm/profiles``, then the packaged profiles.
+        config_sha256: The model's, see ``fingerprint``; empty: unchecked.
 
     Returns:
         The profile, or None where automatic search knows none; see
-        ``layer_count_warning`` for a near miss.
+        ``near_miss`` for one that nearly fits.
 
     Raises:
-        TidalConfigError: Unknown name; missing or malformed file; an explicit profile
-            for another layer count.
+        TidalConfigError: Unknown name; missing, malformed, truncated or changed file;
+            an explicit profile for another layer count, or measured on another model.
     """
     if config_profile is None:
-        matches = _matches(model, search_dirs)
-        return next((p for p in matches if p.num_hidden_layers == num_layers), None)
+        for profile in _matches(model, search_dirs):
+            if profile.misfit(model, num_layers, config_sha256) is None:
+                return profile
+        return None
     if config_profile.lower().endswith(".json") or "/" in config_profile:
         profile = load_profile(os.path.expanduser(config_profile))
     else:
-        profile = _by_name(config_profile, search_dirs)
-    if profile.num_hidden_layers != num_layers:
-        allowed = (
-            f"is for {profile.num_hidden_layers} layers, but {model} has {num_layers}: "
-            f"must be a profile with num_hidden_layers = {num_layers}"
-        )
-        raise TidalConfigError(_KEY, config_profile, allowed)
+        profile = by_name(config_profile, search_dirs)
+    reason = profile.misfit(model, num_layers, config_sha256)
+    if reason is not None:
+        wanted = f"must be a profile with num_hidden_layers = {num_layers}"
+        if profile.config_sha256:
+            wanted += f", calibrated on this model: tidal-vllm calibrate {model}"
+        raise TidalConfigError(_KEY, config_profile, f"{reason}: {wanted}")
     return profile
 
 
-def layer_count_warning(
-    model: str, num_layers: int, search_dirs: Sequence[Path] | None = None
+def near_miss(
+    model: str,
+    num_layers: int,
+    search_dirs: Sequence[Path] | None = None,
+    config_sha256: str = "",
 ) -> str | None:
-    """Say which profile knows the model's name but not its layer count, if any."""
+    """Say which profile knows the model's name but does not fit it, if any."""
     for profile in _matches(model, search_dirs):
-        if profile.num_hidden_layers != num_layers:
+        if reason := profile.misfit(model, num_layers, config_sha256):
             return (
-                f"profile {profile.label} fits the name of {model} but is for "
-                f"{profile.num_hidden_layers} layers, not {num_layers}: not used"
+                f"profile {profile.label} fits the name of {model} but {reason}: "
+                "not used"
             )
     return None
 
@@ -188,6 +243,7 @@ def _parse(fields: Any, path: Path, shown: str) -> Profile:
     if not isinstance(fields, dict):
         allowed = f"must be a JSON object with keys {', '.join(_REQUIRED)}"
         raise TidalConfigError(_KEY, shown, f"{allowed}, not {type(fields).__name__}")
+    _check_untouched(fields, shown)
     for key in fields:
         if key not in known:
             allowed = f"unknown key {key!r}{suggestion(key, known)}"
@@ -203,8 +259,27 @@ def _parse(fields: Any, path: Path, shown: str) -> Profile:
         raise TidalConfigError(_KEY, shown, f"in this file {error}") from None
 
 
+def _check_untouched(fields: dict[str, Any], shown: str) -> None:
+    """Refuse a measured profile that is not as calibration wrote it."""
+    given = [key for key in _MEASURED if key in fields]
+    if not given:
+        return
+    missing = [key for key in _MEASURED if key not in fields]
+    cure = (
+        "calibrate again, or, to keep layers and settings that nobody measured, remove "
+        + ", ".join(given)
+    )
+    if missing:
+        reason = f"has {', '.join(given)} but lacks {', '.join(missing)}: truncated"
+    elif fields["checksum"] != checksum(fields):
+        reason = "was changed after it was measured: its checksum does not fit"
+    else:
+        return
+    raise TidalConfigError(_KEY, shown, f"{reason}; {cure}")
+
+
 def _checked(fields: dict[str, Any]) -> dict[str, Any]:
-    for key in ("name", "source", "notes"):
+    for key in ("name", "source", "notes", "model", "config_sha256"):
         value = fields.get(key, "")
         if not isinstance(value, str) or (key in _REQUIRED and not value.strip()):
             raise TidalConfigError(key, value, "must be a non-empty string")
@@ -225,10 +300,21 @@ def _checked(fields: dict[str, Any]) -> dict[str, Any]:
     if both:
         allowed = f"overlaps dense_layers in {both}; must name other layers"
         raise TidalConfigError("select_layers", fields["select_layers"], allowed)
-    return {**fields, **layers, "models": tuple(models)}
+    for key in ("measured", "versions"):
+        if not isinstance(fields.get(key, {}), dict):
+            raise TidalConfigError(key, fields[key], "must be a JSON object")
+    settings = {key: fields[key] for key in SETTINGS if key in fields}
+    TidalConfig(**settings)
+    kept = {f.name for f in dataclasses.fields(Profile)} & fields.keys()
+    return {
+        **{key: fields[key] for key in kept},
+        **layers,
+        "models": tuple(models),
+        "settings": settings,
+    }
 
 
-def _model_names(model: str) -> tuple[str, ...]:
+def model_names(model: str) -> tuple[str, ...]:
     """What a model may be called; a hub snapshot's folder is only a hash."""
     parts = [part for part in model.split("/") if part]
     hub = [p.split("--")[-1] for p in parts if p.startswith("models--")]
@@ -240,13 +326,13 @@ def _model_names(model: str) -> tuple[str, ...]:
 
 def _matches(model: str, search_dirs: Sequence[Path] | None) -> Iterator[Profile]:
     """Profiles that fit the model's name, best first."""
-    names = _model_names(model)
+    names = model_names(model)
     for folder in _folders(search_dirs):
         fitting = [p for p in _load_folder(folder) if p.specificity(names)]
         yield from sorted(fitting, key=lambda p: (-p.specificity(names), p.name))
 
 
-def _by_name(name: str, search_dirs: Sequence[Path] | None) -> Profile:
+def by_name(name: str, search_dirs: Sequence[Path] | None) -> Profile:
     profiles = list_profiles(search_dirs)
     for profile in profiles:
         if profile.name.lower() == name.lower():

@@ -1,0 +1,50 @@
+"""Small models and engines for calibration, closed at the end of each module."""
+
+import gc
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tidal_vllm.calibrate.engine import (
+    CalibrationEngine,
+    complete_settings,
+    engine_kwargs,
+    switches,
+)
+from tidal_vllm.config import TidalConfig
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+CONFIG = TidalConfig(token_budget=64)
+SMALL = {"max_model_len": 1024, "kv_cache_memory_bytes": 1 << 26, "block_size": 16}
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def start_engine():
+    """`start_engine(model, config)`: an engine for calibration, SELECT at layer 2."""
+    from vllm import envs
+
+    running = []
+
+    def start(model: Path, config: TidalConfig = CONFIG) -> CalibrationEngine:
+        settings = complete_settings(config, [0, 1], [2])
+        running.append(CalibrationEngine(engine_kwargs(str(model), settings, **SMALL)))
+        return running[-1]
+
+    envs.disable_envs_cache()
+    with switches(), pytest.MonkeyPatch.context() as patch:
+        # vLLM collects twice per engine; in this big process each takes a second.
+        patch.setattr(gc, "collect", lambda *_: 0)
+        yield start
+        for engine in running:
+            engine.close()

@@ -1,0 +1,202 @@
+"""A measured profile fits its model and its content, or is refused with a reason."""
+
+import json
+import types
+
+import pytest
+
+from tidal_vllm import profiles
+from tidal_vllm.config import TidalConfigError
+from tidal_vllm.profiles import find_profile, load_profile, near_miss
+from tidal_vllm.profiles.fingerprint import checksum, config_sha256
+from tidal_vllm.startup import resolve
+
+SHAPE = {"model_type": "llama", "num_hidden_layers": 8, "hidden_size": 64}
+SHA = config_sha256(SHAPE)
+FIELDS = {
+    "name": "mine-calibrated",
+    "models": ["mine"],
+    "model": "mine",
+    "config_sha256": SHA,
+    "num_hidden_layers": 8,
+    "dense_layers": [0, 1],
+    "select_layers": [2, 5],
+    "token_budget": 256,
+    "select_block_size": 16,
+    "scope": "kv_head",
+    "sink_tokens": 4,
+    "recent_fraction": 0.25,
+    "correction_interval": None,
+    "source": "this test",
+    "measured": {"seconds": 1},
+    "versions": {"vllm": "0.32.0"},
+}
+
+
+@pytest.fixture(autouse=True)
+def in_a_project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(profiles, "USER_DIR", str(tmp_path / "user"))
+
+
+def write(tmp_path, **changes):
+    folder = tmp_path / "tidal_profiles"
+    folder.mkdir(exist_ok=True)
+    fields = {k: v for k, v in (FIELDS | changes).items() if v is not ...}
+    path = folder / "mine.json"
+    path.write_text(json.dumps({**fields, "checksum": checksum(fields)}, indent=2))
+    return path
+
+
+def test_is_found_by_its_model(tmp_path):
+    path = write(tmp_path)
+    profile = find_profile(None, "models/Mine", 8, config_sha256=SHA)
+    assert profile.path.absolute() == path
+    assert profile.settings["token_budget"] == 256
+    assert profile.measured == {"seconds": 1}
+    assert find_profile(str(path), "mine", 8, config_sha256=SHA).name == profile.name
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "sha", "reason"),
+    [
+        ("mine", 9, SHA, "is for 8 layers, but mine has 9"),
+        ("yours", 8, SHA, "was measured on mine and fits mine, not yours"),
+        ("mine", 8, "0" * 64, "config_sha256 .*, but that of mine is 000000000000"),
+    ],
+    ids=["layer count", "model", "config"],
+)
+def test_is_refused_for_another(tmp_path, model, layers, sha, reason):
+    path = write(tmp_path)
+    with pytest.raises(TidalConfigError, match=reason) as refusal:
+        find_profile(str(path), model, layers, config_sha256=sha)
+    assert "tidal-vllm calibrate" in str(refusal.value)
+    assert find_profile(None, model, layers, config_sha256=sha) is None
+    warning = near_miss(model, layers, config_sha256=sha)
+    assert (warning is None) == (model == "yours")
+
+
+def test_another_config_falls_through_to_the_next_profile(tmp_path):
+    write(tmp_path)
+    plain = {k: FIELDS[k] for k in ("models", "num_hidden_layers", "source")}
+    plain |= {"name": "z-plain", "dense_layers": [0], "select_layers": [1]}
+    (tmp_path / "tidal_profiles" / "z.json").write_text(json.dumps(plain))
+    assert find_profile(None, "mine", 8, config_sha256="0" * 64).name == "z-plain"
+
+
+@pytest.mark.parametrize(
+    "old, new", [("5\n", "6\n"), (": 256", ": 512"), ("0.32", "0.33")]
+)
+def test_edited_by_hand(tmp_path, old, new):
+    path = write(tmp_path)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(TidalConfigError, match="its checksum does not fit") as refusal:
+        load_profile(path)
+    assert "calibrate again, or, to keep layers" in str(refusal.value)
+
+
+@pytest.mark.parametrize("missing", ["measured", "config_sha256", "model", "versions"])
+def test_truncated_to_valid_json(tmp_path, missing):
+    path = write(tmp_path, **{missing: ...})
+    with pytest.raises(TidalConfigError, match=f"lacks {missing}: truncated"):
+        load_profile(path)
+
+
+def test_without_its_checksum(tmp_path):
+    path = write(tmp_path)
+    fields = json.loads(path.read_text())
+    del fields["checksum"]
+    path.write_text(json.dumps(fields))
+    with pytest.raises(TidalConfigError, match="lacks checksum"):
+        load_profile(path)
+
+
+def test_truncated_in_mid_file(tmp_path):
+    path = write(tmp_path)
+    path.write_text(path.read_text()[:-40])
+    with pytest.raises(TidalConfigError, match="not valid JSON"):
+        load_profile(path)
+
+
+def test_without_all_that_was_measured_it_is_a_hand_written_one(tmp_path):
+    path = write(tmp_path)
+    measured = ("model", "config_sha256", "measured", "versions", "checksum")
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in fields.items() if k not in measured}))
+    assert find_profile(str(path), "yours", 8, config_sha256="1" * 64).measured == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"token_budget": 100}, "must be a positive multiple of select_block_size"),
+        ({"scope": "heads"}, "must be one of 'sequence'"),
+        ({"measured": [1]}, "must be a JSON object"),
+        ({"model": 7}, "must be a non-empty string"),
+    ],
+)
+def test_bad_values(tmp_path, changes, reason):
+    path = write(tmp_path, **changes)
+    with pytest.raises(TidalConfigError, match=reason):
+        load_profile(path)
+
+
+def test_config_hash_is_of_the_shape():
+    assert config_sha256(SHAPE | {"dtype": "bfloat16", "eos_token_id": 3}) == SHA
+    for key, value in (("hidden_size", 65), ("rope_theta", 1e6), ("head_dim", 8)):
+        assert config_sha256(SHAPE | {key: value}) != SHA
+
+
+# What the backend makes of one
+
+
+def startup(tidal: dict, max_model_len: int = 4096):
+    """`resolve` with the parts of vLLM's config that it reads."""
+    shape = types.SimpleNamespace(to_dict=lambda: SHAPE)
+    model = types.SimpleNamespace(
+        model="mine",
+        max_model_len=max_model_len,
+        hf_text_config=shape,
+        get_total_num_hidden_layers=lambda: 8,
+    )
+    backend = types.SimpleNamespace(name="TIDAL")
+    attention = types.SimpleNamespace(backend=backend, backend_per_kind=None)
+    return resolve(
+        types.SimpleNamespace(
+            model_config=model,
+            attention_config=attention,
+            additional_config={"tidal": tidal} if tidal is not None else {},
+            speculative_config=None,
+        )
+    )
+
+
+def test_settings_come_with_the_layers(tmp_path):
+    write(tmp_path)
+    for tidal in ({}, None):
+        config = startup(tidal).config
+        assert (config.token_budget, config.scope) == (256, "kv_head")
+    assert startup({}).plan.source.startswith("profile mine-calibrated")
+
+
+def test_what_the_user_says_wins(tmp_path):
+    write(tmp_path)
+    config = startup({"token_budget": 512}).config
+    assert (config.token_budget, config.scope) == (512, "kv_head")
+    config = startup({"preset": "tidaldecode"}).config
+    assert (config.token_budget, config.scope) == (4096, "query_head")
+
+
+def test_an_interval_no_output_can_reach_is_left_out(tmp_path):
+    write(tmp_path, correction_interval=64)
+    assert startup({}).config.correction_interval == 64
+    assert startup({}, max_model_len=50).config.correction_interval is None
+
+
+def test_a_near_miss_warns_and_takes_the_safest_roles(tmp_path):
+    write(tmp_path, config_sha256="0" * 64)
+    plan = startup({}).plan
+    assert "measured on a model of another config" in plan.warning
+    assert "safest roles" in plan.warning

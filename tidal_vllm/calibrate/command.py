@@ -1,0 +1,514 @@
+"""`tidal-vllm calibrate`: its options, what is refused before any work, its output."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import glob
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tidal_vllm import __version__
+from tidal_vllm.calibrate import prompts as asking
+from tidal_vllm.calibrate.engine import (
+    CalibrationEngine,
+    complete_settings,
+    engine_kwargs,
+    switches,
+)
+from tidal_vllm.calibrate.report import describe, write_report
+from tidal_vllm.calibrate.run import (
+    Job,
+    Measured,
+    NotCalibrated,
+    Result,
+    calibrate,
+    recorder_settings,
+)
+from tidal_vllm.calibrate.state import State
+from tidal_vllm.config import SCOPES, TidalConfig, TidalConfigError
+from tidal_vllm.profiles import PROJECT_DIR, find_profile, load_profile, model_names
+from tidal_vllm.profiles.fingerprint import checksum
+from tidal_vllm.startup import model_sha256
+
+MOST_CONTEXT = 8192  # tokens, where --context is not given
+BUDGET_SHARE = 8  # where --budget is not given: one token of so many, at most
+MOST_BUDGET = 4096
+LEAST_BLOCKS, LEAST_BUDGET = 4, 8  # what is forced by default fits into both
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the command; `run` takes what they parse to."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a model folder, or a name on the hub")
+    add(
+        "--prompts",
+        default=asking.BUILTIN,
+        metavar="FILE|builtin",
+        help="JSON Lines with `prompt` or `prompt_token_ids`, and `answer` or "
+        "`answer_token_ids` where known (default: synthetic look-ups)",
+    )
+    add(
+        "--num-prompts",
+        type=int,
+        default=12,
+        metavar="N",
+        help="built-in prompts to ask (default: %(default)s)",
+    )
+    add(
+        "--context",
+        type=int,
+        metavar="TOKENS",
+        help="length of the built-in prompts, or the most that a prompt of a file "
+        f"may have (default: {MOST_CONTEXT}, or what the model allows)",
+    )
+    add(
+        "--decode-tokens",
+        type=int,
+        default=16,
+        metavar="N",
+        help="tokens of an answer that is not known as tokens (default: %(default)s)",
+    )
+    add(
+        "--budget",
+        type=int,
+        metavar="TOKENS",
+        help="tokens a SPARSE layer may attend to (default: 1 in "
+        f"{BUDGET_SHARE} of the context, at most {MOST_BUDGET}); the curve tries "
+        "others too",
+    )
+    add("--select-block-size", type=int, default=16, metavar="TOKENS")
+    add("--scope", default=SCOPES[0], metavar="|".join(SCOPES))
+    add(
+        "--dense-layers",
+        type=int,
+        default=2,
+        metavar="N",
+        help="first layers that stay DENSE (default: %(default)s)",
+    )
+    add(
+        "--max-select-layers",
+        type=int,
+        default=4,
+        metavar="M",
+        help="most SELECT layers to try (default: %(default)s)",
+    )
+    add(
+        "--max-loss",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="drop of accuracy and of agreement with dense attention that is "
+        "tolerated (default: %(default)s)",
+    )
+    add(
+        "--target-agreement",
+        type=float,
+        metavar="SHARE",
+        help="recommend the cheapest setting with this agreement (default: the knee "
+        "of the curve)",
+    )
+    add("--tensor-parallel-size", type=int, default=1, metavar="N")
+    add(
+        "--engine-args",
+        default="{}",
+        metavar="JSON",
+        help="more arguments of vLLM's engine",
+    )
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="PROFILE.json",
+        help=f"(default: {PROJECT_DIR}/MODEL.json, where it is found by itself); the "
+        "report goes beside it as .html",
+    )
+    add(
+        "--restart",
+        action="store_true",
+        help="throw away what an interrupted run left, instead of resuming it",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Calibrate as asked and return the exit code."""
+    state = None
+    try:
+        with switches():
+            request = _Request(arguments)
+            job = request.job()
+            asked = request.manifest(job)
+            state = State(request.state_folder, asked, arguments.restart)
+            if kept := state.num_replies:
+                _say(f"Resuming: {kept} answers are kept in {state.folder}")
+            started = time.perf_counter()
+            with request.engine(job) as start:
+                result = calibrate(job, state, start)
+            seconds = time.perf_counter() - started
+            path = _write(request, job, result, seconds)
+            state.remove()
+    except TidalConfigError as error:
+        _say(f"tidal-vllm calibrate: {error}")
+        return 2
+    except NotCalibrated as failure:
+        _say(f"\nNot calibrated: {failure}.")
+        _say(f"What was measured is kept in {state.folder}, for another try.")
+        return 1
+    except KeyboardInterrupt:
+        if state is not None:
+            _say(
+                f"\nStopped. {state.num_replies} answers are kept in {state.folder}: "
+                "repeat the command to go on."
+            )
+        return 130
+    print(describe(job, result, seconds))
+    print(f"\nProfile: {path}\nReport:  {path.with_suffix('.html')}")
+    print(_how_to_use(arguments.model, path, request.sha256, job.num_layers))
+    return 0
+
+
+class _Request:
+    """The options, checked: first by themselves, then against the model's config."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.given = arguments
+        self._check_numbers()
+        self.lines = None
+        if arguments.prompts != asking.BUILTIN:
+            self.lines = asking.read_file(arguments.prompts)
+        self.more = self._engine_args()
+        name = model_names(arguments.model)
+        if not any(name):
+            raise TidalConfigError("MODEL", arguments.model, "must be a model's name")
+        self.name = name[0].lower()
+        self.output = arguments.output or PROJECT_DIR / f"{self.name}.json"
+        self._check_output()
+        self._read_model()
+
+    @property
+    def state_folder(self) -> Path:
+        return self.output.with_name(self.output.name + ".state")
+
+    def job(self) -> Job:
+        """What to do, with the prompts made and measured."""
+        given, config = self.given, self.model_config
+        vocab_size, tokenizer = config.get_vocab_size(), self._tokenizer()
+        longest = config.max_model_len - given.decode_tokens - 1
+        context = given.context or min(MOST_CONTEXT, longest)
+        if not 1 <= context <= longest:
+            reason = (
+                f"must be 1..{longest}: {given.model} takes {config.max_model_len} "
+            )
+            reason += f"tokens, {given.decode_tokens} of them for the answer"
+            raise TidalConfigError("--context", context, reason)
+        if self.lines is None:
+            made = asking.built_in(
+                given.model, tokenizer, vocab_size, given.num_prompts, context
+            )
+        else:
+            limit = context if given.context else longest
+            made = asking.from_file(given.prompts, self.lines, tokenizer, vocab_size)
+            for number, prompt in enumerate(made, 1):
+                if len(prompt.token_ids) > limit:
+                    reason = f"prompt {number} has {len(prompt.token_ids)} tokens: "
+                    reason += f"must be at most {limit}"
+                    raise TidalConfigError("--prompts", given.prompts, reason)
+        shortest = min(len(prompt.token_ids) for prompt in made)
+        parallel = self.vllm_config.parallel_config
+        return Job(
+            model=given.model,
+            prompts=tuple(made),
+            decode=tokenizer.decode if tokenizer else None,
+            config=self._config(shortest),
+            first_select=given.dense_layers,
+            max_select=given.max_select_layers,
+            max_loss=given.max_loss,
+            target_agreement=given.target_agreement,
+            decode_tokens=given.decode_tokens,
+            num_layers=self.num_layers,
+            group_size=config.get_num_attention_heads(parallel)
+            // config.get_num_kv_heads(parallel),
+            kv_block_size=self.vllm_config.cache_config.block_size or 16,
+        )
+
+    def manifest(self, job: Job) -> dict[str, Any]:
+        """All that an answer depends on."""
+        asked = [dataclasses.astuple(prompt) for prompt in job.prompts]
+        return {
+            "model": self.given.model,
+            "config_sha256": self.sha256,
+            "weights": _weights(self.given.model),
+            "prompts": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
+            "setting": recorder_settings(job.config),
+            "dense_layers": job.first_select,
+            "decode_tokens": job.decode_tokens,
+            "engine_args": self.more,
+            "versions": _versions(),
+        }
+
+    def engine(self, job: Job) -> _Starter:
+        longest = max(len(prompt.token_ids) for prompt in job.prompts)
+        answer = max(len(prompt.answer_ids or ()) for prompt in job.prompts)
+        first = min(job.first_select, job.num_layers - 1)
+        settings = complete_settings(job.config, range(first), [first])
+        more = {
+            "max_model_len": longest + max(answer, job.decode_tokens) + 1,
+            **self.more,
+        }
+        return _Starter(engine_kwargs(self.given.model, settings, **more))
+
+    def _check_numbers(self) -> None:
+        given = self.given
+        least = {"num_prompts": 1, "decode_tokens": 2, "dense_layers": 0}
+        least |= {"max_select_layers": 1, "tensor_parallel_size": 1}
+        least |= {"select_block_size": 1, "context": 1, "budget": 1}
+        for key, low in least.items():
+            value = getattr(given, key)
+            if value is not None and value < low:
+                raise TidalConfigError(_option(key), value, f"must be {low} or more")
+        for key in ("max_loss", "target_agreement"):
+            value = getattr(given, key)
+            if value is not None and not 0 <= value <= 1:
+                raise TidalConfigError(_option(key), value, "must be a share, 0 to 1")
+        if given.scope not in SCOPES:
+            reason = f"must be one of {', '.join(SCOPES)}"
+            raise TidalConfigError("--scope", given.scope, reason)
+
+    def _engine_args(self) -> dict[str, Any]:
+        text = self.given.engine_args
+        try:
+            more = json.loads(text)
+        except json.JSONDecodeError as error:
+            reason = f"is not valid JSON: {error.msg} at column {error.colno}"
+            raise TidalConfigError("--engine-args", text, reason) from None
+        if not isinstance(more, dict):
+            reason = 'must be a JSON object such as {"dtype": "bfloat16"}'
+            raise TidalConfigError("--engine-args", text, reason)
+        if more.get("pipeline_parallel_size", 1) != 1:
+            reason = (
+                "must be 1: a selection does not travel between pipeline stages, so "
+                "what one captures of another's layers would never be used; calibrate "
+                "with tensor_parallel_size, then serve with stages that start with a "
+                "SELECT layer"
+            )
+            raise TidalConfigError(
+                "--engine-args pipeline_parallel_size",
+                more["pipeline_parallel_size"],
+                reason,
+            )
+        ours = {*engine_kwargs("", {}), "speculative_config", "tensor_parallel_size"}
+        for key in more:
+            if key in ours:
+                reason = "is set by the calibration itself; must be left out"
+                raise TidalConfigError(f"--engine-args {key}", more[key], reason)
+        more["tensor_parallel_size"] = self.given.tensor_parallel_size
+        return more
+
+    def _check_output(self) -> None:
+        shown = str(self.output)
+        if self.output.suffix != ".json":
+            raise TidalConfigError("-o", shown, "must end in .json")
+        if self.output.is_dir():
+            raise TidalConfigError("-o", shown, "is a folder; must be a file")
+        if self.output.exists() and "checksum" not in self.output.read_text():
+            reason = "is there already, and no earlier calibration: would be lost"
+            raise TidalConfigError("-o", shown, reason)
+        parent = next(p for p in self.output.absolute().parents if p.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise TidalConfigError("-o", shown, f"{parent} cannot be written to")
+
+    def _read_model(self) -> None:
+        """Let vLLM read the config; it refuses what the backend cannot run."""
+        from vllm.engine.arg_utils import EngineArgs
+
+        model = self.given.model
+        if os.path.isdir(model) and not os.path.exists(f"{model}/config.json"):
+            raise TidalConfigError("MODEL", model, "this folder holds no config.json")
+        off = {"dense_layers": [], "select_layers": []}
+        try:
+            arguments = EngineArgs(**engine_kwargs(model, off, **self.more))
+            self.vllm_config = arguments.create_engine_config()
+        except TidalConfigError:
+            raise
+        except (OSError, ValueError, TypeError) as error:
+            reason = f"vLLM refuses it: {str(error).strip()}"
+            raise TidalConfigError("MODEL", model, reason) from None
+        self.model_config = self.vllm_config.model_config
+        self.sha256 = model_sha256(self.model_config)
+        self.num_layers = self.model_config.get_total_num_hidden_layers()
+        if self.given.dense_layers > self.num_layers - 2:
+            reason = f"must be 0..{self.num_layers - 2}: {model} has {self.num_layers} "
+            reason += "layers, and one has to select and one to be SPARSE"
+            raise TidalConfigError("--dense-layers", self.given.dense_layers, reason)
+
+    def _config(self, shortest: int) -> TidalConfig:
+        size = self.given.select_block_size
+        budget = self.given.budget
+        if budget is None:
+            least = max(LEAST_BLOCKS, -(-LEAST_BUDGET // size))
+            wanted = min(shortest // BUDGET_SHARE, MOST_BUDGET)
+            budget = max(wanted // size, least) * size
+        config = TidalConfig(
+            token_budget=budget, select_block_size=size, scope=self.given.scope
+        )
+        if budget >= shortest:
+            reason = f"must be below the shortest prompt, {shortest} tokens: up to the "
+            reason += "budget sparse attention is dense"
+            raise TidalConfigError("--budget", budget, reason)
+        config.check_kv_block_size(self.vllm_config.cache_config.block_size or 16)
+        return config
+
+    def _tokenizer(self) -> Any:
+        model = self.given.model
+        if os.path.isdir(model) and not any(
+            os.path.exists(f"{model}/{name}") for name in _TOKENIZER_FILES
+        ):
+            return None
+        from vllm.tokenizers import get_tokenizer
+
+        return get_tokenizer(self.more.get("tokenizer") or model)
+
+
+class _Starter:
+    """Starts the engine when it is called, and closes it at the end."""
+
+    def __init__(self, kwargs: dict[str, Any]) -> None:
+        self._kwargs, self._engine = kwargs, None
+
+    def __enter__(self) -> _Starter:
+        return self
+
+    def __call__(self) -> CalibrationEngine:
+        self._engine = CalibrationEngine(self._kwargs)
+        return self._engine
+
+    def __exit__(self, *_: object) -> None:
+        if self._engine is not None:
+            self._engine.close()
+
+
+def _write(request: _Request, job: Job, result: Result, seconds: float) -> Path:
+    """Write the profile, complete or not at all, and the report beside it."""
+    path = request.output
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fields = profile_fields(request.name, request.sha256, job, result, seconds)
+    scratch = path.with_name(path.name + ".new")
+    scratch.write_text(json.dumps(fields, indent=2) + "\n")
+    load_profile(scratch)
+    os.replace(scratch, path)
+    write_report(path.with_suffix(".html"), job, result, fields)
+    return path
+
+
+def profile_fields(
+    name: str, sha256: str, job: Job, result: Result, seconds: float
+) -> dict[str, Any]:
+    """The profile's content, checksum included."""
+    dense, select = result.roles(result.chosen.choice)
+    when = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    fields: dict[str, Any] = {
+        "name": f"{name}-calibrated",
+        "models": [glob.escape(one) for one in model_names(job.model)],
+        "model": job.model,
+        "config_sha256": sha256,
+        "num_hidden_layers": job.num_layers,
+        "dense_layers": dense,
+        "select_layers": select,
+        **recorder_settings(result.best.config),
+        "correction_interval": result.interval,
+        "source": f"tidal-vllm calibrate, {when}",
+        "measured": _measured(job, result, seconds),
+        "versions": _versions(),
+    }
+    return fields | {"checksum": checksum(fields)}
+
+
+def _measured(job: Job, result: Result, seconds: float) -> dict[str, Any]:
+    tried = [
+        {
+            "select_layers": result.roles(one.choice)[1],
+            "expected_loss": round(one.choice.loss, 6),
+            "holds": one.holds,
+            **_numbers(one.measured),
+        }
+        for one in result.tried
+    ]
+    curve = [
+        {
+            **recorder_settings(point.config),
+            "kv_read_share": round(point.read_share, 4),
+            "captured_mass": round(point.captured, 6),
+            "captured_mass_worst": round(point.captured_worst, 6),
+            **_numbers(point.measured),
+        }
+        for point in result.curve
+    ]
+    runner_up = result.runner_up and result.roles(result.runner_up.choice)[1]
+    return {
+        "prompts": {
+            "kinds": sorted({prompt.kind for prompt in job.prompts}),
+            "count": len(job.prompts),
+            "mean_tokens": job.mean_len,
+        },
+        "setting": recorder_settings(job.config),
+        "max_loss": job.max_loss,
+        "target_agreement": job.target_agreement,
+        "dense": {"right": result.dense.right, "judged": result.dense.judged},
+        "stability": result.stability,
+        "runner_up": runner_up,
+        "tried": tried,
+        "curve": curve,
+        "correction": [
+            {"correction_interval": n, **_numbers(measured)}
+            for n, measured in result.intervals
+        ],
+        "seconds": round(seconds, 1),
+    }
+
+
+def _numbers(measured: Measured) -> dict[str, Any]:
+    return {
+        "tokens": measured.steps,
+        "agreed": measured.agreed,
+        "agreement_at_least": round(measured.sure_agreement, 4),
+        "right": measured.right,
+        "lost_logprob": round(measured.lost_logprob, 6),
+    }
+
+
+def _how_to_use(model: str, path: Path, sha256: str, num_layers: int) -> str:
+    found = find_profile(None, model, num_layers, config_sha256=sha256)
+    command = f"vllm serve {model} --attention-backend tidal"
+    if found is not None and found.path.absolute() == path.absolute():
+        return f"Used from this folder by: {command}"
+    setting = json.dumps({"tidal": {"profile": str(path)}})
+    return f"Used by: {command} --additional-config '{setting}'"
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("vllm", "torch", "transformers")}
+    python = platform.python_version()
+    return {"tidal_vllm": __version__, **packages, "python": python}
+
+
+def _weights(model: str) -> list[list[Any]]:
+    """Names, sizes and times of a local folder's weight files."""
+    files = sorted(Path(model).glob("*.safetensors")) if os.path.isdir(model) else []
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+def _option(key: str) -> str:
+    return "--" + key.replace("_", "-")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

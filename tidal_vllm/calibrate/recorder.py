@@ -1,0 +1,194 @@
+"""What a selection made at one layer captures of the attention of the others.
+
+Runs beside dense attention, on the KV cache that it reads. Holds one decode step's
+selections and one layer's block masses at a time; what it keeps of a step does not
+depend on the length of the context.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tidal_vllm.config import TidalConfig
+from tidal_vllm.ops import reference
+from tidal_vllm.policy import SelectionRule, num_sets
+
+WORST, MEAN, AVOIDABLE, OVERLAP = "worst", "mean", "avoidable", "overlap"
+# How the ranks of a tensor parallel run combine: each has heads of its own.
+_MERGE = {WORST: np.min, MEAN: np.mean, AVOIDABLE: np.max, OVERLAP: np.mean}
+
+
+class Recorder:
+    """Records single-sequence decode steps of one rank.
+
+    Per step, and with i <= j positions of layers in ascending order:
+        worst, mean: `[num_settings, num_layers, num_layers]`; entry `[s, i, j]` is the
+            attention mass of layer j, 0 to 1, in the blocks that layer i selects under
+            setting s: of the worst of the rank's heads, and their mean.
+        avoidable: `[num_layers, num_layers]`, first setting: how much more of its mass
+            a head of layer j has in the blocks that it would choose for itself alone,
+            for the head where that is most.
+        overlap: `[num_layers, num_layers]`, first setting: share of the blocks that
+            layer j would select among those that layer i selects.
+
+    Args:
+        layers: Indices of the layers that take part, ascending.
+        num_heads: Query heads of this rank.
+        num_kv_heads: KV heads of this rank.
+        settings: What to record for; their block sizes divide the KV block size.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        num_heads: int,
+        num_kv_heads: int,
+        settings: Sequence[TidalConfig],
+    ) -> None:
+        self._position = {layer: i for i, layer in enumerate(layers)}
+        self._num_heads = num_heads
+        self._rules = [SelectionRule.from_config(config) for config in settings]
+        self._num_sets = [
+            num_sets(config.scope, num_heads, num_kv_heads) for config in settings
+        ]
+        self._finest = math.gcd(*(rule.select_block_size for rule in self._rules))
+        self._steps: list[dict[str, np.ndarray]] = []
+        self._chosen: list[list[torch.Tensor]] = []
+
+    def observe(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        scale: float,
+    ) -> None:
+        """Take in one layer of a decode step; layers come in ascending order.
+
+        Args:
+            layer: Its index.
+            query: `[1, num_heads, head_size]`; the rest as in `ops.reference`.
+        """
+        if query.shape[0] != 1:
+            raise RuntimeError(
+                f"{query.shape[0]} sequences decode in one step: calibration records "
+                "one at a time (max_num_seqs = 1)"
+            )
+        position = self._position[layer]
+        if position == 0:
+            self._begin_step()
+        _, lse, fine = reference.dense_decode(
+            query,
+            kv_cache,
+            block_table,
+            seq_lens,
+            scale=scale,
+            select_block_size=self._finest,
+        )
+        step = self._steps[-1]
+        for s, rule in enumerate(self._rules):
+            block_lse = _coarser(fine, rule.select_block_size // self._finest)
+            mass = (block_lse[0] - lse[0, :, None]).exp()
+            chosen = self._select(rule, self._num_sets[s], block_lse, lse, seq_lens)
+            self._chosen[s].append(chosen)
+            given = torch.stack(self._chosen[s])
+            captured = _captured(mass, given)
+            upto = slice(position + 1)
+            step[WORST][s, upto, position] = captured.amin(1).cpu()
+            step[MEAN][s, upto, position] = captured.mean(1).cpu()
+            if s == 0:
+                own = self._select(rule, self._num_heads, block_lse, lse, seq_lens)
+                missed = _captured(mass, own[None]) - captured
+                step[AVOIDABLE][upto, position] = missed.clamp_(min=0).amax(1).cpu()
+                step[OVERLAP][upto, position] = _overlap(given, mass.shape[1]).cpu()
+
+    def save(self, path: Path, num_steps: int) -> int:
+        """Write the first steps to an .npz file and forget them all.
+
+        Returns:
+            Steps written: fewer than `num_steps` if fewer were seen.
+        """
+        steps, self._steps = self._steps[:num_steps], []
+        if steps:
+            stacked = {
+                name: np.stack([step[name] for step in steps]) for name in _MERGE
+            }
+            np.savez_compressed(path, **stacked)
+        return len(steps)
+
+    def _begin_step(self) -> None:
+        count, settings = len(self._position), len(self._rules)
+        shapes = {
+            WORST: (settings, count, count),
+            MEAN: (settings, count, count),
+            AVOIDABLE: (count, count),
+            OVERLAP: (count, count),
+        }
+        self._steps.append(
+            {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        )
+        self._chosen = [[] for _ in self._rules]
+
+    def _select(self, rule, sets, block_lse, lse, seq_lens) -> torch.Tensor:
+        """[sets, kept] block indices, by the rule itself."""
+        kept = rule.num_kept_blocks(int(seq_lens[0]))
+        device = block_lse.device
+        blocks = torch.empty((1, sets, kept), dtype=torch.int32, device=device)
+        lens = torch.empty((1, sets), dtype=torch.int32, device=device)
+        reference.select_blocks(
+            block_lse, lse, seq_lens, rule=rule, topk_blocks=blocks, topk_lens=lens
+        )
+        return blocks[0].long()
+
+
+def merge_ranks(paths: Sequence[Path]) -> dict[str, np.ndarray]:
+    """The recordings of all ranks as that of one model, worst over the ranks."""
+    ranks = []
+    for path in paths:
+        with np.load(path) as found:
+            ranks.append({name: found[name] for name in _MERGE})
+    return {
+        name: merge(np.stack([rank[name] for rank in ranks]), axis=0)
+        for name, merge in _MERGE.items()
+    }
+
+
+def _coarser(block_lse: torch.Tensor, times: int) -> torch.Tensor:
+    """The lse of blocks that are `times` as long."""
+    if times == 1:
+        return block_lse
+    missing = -block_lse.shape[-1] % times
+    padded = torch.nn.functional.pad(block_lse, (0, missing), value=-math.inf)
+    return padded.unflatten(-1, (-1, times)).logsumexp(-1)
+
+
+def _captured(mass: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """Mass of each head in the sets it is given.
+
+    Args:
+        mass: [num_heads, num_blocks].
+        given: [num_selections, num_sets, kept]; the heads of a set are neighbours.
+
+    Returns:
+        [num_selections, num_heads].
+    """
+    selections, sets, kept = given.shape
+    by_set = mass.view(1, sets, -1, mass.shape[1])
+    heads = by_set.shape[2]
+    found = by_set.expand(selections, -1, -1, -1).gather(
+        3, given[:, :, None].expand(-1, -1, heads, kept)
+    )
+    return found.sum(3).flatten(1)
+
+
+def _overlap(given: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """Share of the last selection's blocks that each one has: [num_selections]."""
+    own = torch.zeros(given.shape[1], num_blocks, device=given.device)
+    own.scatter_(1, given[-1], 1.0)
+    return own.expand(len(given), -1, -1).gather(2, given).mean((1, 2))

@@ -1,0 +1,105 @@
+"""Calibration inside vLLM's workers, wherever they run: methods for `collective_rpc`.
+
+vLLM adds this class to the worker's (`worker_extension_cls`).
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.model_executor.models.utils import extract_layer_index
+
+from tidal_vllm.attention import TidalImpl
+from tidal_vllm.calibrate.recorder import Recorder
+from tidal_vllm.config import TidalConfig
+
+
+def rank_file(folder: str | Path, rank: int) -> Path:
+    """Where a rank leaves what it recorded."""
+    return Path(folder, f"rank-{rank}.npz")
+
+
+class CalibrationWorker:
+    """What the parent may ask of a worker; one request runs at a time."""
+
+    def calibration_layers(self) -> list[int]:
+        """Indices of the layers that take part: those that TIDAL runs."""
+        return sorted(_tidal_layers(self.vllm_config))
+
+    def calibration_record(self, settings: list[dict]) -> None:
+        """Record decode steps from now on; all layers have to be DENSE.
+
+        Args:
+            settings: Keywords of `TidalConfig`, one dict per setting to record for.
+        """
+        layers = _tidal_layers(self.vllm_config)
+        impl = next(iter(layers.values())).impl
+        recorder = Recorder(
+            sorted(layers),
+            impl.num_heads,
+            impl.num_kv_heads,
+            [TidalConfig(**setting) for setting in settings],
+        )
+        for index, layer in layers.items():
+            _watch(layer.impl, index, recorder)
+        self.calibration_recorder = recorder
+
+    def calibration_stop(self) -> None:
+        """Record no more."""
+        for layer in _tidal_layers(self.vllm_config).values():
+            layer.impl.__dict__.pop("forward", None)
+
+    def calibration_save(self, folder: str, num_steps: int) -> int:
+        """Write this rank's steps to `rank_file` and return how many there are."""
+        path = rank_file(folder, get_tensor_model_parallel_rank())
+        return self.calibration_recorder.save(path, num_steps)
+
+    def calibration_configure(self, settings: dict) -> None:
+        """Run under other settings from now on: metadata builders are made anew.
+
+        Args:
+            settings: What `additional_config["tidal"]` would hold, complete: whatever
+                is left out might come from a profile.
+        """
+        config = copy.copy(self.vllm_config)
+        config.additional_config = {"tidal": settings}
+        for groups in self.model_runner.attn_groups:
+            for group in groups:
+                group.metadata_builders = [
+                    type(old)(old.kv_cache_spec, old.layer_names, config, old.device)
+                    for old in group.metadata_builders
+                ]
+
+
+def _tidal_layers(vllm_config) -> dict:
+    """The attention layers of this worker that TIDAL runs, by index."""
+    layers = vllm_config.compilation_config.static_forward_context
+    return {
+        extract_layer_index(name): layer
+        for name, layer in layers.items()
+        if isinstance(getattr(layer, "impl", None), TidalImpl)
+    }
+
+
+def _watch(impl: TidalImpl, index: int, recorder: Recorder) -> None:
+    """Let the recorder see each decode of a layer, after the layer itself."""
+
+    def forward(layer, query, key, value, kv_cache, attn_metadata, output, **more):
+        result = type(impl).forward(
+            impl, layer, query, key, value, kv_cache, attn_metadata, output, **more
+        )
+        if attn_metadata is not None and attn_metadata.num_decodes:
+            rows = slice(attn_metadata.num_decodes)
+            recorder.observe(
+                index,
+                query[rows],
+                kv_cache,
+                attn_metadata.block_table[rows],
+                attn_metadata.seq_lens[rows],
+                impl.scale,
+            )
+        return result
+
+    impl.forward = forward

@@ -1,0 +1,52 @@
+"""What ties a measured profile to its model, and to its own content.
+
+Knows neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+# Whatever changes these changes which layer looks where. Names of newer and older
+# versions of transformers stand side by side; what a config lacks counts as null.
+_SHAPE_KEYS = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "layer_types",
+    "sliding_window",
+    "num_experts",
+    "num_local_experts",
+)
+
+
+def config_sha256(hf_config: Mapping[str, Any]) -> str:
+    """The hash of a model's shape and positions.
+
+    Args:
+        hf_config: The text part of a Hugging Face config, as a mapping. Weights,
+            dtype and special tokens do not count: a fine-tuned model has its base
+            model's hash.
+    """
+    return _digest({key: hf_config.get(key) for key in _SHAPE_KEYS})
+
+
+def checksum(fields: Mapping[str, Any]) -> str:
+    """The hash of a profile's fields, its ``checksum`` left out."""
+    return _digest({k: v for k, v in fields.items() if k != "checksum"})
+
+
+def _digest(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
