@@ -4,6 +4,7 @@ Real engines on the CPU; the kernels are the reference ops in a kernel's clothes
 """
 
 import copy
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -212,19 +213,45 @@ class TestWorkspace:
         assert dense_backend is ReferenceBackend
 
 
-@pytest.fixture
-def graphs(llm):
-    """The engine as if it had captured decodes of 2 and 4 rows."""
-    with reconfigured(llm, **SETTINGS, kernels="triton"):
+@contextmanager
+def captured(llm, sizes, **settings):
+    """The engine as if it had captured decodes of some numbers of rows."""
+    with reconfigured(llm, **settings, kernels="triton"):
         (builder,) = builders(llm)
         config = copy.copy(builder.vllm_config.compilation_config)
         config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
-        config.cudagraph_capture_sizes = [2, 4]
+        config.cudagraph_capture_sizes = sizes
         builder.vllm_config.compilation_config = config
-        for layer in config.static_forward_context.values():
+        yield llm
+
+
+@pytest.fixture
+def graphs(llm):
+    """Captured decodes of 2 and 4 rows, and random keys and values."""
+    with captured(llm, [2, 4], **SETTINGS):
+        layers = runner(llm).vllm_config.compilation_config.static_forward_context
+        for layer in layers.values():
             layer.kv_cache.normal_(generator=torch.Generator().manual_seed(1))
         yield llm
     llm.reset_prefix_cache()
+
+
+def test_an_engine_whose_every_decode_is_captured(llm):
+    """Exact where all blocks are kept; prompts' last tokens among the decodes."""
+    exact = {"token_budget": 2048, "min_sparse_len": 2048, "kernels": "reference"}
+    with reconfigured(llm, **SETTINGS | exact):
+        llm.reset_prefix_cache()
+        wanted = serve(llm, ARRIVALS, logprobs=2)
+        decoded = counters(llm)
+    with captured(llm, [1, 2, 3, 4], **SETTINGS | {"token_budget": 2048}):
+        llm.reset_prefix_cache()
+        found = serve(llm, ARRIVALS, logprobs=2)
+        counted = counters(llm)
+    assert decoded["sparse_steps"] == 0 < decoded["dense_steps"]
+    assert counted["sparse_steps"] > 10  # batches of decodes alone
+    assert counted["dense_steps"] > 5  # decodes beside prompts: not captured
+    assert counted["decode_tokens"] >= decoded["decode_tokens"]
+    assert [a.token_ids for a in found] == [a.token_ids for a in wanted]
 
 
 class TestReplay:
