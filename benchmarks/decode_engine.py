@@ -184,7 +184,7 @@ def _record(context, trials, memory, engine: Engine, spec: PlantedSpec, args) ->
         read / summary["dense_attention_ms"] / 1e6, 2
     )
     summary["memory_above_dense"] = round(
-        (engine.builder.selection.nbytes + memory["sparse"] - memory["dense"])
+        (engine.builder.state.selection.nbytes + memory["sparse"] - memory["dense"])
         / engine.kv_bytes,
         5,
     )
@@ -204,7 +204,7 @@ def _record(context, trials, memory, engine: Engine, spec: PlantedSpec, args) ->
             "dtype": spec.dtype,
             "batch": 1,
             "kv_cache_bytes": engine.kv_bytes,
-            "selection_bytes": engine.builder.selection.nbytes,
+            "selection_bytes": engine.builder.state.selection.nbytes,
         },
         **describe_run("vllm", "tidal_vllm"),
     }

@@ -219,9 +219,12 @@ def check_setup(vllm_config: "VllmConfig") -> None:
     TidalBackend.require_supported(_selector_config(vllm_config), model_config.model)
     startup = resolve(vllm_config)
     cache_config = vllm_config.cache_config
-    choose_implementations(
-        vllm_config, model_config.get_head_size(), cache_config.cache_dtype
-    )
+    if supported_here() is ON_CPU:
+        # NOTE: on a GPU the kernels ask the device, and a front end that has started
+        # CUDA could not fork. There the first layer asks, in its worker.
+        choose_implementations(
+            vllm_config, model_config.get_head_size(), cache_config.cache_dtype
+        )
     if cache_config.block_size is not None:
         startup.config.check_kv_block_size(cache_config.block_size)
     _check_microbatches(vllm_config, startup)

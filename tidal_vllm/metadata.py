@@ -175,9 +175,11 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         startup = resolve(vllm_config)
         startup.config.check_kv_block_size(kv_cache_spec.block_size)
         self.plan, self.rule = startup.plan, startup.rule
-        self.roles = {
-            name: self.plan.roles[extract_layer_index(name)] for name in layer_names
-        }
+        # Where nothing is sparse there may be a draft model's layers, too.
+        self.roles = dict.fromkeys(layer_names, Role.DENSE)
+        if self.plan.sparse:
+            for name in layer_names:
+                self.roles[name] = self.plan.roles[extract_layer_index(name)]
         self._require_one_group(layer_names)
         self.counters = DecodeCounters()
         layers = vllm_config.compilation_config.static_forward_context

@@ -4,19 +4,15 @@ Real engines on the CPU; the kernels are the reference ops in a kernel's clothes
 """
 
 import copy
-import dataclasses
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 from vllm.config import CUDAGraphMode
-from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionCGSupport
-from vllm.v1.attention.selector import AttentionSelectorConfig
-from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from tidal_vllm import attention, backend, dense, metadata
-from tidal_vllm.backend import TidalBackend
+from tidal_vllm import attention, metadata
 from tidal_vllm.dense import ReferenceBackend, count_decodes, rows_from
 from tidal_vllm.metadata import (
     TidalMetadataBuilder,
@@ -122,121 +118,6 @@ class TestBatches:
         assert is_captured(compilation, batch)
 
 
-def pretend(monkeypatch, device_type, capability=None, has_flash=True):
-    """Let the package see a GPU where it decides; vLLM's own code still sees a CPU."""
-    platform = SimpleNamespace(
-        device_type=device_type,
-        is_cuda=lambda: device_type == "cuda" and capability is not None,
-        get_device_capability=lambda: capability,
-    )
-    monkeypatch.setattr(dense, "current_platform", platform)
-    monkeypatch.setattr(backend, "current_platform", platform)
-    monkeypatch.setattr(dense, "_has_flash", lambda head_size: has_flash)
-
-
-class TestDenseBackend:
-    ASKED = AttentionSelectorConfig(
-        head_size=128, dtype=torch.bfloat16, kv_cache_dtype="auto", block_size=None
-    )
-    HOPPER = DeviceCapability(9, 0)
-
-    @pytest.mark.parametrize(
-        ("capability", "has_flash", "wanted"),
-        [
-            (HOPPER, True, "FLASH_ATTN"),
-            (DeviceCapability(8, 0), True, "FLASH_ATTN"),
-            (HOPPER, False, "TRITON_ATTN"),
-            (DeviceCapability(7, 5), True, "TRITON_ATTN"),
-            (None, True, "TRITON_ATTN"),  # not NVIDIA's
-        ],
-    )
-    def test_on_a_gpu(self, monkeypatch, capability, has_flash, wanted):
-        pretend(monkeypatch, "cuda", capability, has_flash)
-        assert dense.choose_dense_backend(self.ASKED, None).get_name() == wanted
-
-    def test_on_a_cpu(self, kernels):
-        assert dense.choose_dense_backend(self.ASKED, None) is ReferenceBackend
-        assert dense.choose_dense_backend(self.ASKED, kernels) is ReferenceBackend
-        interpreted = dataclasses.replace(kernels, name="triton")
-        found = dense.choose_dense_backend(self.ASKED, interpreted)
-        assert found.get_name() == "TRITON_ATTN"
-
-    def test_says_why_none_will_do(self, monkeypatch):
-        pretend(monkeypatch, "cuda", self.HOPPER)
-        with pytest.raises(ValueError) as refusal:
-            dense.choose_dense_backend(self.ASKED._replace(head_size=20), None)
-        assert str(refusal.value) == (
-            "no dense attention backend covers this set-up: FLASH_ATTN: head_size not "
-            "supported; TRITON_ATTN: head_size not supported"
-        )
-
-
-class TestSupport:
-    """What a layer may ask for on a GPU; on a CPU: test_vllm_assumptions.py."""
-
-    def reasons(self, **asked):
-        asked = TestDenseBackend.ASKED._replace(**asked)._asdict()
-        return TidalBackend.validate_configuration(
-            device_capability=TestDenseBackend.HOPPER, **asked
-        )
-
-    @pytest.fixture(autouse=True)
-    def on_a_gpu(self, monkeypatch):
-        pretend(monkeypatch, "cuda", TestDenseBackend.HOPPER)
-
-    @pytest.mark.parametrize(
-        "asked",
-        [
-            {},
-            {"dtype": torch.float16},
-            {"block_size": 32},
-            {"head_size": 64},
-            {"kv_cache_dtype": "fp8"},
-            {"kv_cache_dtype": "bfloat16"},
-        ],
-    )
-    def test_accepted(self, asked):
-        assert self.reasons(**asked) == []
-
-    @pytest.mark.parametrize(
-        ("asked", "reason"),
-        [
-            (
-                {"dtype": torch.float32},
-                "dtype = torch.float32: allowed [torch.bfloat16, torch.float16]",
-            ),
-            (
-                {"kv_cache_dtype": "fp8_e5m2"},
-                "kv_cache_dtype = fp8_e5m2: allowed "
-                "['auto', 'float16', 'bfloat16', 'fp8', 'fp8_e4m3']",
-            ),
-            ({"block_size": 8}, "block_size = 8: allowed are multiples of 16"),
-        ],
-        ids=["dtype", "kv_cache_dtype", "block_size"],
-    )
-    def test_refused(self, asked, reason):
-        assert self.reasons(**asked) == [reason]
-
-    def test_layouts_differ_by_device(self, monkeypatch):
-        on_gpu = TidalBackend.supported_kv_cache_layouts()
-        monkeypatch.undo()
-        on_cpu = TidalBackend.supported_kv_cache_layouts()
-        assert (on_gpu[0].name, on_cpu[0].name) == ("LBNHC", "LBHNC")
-        assert {*on_gpu} == {*on_cpu} == {*KVCacheLayout}
-        assert len(on_gpu) == len(on_cpu) == len(KVCacheLayout)
-
-
-def test_microbatches_are_refused(llm):
-    """Their halves would share the selection."""
-    config = SimpleNamespace(parallel_config=SimpleNamespace(use_ubatching=True))
-    startup = metadata.resolve(runner(llm).vllm_config)
-    with pytest.raises(ValueError, match="enable_dbo = True: both halves"):
-        backend._check_microbatches(config, startup)
-    dense_plan = dataclasses.replace(startup.plan, off_reason="none is sparse")
-    off = dataclasses.replace(startup, plan=dense_plan)
-    backend._check_microbatches(config, off)
-
-
 class TestGraphSupport:
     def support(self, llm, **tidal):
         with reconfigured(llm, **SETTINGS | tidal) as changed:
@@ -332,19 +213,45 @@ class TestWorkspace:
         assert dense_backend is ReferenceBackend
 
 
-@pytest.fixture
-def graphs(llm):
-    """The engine as if it had captured decodes of 2 and 4 rows."""
-    with reconfigured(llm, **SETTINGS, kernels="triton"):
+@contextmanager
+def captured(llm, sizes, **settings):
+    """The engine as if it had captured decodes of some numbers of rows."""
+    with reconfigured(llm, **settings, kernels="triton"):
         (builder,) = builders(llm)
         config = copy.copy(builder.vllm_config.compilation_config)
         config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
-        config.cudagraph_capture_sizes = [2, 4]
+        config.cudagraph_capture_sizes = sizes
         builder.vllm_config.compilation_config = config
-        for layer in config.static_forward_context.values():
+        yield llm
+
+
+@pytest.fixture
+def graphs(llm):
+    """Captured decodes of 2 and 4 rows, and random keys and values."""
+    with captured(llm, [2, 4], **SETTINGS):
+        layers = runner(llm).vllm_config.compilation_config.static_forward_context
+        for layer in layers.values():
             layer.kv_cache.normal_(generator=torch.Generator().manual_seed(1))
         yield llm
     llm.reset_prefix_cache()
+
+
+def test_an_engine_whose_every_decode_is_captured(llm):
+    """Exact where all blocks are kept; prompts' last tokens among the decodes."""
+    exact = {"token_budget": 2048, "min_sparse_len": 2048, "kernels": "reference"}
+    with reconfigured(llm, **SETTINGS | exact):
+        llm.reset_prefix_cache()
+        wanted = serve(llm, ARRIVALS, logprobs=2)
+        decoded = counters(llm)
+    with captured(llm, [1, 2, 3, 4], **SETTINGS | {"token_budget": 2048}):
+        llm.reset_prefix_cache()
+        found = serve(llm, ARRIVALS, logprobs=2)
+        counted = counters(llm)
+    assert decoded["sparse_steps"] == 0 < decoded["dense_steps"]
+    assert counted["sparse_steps"] > 10  # batches of decodes alone
+    assert counted["dense_steps"] > 5  # decodes beside prompts: not captured
+    assert counted["decode_tokens"] >= decoded["decode_tokens"]
+    assert [a.token_ids for a in found] == [a.token_ids for a in wanted]
 
 
 class TestReplay:

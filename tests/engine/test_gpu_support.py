@@ -1,0 +1,135 @@
+"""What the backend says of a GPU: which dense backend, what is supported, what not."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.selector import AttentionSelectorConfig
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from tidal_vllm import backend, dense, ops
+from tidal_vllm.backend import TidalBackend
+from tidal_vllm.dense import ReferenceBackend
+from tidal_vllm.startup import resolve
+
+from .harness import runner
+from .models import ROLES
+
+
+def pretend(monkeypatch, device_type, capability=None, has_flash=True):
+    """Let the package see a GPU where it decides; vLLM's own code still sees a CPU."""
+    platform = SimpleNamespace(
+        device_type=device_type,
+        is_cuda=lambda: device_type == "cuda" and capability is not None,
+        get_device_capability=lambda: capability,
+    )
+    monkeypatch.setattr(dense, "current_platform", platform)
+    monkeypatch.setattr(backend, "current_platform", platform)
+    monkeypatch.setattr(dense, "_has_flash", lambda head_size: has_flash)
+
+
+class TestDenseBackend:
+    ASKED = AttentionSelectorConfig(
+        head_size=128, dtype=torch.bfloat16, kv_cache_dtype="auto", block_size=None
+    )
+    HOPPER = DeviceCapability(9, 0)
+
+    @pytest.mark.parametrize(
+        ("capability", "has_flash", "wanted"),
+        [
+            (HOPPER, True, "FLASH_ATTN"),
+            (DeviceCapability(8, 0), True, "FLASH_ATTN"),
+            (HOPPER, False, "TRITON_ATTN"),
+            (DeviceCapability(7, 5), True, "TRITON_ATTN"),
+            (None, True, "TRITON_ATTN"),  # not NVIDIA's
+        ],
+    )
+    def test_on_a_gpu(self, monkeypatch, capability, has_flash, wanted):
+        pretend(monkeypatch, "cuda", capability, has_flash)
+        assert dense.choose_dense_backend(self.ASKED, None).get_name() == wanted
+
+    def test_on_a_cpu(self):
+        kernels = ops.choose("cpu", head_size=128, dtype=torch.bfloat16)
+        assert dense.choose_dense_backend(self.ASKED, None) is ReferenceBackend
+        assert dense.choose_dense_backend(self.ASKED, kernels) is ReferenceBackend
+        interpreted = dataclasses.replace(kernels, name="triton")
+        found = dense.choose_dense_backend(self.ASKED, interpreted)
+        assert found.get_name() == "TRITON_ATTN"
+
+    def test_says_why_none_will_do(self, monkeypatch):
+        pretend(monkeypatch, "cuda", self.HOPPER)
+        with pytest.raises(ValueError) as refusal:
+            dense.choose_dense_backend(self.ASKED._replace(head_size=20), None)
+        assert str(refusal.value) == (
+            "no dense attention backend covers this set-up: FLASH_ATTN: head_size not "
+            "supported; TRITON_ATTN: head_size not supported"
+        )
+
+
+class TestSupport:
+    """What a layer may ask for on a GPU; on a CPU: test_vllm_assumptions.py."""
+
+    def reasons(self, **asked):
+        asked = TestDenseBackend.ASKED._replace(**asked)._asdict()
+        return TidalBackend.validate_configuration(
+            device_capability=TestDenseBackend.HOPPER, **asked
+        )
+
+    @pytest.fixture(autouse=True)
+    def on_a_gpu(self, monkeypatch):
+        pretend(monkeypatch, "cuda", TestDenseBackend.HOPPER)
+
+    @pytest.mark.parametrize(
+        "asked",
+        [
+            {},
+            {"dtype": torch.float16},
+            {"block_size": 32},
+            {"head_size": 64},
+            {"kv_cache_dtype": "fp8"},
+            {"kv_cache_dtype": "bfloat16"},
+        ],
+    )
+    def test_accepted(self, asked):
+        assert self.reasons(**asked) == []
+
+    @pytest.mark.parametrize(
+        ("asked", "reason"),
+        [
+            (
+                {"dtype": torch.float32},
+                "dtype = torch.float32: allowed [torch.bfloat16, torch.float16]",
+            ),
+            (
+                {"kv_cache_dtype": "fp8_e5m2"},
+                "kv_cache_dtype = fp8_e5m2: allowed "
+                "['auto', 'float16', 'bfloat16', 'fp8', 'fp8_e4m3']",
+            ),
+            ({"block_size": 8}, "block_size = 8: allowed are multiples of 16"),
+        ],
+        ids=["dtype", "kv_cache_dtype", "block_size"],
+    )
+    def test_refused(self, asked, reason):
+        assert self.reasons(**asked) == [reason]
+
+    def test_layouts_differ_by_device(self, monkeypatch):
+        on_gpu = TidalBackend.supported_kv_cache_layouts()
+        monkeypatch.undo()
+        on_cpu = TidalBackend.supported_kv_cache_layouts()
+        assert (on_gpu[0].name, on_cpu[0].name) == ("LBNHC", "LBHNC")
+        assert {*on_gpu} == {*on_cpu} == {*KVCacheLayout}
+        assert len(on_gpu) == len(on_cpu) == len(KVCacheLayout)
+
+
+def test_microbatches_are_refused(engine, random_llama):
+    """Their halves would share the selection."""
+    config = SimpleNamespace(parallel_config=SimpleNamespace(use_ubatching=True))
+    llm = engine(random_llama, tidal=ROLES)
+    startup = resolve(runner(llm).vllm_config)
+    with pytest.raises(ValueError, match="enable_dbo = True: both halves"):
+        backend._check_microbatches(config, startup)
+    dense_plan = dataclasses.replace(startup.plan, off_reason="none is sparse")
+    off = dataclasses.replace(startup, plan=dense_plan)
+    backend._check_microbatches(config, off)
