@@ -107,15 +107,21 @@ SMALL = ("Llama-3 heads, 32 on 8", "fp8", "head size 256", "four splits and more
 def attend_tensors(batch: Batch, case: Case) -> dict[str, torch.Tensor]:
     """What both ops take; results and workspace start as NaN.
 
-    Outputs are rows of a wider tensor, the workspace has a row more than needed.
+    Query, output and block table are parts of wider tensors, with odd strides; the
+    workspace has a row more than needed.
     """
     rows, heads, size = batch.query.shape
-    wide = torch.full((rows, heads + 1, size + 16), math.nan, dtype=batch.query.dtype)
+    wide = torch.full((rows, heads + 1, size + 17), math.nan, dtype=batch.query.dtype)
+    query = torch.full_like(wide, math.nan)[:, 1:, 3 : size + 3]
+    query.copy_(batch.query)
+    table = batch.block_table
+    wide_table = torch.full((rows, table.shape[1] + 3), 2**30, dtype=torch.int32)
+    wide_table[:, 1:-2] = table
     shape = (rows + 1, heads, case.splits)
     return {
-        "query": batch.query,
+        "query": query,
         "kv_cache": batch.kv_cache,
-        "block_table": batch.block_table,
+        "block_table": wide_table[:, 1:-2],
         "seq_lens": batch.seq_lens,
         "output": wide[:, :heads, :size],
         "lse": torch.full((rows, heads), math.nan),
