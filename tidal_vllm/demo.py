@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tidal_vllm.config import TidalConfig
+from tidal_vllm.plan_table import format_plan
 from tidal_vllm.planted import (
     PlantedPrompt,
     PlantedSpec,
     build_planted_model,
     make_prompt,
 )
-from tidal_vllm.policy import format_plan, plan_layers
+from tidal_vllm.policy import plan_layers
 
 ANSWER_WORDS = 24
 DEPTHS = (0.1, 0.5, 0.9)

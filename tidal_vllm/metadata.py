@@ -19,7 +19,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from tidal_vllm import ops
 from tidal_vllm.dense import choose_dense_backend, count_decodes, rows_from
 from tidal_vllm.metrics import DecodeCounters
-from tidal_vllm.policy import Role, SelectionRule, format_plan, num_sets, runs_sparse
+from tidal_vllm.plan_table import format_plan
+from tidal_vllm.policy import Role, SelectionRule, num_sets, runs_sparse
 from tidal_vllm.startup import Startup, resolve
 
 logger = init_logger("vllm.tidal.metadata")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import textwrap
 from collections.abc import Iterable, Sequence
 
 from tidal_vllm.config import TidalConfig, TidalConfigError
@@ -16,7 +15,6 @@ from tidal_vllm.profiles import Profile
 MIN_LAYERS = 4  # fewer leave nothing to gain: DENSE, DENSE, SELECT, then one SPARSE
 FALLBACK_STRIDE = 4  # an unknown model selects again at every 4th layer
 MIN_REMAINING = 4  # output tokens; a request this close to its end is not corrected
-WIDTH = 80
 
 FALLBACK_WARNING = (
     "no profile knows this model: starting with the safest roles (DENSE 0-1, SELECT 2 "
@@ -320,27 +318,6 @@ def kv_read_share(plan: LayerPlan, rule: SelectionRule, seq_len: int) -> float:
     return read / (plan.num_layers * seq_len)
 
 
-def format_plan(
-    plan: LayerPlan, config: TidalConfig, model_name: str = "this model"
-) -> str:
-    """The start-up table: lines of at most 80 columns, no trailing newline."""
-    if len(model_name) > 40:
-        model_name = "..." + model_name[-37:]
-    title = f"TIDAL sparse decoding of {model_name}, {plan.num_layers} layers"
-    rows = [
-        (f"{role.name} {plan.count(role)}", format_layers(plan.layers(role)))
-        for role in Role
-    ]
-    if plan.source:
-        rows.append(("roles from", plan.source))
-    if plan.sparse:
-        rows += _budget_rows(plan, config)
-    lines = [line for row in rows for line in _row(*row)]
-    if plan.off_reason:
-        lines += _row("OFF", f"every step is dense: {plan.off_reason}")
-    return "\n".join([title, *lines])
-
-
 def format_layers(layers: Iterable[int]) -> str:
     """Compact ranges of ascending layers: "0-1, 7, 12-31"; "none" if there are none."""
     runs: list[list[int]] = []
@@ -374,49 +351,6 @@ def _choose_layers(
         return base_dense, select, origin
     _check_overlap(dense, select, origin)
     return dense, select, f"tidal.dense_layers and {origin}"
-
-
-def _budget_rows(plan: LayerPlan, config: TidalConfig) -> list[tuple[str, str]]:
-    rule = SelectionRule.from_config(config)
-    budget = (
-        f"{rule.token_budget} tokens per set: {rule.budget_blocks} blocks of "
-        f"{rule.select_block_size}, scope {config.scope}"
-    )
-    sink = f"first {rule.sink_tokens} tokens, " if rule.sink_tokens else ""
-    recent = "current token"
-    if rule.recent_tokens > 1:
-        recent = f"newest {rule.recent_tokens} tokens"
-    threshold = f"{rule.sparse_threshold} tokens of context"
-    if rule.sparse_threshold < rule.keep_all_len:
-        threshold += f" (up to {rule.keep_all_len} every block is kept)"
-    at_least = "at least " if config.scope == "query_head" else ""
-    share_32k, share_128k = (kv_read_share(plan, rule, n * 1024) for n in (32, 128))
-    return [
-        ("budget", budget),
-        ("forced", f"{sink}{recent}, within the budget"),
-        ("sparse above", threshold),
-        (
-            "KV read",
-            f"{at_least}{share_32k:.1%} of dense at 32K, {share_128k:.1%} at 128K",
-        ),
-        ("correction", _correction_text(config)),
-    ]
-
-
-def _correction_text(config: TidalConfig) -> str:
-    interval = config.correction_interval
-    shared = "shared" if config.publish_polluted else "not shared"
-    rest = f"other KV of sparse layers is {shared} through the prefix cache"
-    if interval is None:
-        return f"off; {rest.removeprefix('other ')}"
-    return f"after {interval} sparse decode steps; {rest}"
-
-
-def _row(label: str, text: str) -> list[str]:
-    indent = f"  {label:<13}"
-    return textwrap.wrap(
-        text, WIDTH, initial_indent=indent, subsequent_indent=" " * len(indent)
-    )
 
 
 def _check_range(key: str, layers: tuple[int, ...] | None, num_layers: int) -> None:

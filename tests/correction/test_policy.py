@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidal_vllm.config import TidalConfig, TidalConfigError
+from tidal_vllm.plan_table import format_plan
 from tidal_vllm.policy import (
     MIN_REMAINING,
     SelectionRule,
@@ -12,7 +13,6 @@ from tidal_vllm.policy import (
     all_dense,
     choose_corrections,
     clean_position_after,
-    format_plan,
     is_due,
     plan_layers,
     pollutes,

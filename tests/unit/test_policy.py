@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tidal_vllm.config import TidalConfig, TidalConfigError
+from tidal_vllm.plan_table import format_plan
 from tidal_vllm.policy import (
     LayerPlan,
     Role,
@@ -16,7 +17,6 @@ from tidal_vllm.policy import (
     all_dense,
     check_pipeline_stage,
     format_layers,
-    format_plan,
     kv_read_share,
     num_sets,
     plan_layers,

@@ -1,0 +1,80 @@
+"""The start-up table: what each layer will do, and what that reads."""
+
+from __future__ import annotations
+
+import textwrap
+
+from tidal_vllm.config import TidalConfig
+from tidal_vllm.policy import (
+    LayerPlan,
+    Role,
+    SelectionRule,
+    format_layers,
+    kv_read_share,
+)
+
+WIDTH = 80
+
+
+def format_plan(
+    plan: LayerPlan, config: TidalConfig, model_name: str = "this model"
+) -> str:
+    """The start-up table: lines of at most 80 columns, no trailing newline."""
+    if len(model_name) > 40:
+        model_name = "..." + model_name[-37:]
+    title = f"TIDAL sparse decoding of {model_name}, {plan.num_layers} layers"
+    rows = [
+        (f"{role.name} {plan.count(role)}", format_layers(plan.layers(role)))
+        for role in Role
+    ]
+    if plan.source:
+        rows.append(("roles from", plan.source))
+    if plan.sparse:
+        rows += _budget_rows(plan, config)
+    lines = [line for row in rows for line in _row(*row)]
+    if plan.off_reason:
+        lines += _row("OFF", f"every step is dense: {plan.off_reason}")
+    return "\n".join([title, *lines])
+
+
+def _budget_rows(plan: LayerPlan, config: TidalConfig) -> list[tuple[str, str]]:
+    rule = SelectionRule.from_config(config)
+    budget = (
+        f"{rule.token_budget} tokens per set: {rule.budget_blocks} blocks of "
+        f"{rule.select_block_size}, scope {config.scope}"
+    )
+    sink = f"first {rule.sink_tokens} tokens, " if rule.sink_tokens else ""
+    recent = "current token"
+    if rule.recent_tokens > 1:
+        recent = f"newest {rule.recent_tokens} tokens"
+    threshold = f"{rule.sparse_threshold} tokens of context"
+    if rule.sparse_threshold < rule.keep_all_len:
+        threshold += f" (up to {rule.keep_all_len} every block is kept)"
+    at_least = "at least " if config.scope == "query_head" else ""
+    share_32k, share_128k = (kv_read_share(plan, rule, n * 1024) for n in (32, 128))
+    return [
+        ("budget", budget),
+        ("forced", f"{sink}{recent}, within the budget"),
+        ("sparse above", threshold),
+        (
+            "KV read",
+            f"{at_least}{share_32k:.1%} of dense at 32K, {share_128k:.1%} at 128K",
+        ),
+        ("correction", _correction_text(config)),
+    ]
+
+
+def _correction_text(config: TidalConfig) -> str:
+    interval = config.correction_interval
+    shared = "shared" if config.publish_polluted else "not shared"
+    rest = f"other KV of sparse layers is {shared} through the prefix cache"
+    if interval is None:
+        return f"off; {rest.removeprefix('other ')}"
+    return f"after {interval} sparse decode steps; {rest}"
+
+
+def _row(label: str, text: str) -> list[str]:
+    indent = f"  {label:<13}"
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=indent, subsequent_indent=" " * len(indent)
+    )
