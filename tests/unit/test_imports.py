@@ -11,7 +11,16 @@ import tidal_vllm
 
 PACKAGE = Path(tidal_vllm.__file__).parent
 NO_TORCH = (
-    *("config", "policy", "profiles", "planted", "startup", "versions", "plugin"),
+    *(
+        "config",
+        "policy",
+        "plan_table",
+        "profiles",
+        "planted",
+        "startup",
+        "versions",
+        "plugin",
+    ),
     *("cli", "calibrate.choice", "calibrate.baselines", "calibrate.report"),
 )
 # At import; the others of MAY_IMPORT_VLLM do it where they need it.
@@ -53,7 +62,6 @@ BELOW = {
         "dense",
         "metadata",
         "plugin",
-        "plan_table",
         "policy",
         "scheduler",
         "startup",
