@@ -6,6 +6,6 @@ worker      the part of it inside each worker; `recorder` does the arithmetic
 choice      dynamic programming over what was recorded; `baselines` are other rules
 state       what survives an interruption
 run         collect, choose, confirm, draw the curve, write the profile
-report      the page to look at
+record      what the profile says; `report` is the page to look at
 command     the options, and everything refused before any work
 """

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import glob
 import hashlib
 import json
 import os
-import platform
 import sys
 import time
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tidal_vllm import __version__
 from tidal_vllm.calibrate import prompts as asking
 from tidal_vllm.calibrate.engine import (
     CalibrationEngine,
@@ -24,10 +19,10 @@ from tidal_vllm.calibrate.engine import (
     engine_kwargs,
     switches,
 )
+from tidal_vllm.calibrate.record import profile_fields, versions
 from tidal_vllm.calibrate.report import describe, write_report
 from tidal_vllm.calibrate.run import (
     Job,
-    Measured,
     NotCalibrated,
     Result,
     calibrate,
@@ -36,7 +31,6 @@ from tidal_vllm.calibrate.run import (
 from tidal_vllm.calibrate.state import State
 from tidal_vllm.config import SCOPES, TidalConfig, TidalConfigError
 from tidal_vllm.profiles import PROJECT_DIR, find_profile, load_profile, model_names
-from tidal_vllm.profiles.fingerprint import checksum
 from tidal_vllm.startup import model_sha256
 
 MOST_CONTEXT = 8192  # tokens, where --context is not given
@@ -252,7 +246,7 @@ class _Request:
             "dense_layers": job.first_select,
             "decode_tokens": job.decode_tokens,
             "engine_args": self.more,
-            "versions": _versions(),
+            "versions": versions(),
         }
 
     def engine(self, job: Job) -> _Starter:
@@ -409,82 +403,6 @@ def _write(request: _Request, job: Job, result: Result, seconds: float) -> Path:
     return path
 
 
-def profile_fields(
-    name: str, sha256: str, job: Job, result: Result, seconds: float
-) -> dict[str, Any]:
-    """The profile's content, checksum included."""
-    dense, select = result.roles(result.chosen.choice)
-    when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    fields: dict[str, Any] = {
-        "name": f"{name}-calibrated",
-        "models": [glob.escape(one) for one in model_names(job.model)],
-        "model": job.model,
-        "config_sha256": sha256,
-        "num_hidden_layers": job.num_layers,
-        "dense_layers": dense,
-        "select_layers": select,
-        **recorder_settings(result.best.config),
-        "correction_interval": result.interval,
-        "source": f"tidal-vllm calibrate, {when}",
-        "measured": _measured(job, result, seconds),
-        "versions": _versions(),
-    }
-    return fields | {"checksum": checksum(fields)}
-
-
-def _measured(job: Job, result: Result, seconds: float) -> dict[str, Any]:
-    tried = [
-        {
-            "select_layers": result.roles(one.choice)[1],
-            "expected_loss": round(one.choice.loss, 6),
-            "holds": one.holds,
-            **_numbers(one.measured),
-        }
-        for one in result.tried
-    ]
-    curve = [
-        {
-            **recorder_settings(point.config),
-            "kv_read_share": round(point.read_share, 4),
-            "captured_mass": round(point.captured, 6),
-            "captured_mass_worst": round(point.captured_worst, 6),
-            **_numbers(point.measured),
-        }
-        for point in result.curve
-    ]
-    runner_up = result.runner_up and result.roles(result.runner_up.choice)[1]
-    return {
-        "prompts": {
-            "kinds": sorted({prompt.kind for prompt in job.prompts}),
-            "count": len(job.prompts),
-            "mean_tokens": job.mean_len,
-        },
-        "setting": recorder_settings(job.config),
-        "max_loss": job.max_loss,
-        "target_agreement": job.target_agreement,
-        "dense": {"right": result.dense.right, "judged": result.dense.judged},
-        "stability": result.stability,
-        "runner_up": runner_up,
-        "tried": tried,
-        "curve": curve,
-        "correction": [
-            {"correction_interval": n, **_numbers(measured)}
-            for n, measured in result.intervals
-        ],
-        "seconds": round(seconds, 1),
-    }
-
-
-def _numbers(measured: Measured) -> dict[str, Any]:
-    return {
-        "tokens": measured.steps,
-        "agreed": measured.agreed,
-        "agreement_at_least": round(measured.sure_agreement, 4),
-        "right": measured.right,
-        "lost_logprob": round(measured.lost_logprob, 6),
-    }
-
-
 def _how_to_use(model: str, path: Path, sha256: str, num_layers: int) -> str:
     found = find_profile(None, model, num_layers, config_sha256=sha256)
     command = f"vllm serve {model} --attention-backend tidal"
@@ -492,12 +410,6 @@ def _how_to_use(model: str, path: Path, sha256: str, num_layers: int) -> str:
         return f"Used from this folder by: {command}"
     setting = json.dumps({"tidal": {"profile": str(path)}})
     return f"Used by: {command} --additional-config '{setting}'"
-
-
-def _versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("vllm", "torch", "transformers")}
-    python = platform.python_version()
-    return {"tidal_vllm": __version__, **packages, "python": python}
 
 
 def _weights(model: str) -> list[list[Any]]:
