@@ -116,6 +116,14 @@ class TestSupport:
     def test_refused(self, asked, reason):
         assert self.reasons(**asked) == [reason]
 
+    def test_the_dense_backend_has_a_say(self, monkeypatch):
+        def nobody(asked, kernels, capability):
+            assert (asked.head_size, capability) == (64, TestDenseBackend.HOPPER)
+            raise ValueError("nobody can")
+
+        monkeypatch.setattr(backend, "choose_dense_backend", nobody)
+        assert self.reasons(head_size=64) == ["nobody can"]
+
     def test_layouts_differ_by_device(self, monkeypatch):
         on_gpu = TidalBackend.supported_kv_cache_layouts()
         monkeypatch.undo()
