@@ -98,12 +98,14 @@ class SparseState:
         return cls(kernels, workspace(rows, device), selection, rows)
 
     def __str__(self) -> str:
-        mib = self.workspace.nbytes / 2**20
-        chosen = self.selection.nbytes / 2**20
-        return (
-            f"workspace {mib:.1f} MiB for {self.rows_per_pass} sequences at a time, "
-            f"selection {chosen:.1f} MiB"
+        selection, workspace = (
+            f"{buffers.nbytes / 2**20:.1f} MiB"
+            for buffers in (self.selection, self.workspace)
         )
+        if not self.workspace.nbytes:
+            return f"selection {selection}"
+        rows = f"{self.rows_per_pass} sequences at a time"
+        return f"selection {selection}, workspace {workspace} for {rows}"
 
 
 def choose_implementations(

@@ -20,7 +20,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
         env=os.environ | more,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
     )
 
 
@@ -38,6 +38,17 @@ def test_smoke(script, ours, tmp_path):
     assert sum(line.startswith("tidal triton") for line in right) == ours
     if script in ("dense_decode", "stack"):
         assert any(line.startswith("vllm TRITON_ATTN") for line in right)
+    assert not out.exists()
+
+
+def test_engines_with_dummy_weights(tmp_path):
+    """TIDAL without sparse layers stands in for the dense backend of a GPU."""
+    out = tmp_path / "out.jsonl"
+    given = ["--dummy-weights", "--smoke", "--baseline", "TIDAL", "--out", out]
+    done = run("decode_engine.py", *given)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no graphs: 132 tokens of 2 sequences as dense" in done.stdout
+    assert "2x96 tidal: " in done.stdout
     assert not out.exists()
 
 

@@ -126,7 +126,9 @@ class TestGraphSupport:
                 builder.vllm_config, builder.kv_cache_spec
             )
 
-    def test_reference_ops_cannot_be_captured(self, llm):
+    def test_reference_ops_cannot_be_captured(self, llm, monkeypatch):
+        builder, always = ReferenceBackend.get_builder_cls(), AttentionCGSupport.ALWAYS
+        monkeypatch.setattr(builder, "_cudagraph_support", always)
         assert self.support(llm, kernels="reference") is AttentionCGSupport.NEVER
 
     @pytest.mark.parametrize(

@@ -6,16 +6,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from tidal_vllm import backend, dense, ops
 from tidal_vllm.backend import TidalBackend
-from tidal_vllm.dense import ReferenceBackend
+from tidal_vllm.dense import ReferenceBackend, rows_from
 from tidal_vllm.startup import resolve
 
 from .harness import runner
 from .models import ROLES
+from .replay import builders, common_metadata
 
 
 def pretend(monkeypatch, device_type, capability=None, has_flash=True):
@@ -114,6 +116,14 @@ class TestSupport:
     def test_refused(self, asked, reason):
         assert self.reasons(**asked) == [reason]
 
+    def test_the_dense_backend_has_a_say(self, monkeypatch):
+        def nobody(asked, kernels, capability):
+            assert (asked.head_size, capability) == (64, TestDenseBackend.HOPPER)
+            raise ValueError("nobody can")
+
+        monkeypatch.setattr(backend, "choose_dense_backend", nobody)
+        assert self.reasons(head_size=64) == ["nobody can"]
+
     def test_layouts_differ_by_device(self, monkeypatch):
         on_gpu = TidalBackend.supported_kv_cache_layouts()
         monkeypatch.undo()
@@ -133,3 +143,27 @@ def test_microbatches_are_refused(engine, random_llama):
     dense_plan = dataclasses.replace(startup.plan, off_reason="none is sparse")
     off = dataclasses.replace(startup, plan=dense_plan)
     backend._check_microbatches(config, off)
+
+
+@pytest.mark.parametrize("name", ["FLASH_ATTN", "TRITON_ATTN"])
+def test_vllms_builders_take_our_batches(engine, random_llama, name):
+    """What needs no GPU of them: impl and builder are made, and describe a batch."""
+    llm = engine(random_llama, tidal=ROLES)
+    (ours,) = builders(llm)
+    backend_cls = AttentionBackendEnum[name].get_class()
+    impl = backend_cls.get_impl_cls()(
+        *(6, 32, 0.1, 2, None, None, "auto", None, "decoder", None)
+    )
+    assert impl.num_queries_per_kv == 3
+    made = (ours.kv_cache_spec, ours.layer_names, ours.vllm_config, ours.device)
+    builder = backend_cls.get_builder_cls()(*made)
+    whole = common_metadata([1, 1, 5, 3], [100, 200, 5, 33])
+    for first, batch in ((0, whole), (2, rows_from(whole, 2))):
+        found = builder.build(0, batch, False)
+        assert found.num_actual_tokens == 10 - first
+        assert (
+            found.query_start_loc.tolist() == ([0, 1, 2, 7, 10], [0, 5, 8])[first > 0]
+        )
+        assert torch.equal(found.seq_lens, whole.seq_lens[first:])
+        assert torch.equal(found.block_table, whole.block_table_tensor[first:])
+        assert torch.equal(found.slot_mapping, whole.slot_mapping[first:])

@@ -15,6 +15,7 @@ FILES = ["attend", "contract", "kernels_object", "select"]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
+@pytest.mark.timeout(1200)  # 90 s of one core, and more where others use it too
 @pytest.mark.parametrize("name", FILES)
 def test_parity(name):
     environment = {

@@ -12,6 +12,8 @@ TABLE = [
     "forced       first 4 tokens, newest 16 tokens, within the budget",
     "sparse above 64 tokens of context",
     "kernels: PyTorch reference ops (CPU)",
+    "selection 0.0 MiB\n",
+    "dense attention: PyTorch reference ops\n",
 ]
 
 

@@ -79,6 +79,11 @@ def spread(tensor):
     return tensor.repeat_interleave(2, -1)[..., ::2]
 
 
+def skip_rows(tensor):
+    """The same with room between its rows."""
+    return tensor.repeat_interleave(2, 0)[::2]
+
+
 def narrow(dim, size):
     return lambda tensor: tensor.narrow(dim, 0, size)
 
@@ -108,6 +113,9 @@ DECODE_BAD = {
     "output with a strided head": ("output", spread, "output"),
     "lse in bf16": ("lse", to(torch.bfloat16), "lse"),
     "lse with holes": ("lse", spread, "lse"),
+    "lse with room between rows": ("lse", skip_rows, "lse"),
+    "partials with room between rows": ("partial_out", skip_rows, "partial_out"),
+    "their lse with room": ("partial_lse", skip_rows, "partial_lse"),
     "partials in bf16": ("partial_out", to(torch.bfloat16), "partial_out"),
     "partials of too few rows": ("partial_out", narrow(0, 1), "partial_out"),
     "partials without splits": ("partial_out", narrow(2, 0), "partial"),
@@ -132,6 +140,7 @@ SELECT_BAD = {
     "block_lse in bf16": ("block_lse", to(torch.bfloat16), "block_lse"),
     "block_lse of another rank": ("block_lse", lambda t: t[0], "block_lse"),
     "strided block_lse": ("block_lse", spread, "block_lse"),
+    "lse with room between rows": ("lse", skip_rows, "lse"),
     "lse of other heads": ("lse", narrow(1, 3), "lse"),
     "a length too few": ("seq_lens", narrow(0, 1), "seq_lens"),
     "mass of fewer blocks": ("mass", narrow(2, 2), "mass"),
