@@ -14,6 +14,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from tidal_vllm.attention import TidalImpl
 from tidal_vllm.calibrate.recorder import Recorder
 from tidal_vllm.config import TidalConfig
+from tidal_vllm.metadata import choose_implementations
 
 
 def rank_file(folder: str | Path, rank: int) -> Path:
@@ -57,7 +58,9 @@ class CalibrationWorker:
         return self.calibration_recorder.save(path, num_steps)
 
     def calibration_configure(self, settings: dict) -> None:
-        """Run under other settings from now on: metadata builders are made anew.
+        """Run under other settings from now on.
+
+        What the layers share and the metadata builders are made anew.
 
         Args:
             settings: What `additional_config["tidal"]` would hold, complete: whatever
@@ -65,6 +68,16 @@ class CalibrationWorker:
         """
         config = copy.copy(self.vllm_config)
         config.additional_config = {"tidal": settings}
+        impls = [layer.impl for layer in _tidal_layers(config).values()]
+        first = impls[0]
+        kernels, _ = choose_implementations(
+            config, first.head_size, first.kv_cache_dtype
+        )
+        for impl in impls:
+            impl.kernels = kernels
+        state = first.make_state(config)
+        for impl in impls:
+            impl.state = state
         for groups in self.model_runner.attn_groups:
             for group in groups:
                 group.metadata_builders = [
