@@ -192,19 +192,25 @@ Warp& my_warp() { return machine.block->warps[machine.current->thread / 32]; }
 
 void run_block(int threads, std::vector<int>& order, std::mt19937& random) {
   int live = threads;
+  bool progress = true;
   while (live > 0) {
-    if (schedule_seed > 1) std::shuffle(order.begin(), order.end(), random);
-    bool progress = false;
+    // Most warps sleep in a random round, so that one can be far ahead of another.
+    unsigned awake = ~0u;
+    if (schedule_seed > 1) {
+      std::shuffle(order.begin(), order.end(), random);
+      if (progress) awake = static_cast<unsigned>(random() & random());
+    }
+    progress = false;
     for (int thread : order) {
       Fiber& fiber = machine.fibers[thread];
-      if (fiber.done || blocked(fiber)) continue;
+      if (fiber.done || blocked(fiber) || !(awake >> thread / 32 & 1)) continue;
       fiber.waits_for = nullptr;
       resume(fiber);
       progress = true;
       if (!machine.error.empty()) throw std::runtime_error(machine.error);
       if (fiber.done) --live;
     }
-    if (!progress) {
+    if (!progress && awake == ~0u) {
       std::string where = "deadlock:";
       for (const Fiber& fiber : machine.fibers) {
         if (fiber.thread < threads && !fiber.done && fiber.thread % 32 < 2) {
