@@ -31,11 +31,3 @@ def kernels(request, device):
         if request.param == "triton":
             raise
         pytest.skip(str(refused))
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

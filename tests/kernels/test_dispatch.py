@@ -5,8 +5,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from reference.cases import make_batch
 
-from tests.reference.cases import make_batch
 from tidal_vllm import ops
 from tidal_vllm.config import TidalConfigError
 from tidal_vllm.ops import dispatch, reference

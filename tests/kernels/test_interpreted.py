@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.conftest import INTERPRETED
+from .conftest import INTERPRETED
 
 ROOT = Path(__file__).parents[2]
 FILES = ["attend", "contract", "kernels_object", "select"]

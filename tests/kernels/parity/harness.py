@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from reference.cases import Batch, make_batch
 
-from tests.kernels.conftest import INTERPRETED
-from tests.reference.cases import Batch, make_batch
 from tidal_vllm.ops import reference
 from tidal_vllm.ops.dispatch import Case
+
+from ..conftest import INTERPRETED
 
 FP8 = torch.float8_e4m3fn
 

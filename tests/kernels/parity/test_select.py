@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from reference import naive
 
-from tests.reference import naive
 from tidal_vllm.ops import reference
 from tidal_vllm.policy import SelectionRule
 
