@@ -1,10 +1,15 @@
 """The built-in prompts, and what an interrupted run leaves."""
 
 import json
+import os
+import signal
+import sys
+import time
 
 import numpy as np
 import pytest
 
+from tidal_vllm.calibrate.interrupt import Interrupts
 from tidal_vllm.calibrate.prompts import Prompt, built_in, from_file
 from tidal_vllm.calibrate.run import settings_grid
 from tidal_vllm.calibrate.state import State
@@ -116,3 +121,23 @@ def test_a_folder_that_is_no_state_is_never_removed(tmp_path):
     with pytest.raises(TidalConfigError, match="no interrupted calibration"):
         State(tmp_path, {}, restart=True)
     assert (tmp_path / "thesis.tex").exists()
+
+
+def test_an_interrupt_that_python_drops_is_raised_with_the_next_answer(tmp_path):
+    class Finalized:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)  # the handler runs in here, and what it raises is dropped
+
+    with Interrupts() as interrupts:
+        state = State(tmp_path / "state", {"model": "m"}, False, interrupts)
+        state.save_reply("a", {})
+        dropped = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "unraisablehook", dropped.append)
+            Finalized()
+        assert [hook.exc_type for hook in dropped] == [KeyboardInterrupt]
+        with pytest.raises(KeyboardInterrupt):
+            state.save_reply("b", {})
+    assert state.num_replies == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -19,6 +19,7 @@ from tidal_vllm.calibrate.engine import (
     engine_kwargs,
     switches,
 )
+from tidal_vllm.calibrate.interrupt import Interrupts
 from tidal_vllm.calibrate.record import profile_fields, versions
 from tidal_vllm.calibrate.report import describe, write_report
 from tidal_vllm.calibrate.run import (
@@ -137,11 +138,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Calibrate as asked and return the exit code."""
     state = None
     try:
-        with switches():
+        with switches(), Interrupts() as interrupts:
             request = _Request(arguments)
             job = request.job()
             asked = request.manifest(job)
-            state = State(request.state_folder, asked, arguments.restart)
+            state = State(request.state_folder, asked, arguments.restart, interrupts)
             if kept := state.num_replies:
                 _say(f"Resuming: {kept} answers are kept in {state.folder}")
             started = time.perf_counter()

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from tidal_vllm.calibrate.interrupt import Interrupts
 from tidal_vllm.config import TidalConfigError
 
 _FORMAT = 1
@@ -28,14 +29,22 @@ class State:
         folder: Made if it is not there.
         manifest: All that the results depend on, JSON.
         restart: Throw away what an earlier run left.
+        interrupts: Asked whenever an answer has been saved.
 
     Raises:
         TidalConfigError: The folder holds a run that was asked for something else, or
             something that is no run.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], restart: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        restart: bool,
+        interrupts: Interrupts | None = None,
+    ) -> None:
         self.folder = folder
+        self._interrupts = interrupts or Interrupts()
         manifest = json.loads(json.dumps({"format": _FORMAT} | manifest))
         path = folder / "manifest.json"
         if folder.exists():
@@ -72,6 +81,7 @@ class State:
         self._replies[key] = reply
         with self._log.open("a") as log:
             log.write(json.dumps({"key": key, "reply": reply}) + "\n")
+        self._interrupts.check()
 
     def recorded(self, prompt: int) -> dict[str, np.ndarray]:
         with np.load(self.folder / f"recorded-{prompt}.npz") as found:
