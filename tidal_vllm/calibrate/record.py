@@ -22,7 +22,7 @@ def profile_fields(
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
     fields: dict[str, Any] = {
         "name": f"{name}-calibrated",
-        "models": [glob.escape(one) for one in model_names(job.model)],
+        "models": [glob.escape(one) for one in dict.fromkeys(model_names(job.model))],
         "model": job.model,
         "config_sha256": sha256,
         "num_hidden_layers": job.num_layers,
