@@ -18,6 +18,15 @@ class KernelError(RuntimeError):
     """What the op threw: a check that failed, or a rule that a kernel broke."""
 
 
+def sanitized_environment() -> dict[str, str]:
+    """For a program with AddressSanitizer, whose runtime has to be loaded first.
+
+    vLLM's CPU platform puts libraries into LD_PRELOAD of the process it runs in.
+    """
+    inherited = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    return inherited | {"ASAN_OPTIONS": "detect_leaks=0"}
+
+
 def compile_runner(to: Path, csrc: Path = CSRC, flags: tuple[str, ...] = ()) -> Path:
     """Build the runner with sanitizers from the kernels in `csrc`."""
     sources = [
@@ -65,7 +74,7 @@ class Emulator:
             input=b"".join(parts),
             capture_output=True,
             timeout=300,
-            env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"},
+            env=sanitized_environment(),
         )
         assert done.returncode == 0, done.stderr.decode(errors="replace")[-6000:]
         if not done.stdout.startswith(b"ok"):

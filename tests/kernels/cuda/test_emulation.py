@@ -1,6 +1,5 @@
 """The emulation itself: its instructions, the mistakes it finds, orders of threads."""
 
-import os
 import re
 import subprocess
 
@@ -8,7 +7,14 @@ import pytest
 import torch
 
 from .cases import Case, make_sets, run_dense, run_sparse
-from .emulator import CSRC, FLAGS, HERE, SANITIZERS, Emulator
+from .emulator import (
+    CSRC,
+    FLAGS,
+    HERE,
+    SANITIZERS,
+    Emulator,
+    sanitized_environment,
+)
 from .test_select_blocks import masses, rule_of, select
 
 SAYS = {
@@ -40,7 +46,7 @@ def test_it_says(self_test, name):
         [str(self_test), name],
         capture_output=True,
         text=True,
-        env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"},
+        env=sanitized_environment(),
     )
     assert re.search(SAYS[name], done.stdout + done.stderr), done.stdout + done.stderr
 
