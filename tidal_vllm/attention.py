@@ -160,31 +160,36 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
         self, layer, role: Role, rows: slice, query, kv_cache, batch, output
     ) -> None:
         state, rule = self.state, batch.rule
-        seq_lens, block_table = batch.seq_lens[rows], batch.block_table[rows]
-        topk_blocks = state.selection.topk_blocks[rows]
-        topk_lens = state.selection.topk_lens[rows]
-        common = {
+        kernels, choice = state.kernels, batch.choices[layer.layer_name]
+        chosen = (
+            state.selection.topk_blocks[choice, rows],
+            state.selection.topk_lens[choice, rows],
+        )
+        paged = (query, kv_cache, batch.block_table[rows])
+        keys = {
             "scale": self.scale,
             "k_scale": layer._k_scale_float,
-            "v_scale": layer._v_scale_float,
-            "output": output,
             "workspace": state.workspace,
             "select_block_size": rule.select_block_size,
         }
-        if role is Role.SPARSE:
-            chosen = (topk_blocks, topk_lens)
-            self.kernels.sparse_decode(
-                query, kv_cache, block_table, *chosen, seq_lens, **common
+        both = keys | {"v_scale": layer._v_scale_float, "output": output}
+        follow = batch.seq_lens  # of the rows that attend to what is chosen
+        if role is Role.SELECT:
+            choose = batch.select_lens[rows]
+            if state.attends_to_chosen:
+                kernels.score_blocks(*paged, choose, **keys)
+            else:
+                kernels.dense_decode(*paged, choose, **both)
+                follow = batch.reuse_lens
+            kernels.select_blocks(
+                choose,
+                rule=rule,
+                workspace=state.workspace,
+                topk_blocks=chosen[0],
+                topk_lens=chosen[1],
             )
-            return
-        self.kernels.dense_decode(query, kv_cache, block_table, seq_lens, **common)
-        self.kernels.select_blocks(
-            seq_lens,
-            rule=rule,
-            workspace=state.workspace,
-            topk_blocks=topk_blocks,
-            topk_lens=topk_lens,
-        )
+        if follow is not None:
+            kernels.sparse_decode(*paged, *chosen, follow[rows], **both)
 
 
 def _to_fp8(query: torch.Tensor, layer: AttentionLayer) -> torch.Tensor:

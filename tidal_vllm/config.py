@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 SCOPES = ("sequence", "kv_head", "query_head")
+SELECT_ATTENDS = ("everything", "chosen")
 KERNELS = ("auto", "cuda", "triton", "reference")
 MAX_TOKENS = 2**31 - 1  # positions and block indices are int32 on the device
 
@@ -105,6 +106,13 @@ class TidalConfig:
         min_sparse_len: Tokens, >= 0. Sequences up to this length keep all their
             blocks, so their attention is exact. Null (default): ``token_budget``. May
             be below the budget; those between take the sparse path over all blocks.
+        reselect_interval: Decode steps, >= 1, for which a SELECT layer's choice holds.
+            In the steps between it attends to its own choice as a SPARSE layer does;
+            tokens that are newer than the choice are always kept. 1 (default): it
+            chooses in every step.
+        select_attends: What a SELECT layer attends to once it has chosen:
+            "everything" (default), or "chosen": it reads the keys of everything to
+            choose, and keys and values of what it chose.
         correction_interval: Decode steps, >= 1, after which the KV that sparse layers
             wrote is recomputed densely. Null (default): never.
         publish_polluted: Whether vLLM's prefix cache may hand out KV that sparse
@@ -125,6 +133,8 @@ class TidalConfig:
     select_layers: tuple[int, ...] | None = None
     profile: str | None = None
     min_sparse_len: int | None = None
+    reselect_interval: int = 1
+    select_attends: str = "everything"
     correction_interval: int | None = None
     publish_polluted: bool = False
     kernels: str = "auto"
@@ -135,7 +145,10 @@ class TidalConfig:
             if getattr(self, name) is _FROM_PRESET:
                 self._set(name, value)
         check_choice("tidal.scope", self.scope, SCOPES)
+        check_choice("tidal.select_attends", self.select_attends, SELECT_ATTENDS)
         check_choice("tidal.kernels", self.kernels, KERNELS)
+        allowed = "must be an integer >= 1 (decode steps)"
+        check_int("tidal.reselect_interval", self.reselect_interval, 1, allowed)
         self._check_tokens()
         self._check_layers()
         if self.profile is not None and (
@@ -197,11 +210,13 @@ class TidalConfig:
     def max_blocks(self) -> int:
         """Blocks that a set's row must have room for.
 
-        More than the budget's where ``min_sparse_len`` exceeds it. Not limited by the
+        More than the budget's where ``min_sparse_len`` exceeds it, and where a choice
+        holds for several steps, whose tokens may begin new blocks. Not limited by the
         longest sequence the model allows; the caller knows that one.
         """
+        size = self.select_block_size
         longest = max(self.token_budget, self.sparse_threshold)
-        return -(-longest // self.select_block_size)
+        return -(-longest // size) + -(-(self.reselect_interval - 1) // size)
 
     def check_kv_block_size(self, kv_block_size: int) -> None:
         """Raise unless ``select_block_size`` divides vLLM's KV cache block size."""

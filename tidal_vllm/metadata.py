@@ -20,7 +20,14 @@ from tidal_vllm import ops
 from tidal_vllm.dense import choose_dense_backend, count_decodes, rows_from
 from tidal_vllm.metrics import DecodeCounters
 from tidal_vllm.plan_table import format_plan
-from tidal_vllm.policy import Role, SelectionRule, num_sets, runs_sparse
+from tidal_vllm.policy import (
+    Role,
+    SelectionRule,
+    choices_of_layers,
+    num_sets,
+    runs_sparse,
+)
+from tidal_vllm.selection import Reuse, Selection
 from tidal_vllm.startup import Startup, resolve
 
 logger = init_logger("vllm.tidal.metadata")
@@ -28,33 +35,6 @@ logger = init_logger("vllm.tidal.metadata")
 # Most bytes that the kernels' workspace may take. Where the longest sequences are many
 # or very long it holds a part of the batch only, and layers go over the batch in parts.
 WORKSPACE_LIMIT = 256 << 20
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The chosen blocks of every decoding sequence, handed from layer to layer.
-
-    A SELECT layer writes the rows of the step's decodes, the SPARSE layers after
-    it read them. The buffers live as long as the engine, at fixed addresses.
-    """
-
-    topk_blocks: torch.Tensor
-    """`[max_num_seqs, num_sets, max_blocks]` int32, logical selection blocks,
-    ascending; -1 behind the last."""
-    topk_lens: torch.Tensor
-    """`[max_num_seqs, num_sets]` int32, how many of them are in use."""
-
-    @classmethod
-    def allocate(
-        cls, num_seqs: int, num_sets: int, max_blocks: int, device: torch.device
-    ) -> "Selection":
-        shape = (num_seqs, num_sets, max_blocks)
-        blocks = torch.full(shape, -1, dtype=torch.int32, device=device)
-        return cls(blocks, torch.zeros(shape[:2], dtype=torch.int32, device=device))
-
-    @property
-    def nbytes(self) -> int:
-        return self.topk_blocks.nbytes + self.topk_lens.nbytes
 
 
 @dataclass(frozen=True)
@@ -68,6 +48,12 @@ class SparseState:
     workspace: ops.Workspace
     """Scratch of one layer, for `rows_per_pass` sequences at a time."""
     selection: Selection
+    reuse: Reuse | None
+    """None where SELECT layers choose in every step."""
+    choices: dict[int, int]
+    """Index of the choice in `selection` that a layer writes or reads, by layer."""
+    attends_to_chosen: bool
+    """Whether SELECT layers attend to what they chose, not to everything."""
     rows_per_pass: int
 
     @classmethod
@@ -93,9 +79,23 @@ class SparseState:
         rows, nowhere = num_seqs, torch.device("meta")
         while rows > 1 and workspace(rows, nowhere).nbytes > WORKSPACE_LIMIT:
             rows = -(-rows // 2)
-        kept = min(config.max_blocks, longest)
-        selection = Selection.allocate(num_seqs, sets, kept, device)
-        return cls(kernels, workspace(rows, device), selection, rows)
+        stage = vllm_config.model_config.get_layers_start_end_indices(
+            vllm_config.parallel_config
+        )
+        interval = config.reselect_interval
+        choices = choices_of_layers(startup.plan, range(*stage), interval)
+        count, kept = len({*choices.values()}), min(config.max_blocks, longest)
+        selection = Selection.allocate(count, num_seqs, sets, kept, device)
+        reuse = Reuse.allocate(interval, num_seqs, device) if interval > 1 else None
+        return cls(
+            kernels,
+            workspace(rows, device),
+            selection,
+            reuse,
+            choices,
+            attends_to_chosen=config.select_attends == "chosen",
+            rows_per_pass=rows,
+        )
 
     def __str__(self) -> str:
         selection, workspace = (
@@ -159,6 +159,14 @@ class TidalMetadata(AttentionMetadata):
     """Parts of the decodes that fit into the workspace; none unless sparse."""
     roles: dict[str, Role]
     """Role of each layer by its name."""
+    choices: dict[str, int]
+    """Index of the choice in `Selection` that a SELECT layer writes and SPARSE layers
+    read, by the layer's name."""
+    select_lens: torch.Tensor
+    """`[num_reqs]` int32, seq_lens where SELECT layers choose in this step; -1 for
+    rows that keep the last step's choice."""
+    reuse_lens: torch.Tensor | None
+    """`[num_reqs]` int32, seq_lens of those, -1 for others; None where all choose."""
     rule: SelectionRule
 
 
@@ -188,6 +196,14 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         layers = vllm_config.compilation_config.static_forward_context
         impl = layers[layer_names[0]].impl
         self.state: SparseState | None = impl.state
+        self.choices: dict[str, int] = {}
+        if self.state is not None:
+            of_layers = self.state.choices
+            indices = {name: extract_layer_index(name) for name in layer_names}
+            self.choices = {
+                name: of_layers[i] for name, i in indices.items() if i in of_layers
+            }
+        self.num_steps = 0
         # Two, for a builder keeps what its last metadata points to.
         made = (kv_cache_spec, layer_names, vllm_config, device)
         builder_cls = impl.dense_backend.get_builder_cls()
@@ -238,6 +254,16 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
             captured or runs_sparse(self.plan, self.rule, longest)
         )
         self.counters.count_step(self.rule, decode_lens, sparse)
+        self.num_steps += 1
+        if sparse and self.state.reuse is not None:
+            self.state.reuse.advance(
+                self.num_steps,
+                common.seq_lens[:num_decodes],
+                common.block_table_tensor,
+                self.kv_cache_spec.block_size,
+                self.rule.select_block_size,
+                self.state.selection,
+            )
         dense = self.dense_builder.build(args[0], common, args[1])
         prefills = None
         if sparse and num_decodes < common.num_reqs:
@@ -256,14 +282,19 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
                 "decodes of one token can be captured; allowed cudagraph_mode "
                 "FULL_DECODE_ONLY, FULL_AND_PIECEWISE, PIECEWISE or NONE"
             )
+        if self.plan.sparse and self.state.reuse is not None:
+            self.state.reuse.choose_anew(common.seq_lens[: common.num_reqs])
         dense = self.dense_builder.build_for_cudagraph_capture(common)
         return self._metadata(common, common.num_reqs, self.plan.sparse, dense, None)
 
     def _metadata(
         self, common: CommonAttentionMetadata, num_decodes: int, sparse, dense, prefills
     ) -> TidalMetadata:
-        passes = []
+        passes, select_lens, reuse_lens = [], common.seq_lens, None
         if sparse:
+            if self.state.reuse is not None:
+                select_lens = self.state.reuse.select_lens
+                reuse_lens = self.state.reuse.reuse_lens
             step = self.state.rows_per_pass
             starts = range(0, num_decodes, step)
             passes = [slice(first, min(first + step, num_decodes)) for first in starts]
@@ -277,6 +308,9 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
             sparse=sparse,
             passes=passes,
             roles=self.roles,
+            choices=self.choices,
+            select_lens=select_lens,
+            reuse_lens=reuse_lens,
             rule=self.rule,
         )
 

@@ -51,7 +51,7 @@ def _budget_rows(plan: LayerPlan, config: TidalConfig) -> list[tuple[str, str]]:
     if rule.sparse_threshold < rule.keep_all_len:
         threshold += f" (up to {rule.keep_all_len} every block is kept)"
     at_least = "at least " if config.scope == "query_head" else ""
-    share_32k, share_128k = (kv_read_share(plan, rule, n * 1024) for n in (32, 128))
+    share_32k, share_128k = (kv_read_share(plan, config, n * 1024) for n in (32, 128))
     return [
         ("budget", budget),
         ("forced", f"{sink}{recent}, within the budget"),
@@ -60,8 +60,16 @@ def _budget_rows(plan: LayerPlan, config: TidalConfig) -> list[tuple[str, str]]:
             "KV read",
             f"{at_least}{share_32k:.1%} of dense at 32K, {share_128k:.1%} at 128K",
         ),
+        ("selection", _selection_text(config)),
         ("correction", _correction_text(config)),
     ]
+
+
+def _selection_text(config: TidalConfig) -> str:
+    steps = config.reselect_interval
+    often = "in every step" if steps == 1 else f"every {steps} steps"
+    what = "everything" if config.select_attends == "everything" else "what they chose"
+    return f"{often}; SELECT layers then attend to {what}"
 
 
 def _correction_text(config: TidalConfig) -> str:

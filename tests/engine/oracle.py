@@ -26,6 +26,7 @@ class Oracle:
         dense_layers, select_layers: Roles; the other layers are SPARSE.
         scope: Who shares a selection: "sequence", "kv_head" or "query_head".
         token_budget, select_block_size, sink_tokens, recent_fraction: As configured.
+        reselect_interval, select_attends: Likewise.
     """
 
     def __init__(
@@ -38,6 +39,8 @@ class Oracle:
         select_block_size: int,
         sink_tokens: int = 4,
         recent_fraction: float = 0.25,
+        reselect_interval: int = 1,
+        select_attends: str = "everything",
     ) -> None:
         AttentionInterface.register(NAME, self._attend)
         AttentionMaskInterface.register(NAME, eager_mask)
@@ -48,13 +51,16 @@ class Oracle:
         self.scope, self.budget = scope, token_budget
         self.size, self.sinks = select_block_size, sink_tokens
         self.recent = max(1, math.floor(recent_fraction * token_budget))
+        self.interval, self.attends = reselect_interval, select_attends
+        self.choices: dict[int, torch.Tensor] = {}
 
     @torch.no_grad()
     def generate(self, prompt: list[int], max_tokens: int):
         """Greedy tokens, and the logprobs they were chosen from."""
         tokens, logprobs, cache = [], [], None
         asked = prompt
-        for _ in range(max_tokens):
+        for step in range(max_tokens):
+            self.chooses = (step - 1) % self.interval == 0  # the first is the prompt's
             out = self.model(torch.tensor([asked]), past_key_values=cache)
             cache = out.past_key_values
             logprobs.append(out.logits[0, -1].log_softmax(-1))
@@ -69,14 +75,27 @@ class Oracle:
         num_queries, length = scores.shape[1:]
         visible = torch.ones(num_queries, length, dtype=torch.bool)
         visible = visible.tril(length - num_queries).expand(scores.shape)
-        decoding, layer = num_queries == 1, module.layer_idx
-        if decoding and layer not in (*self.dense, *self.select):
-            visible = self.kept[:, None]
         weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-        if decoding and layer in self.select:
-            sharing = {"sequence": len(scores), "kv_head": group, "query_head": 1}
-            self.kept = self._choose(weights[:, 0], sharing[self.scope])
+        layer = module.layer_idx
+        if num_queries == 1 and layer not in self.dense:
+            visible = self._visible(layer, weights[:, 0], group)[:, None]
+            weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
         return (weights @ value).transpose(0, 1)[None], weights[None]
+
+    def _visible(self, layer: int, weights: torch.Tensor, group: int) -> torch.Tensor:
+        """What a SELECT or SPARSE layer attends to: [heads, tokens]."""
+        if layer not in self.select:
+            return self.kept
+        if self.chooses:
+            sharing = {"sequence": len(weights), "kv_head": group, "query_head": 1}
+            self.kept = self._choose(weights, sharing[self.scope])
+            self.choices[layer] = self.kept
+            if self.attends == "everything":
+                return torch.ones_like(self.kept)
+        old = self.choices[layer]
+        newer = old.new_ones(len(old), weights.shape[1] - old.shape[1])
+        self.kept = torch.cat((old, newer), 1)
+        return self.kept
 
     def _choose(self, weights: torch.Tensor, sharing: int) -> torch.Tensor:
         """Which tokens each head keeps: [heads, tokens], of the heads' weights."""

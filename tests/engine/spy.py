@@ -20,7 +20,7 @@ class Call:
     op: str
     layer: int
     tokens: list[list[int]]
-    """How many tokens were read: per row, per set."""
+    """How many tokens were read: per row, per set; none of rows that are left out."""
     selects: bool = False
 
 
@@ -72,7 +72,7 @@ def spying() -> Iterator[list[Step]]:
         def spied(*args, **kwargs):
             owner = args[:of_kernels]
             query, kv_cache, block_table, seq_lens, *rest = args[of_kernels:]
-            positions = [[torch.arange(n)] for n in seq_lens.tolist()]
+            positions = [[torch.arange(max(n, 0))] for n in seq_lens.tolist()]
             kv_cache = _only(kv_cache, block_table, positions)
             record(op, _counts(positions), selects=of_kernels)
             args = (*owner, query, kv_cache, block_table, seq_lens, *rest)
@@ -106,9 +106,17 @@ def spying() -> Iterator[list[Step]]:
         dense_extend=everything("dense_extend", ops.dense_extend),
     )
     selecting = everything("dense_decode", ops.Kernels.dense_decode, of_kernels=True)
+    score = everything("score_blocks", ops.Kernels.score_blocks, of_kernels=True)
+
+    def scoring(self, query, kv_cache, *args, **kwargs):
+        keys_only = kv_cache.clone()
+        keys_only[..., kv_cache.shape[3] // 2 :] = torch.nan
+        score(self, query, keys_only, *args, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dense, "ops", spies)
         patch.setattr(ops.Kernels, "dense_decode", selecting)
+        patch.setattr(ops.Kernels, "score_blocks", scoring)
         patch.setattr(ops.Kernels, "sparse_decode", sparse_decode)
         patch.setattr(TidalMetadataBuilder, "build", spied_build)
         patch.setattr(TidalImpl, "forward", spied_forward)

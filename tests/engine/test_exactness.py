@@ -67,12 +67,31 @@ def test_sparse_path_over_all_blocks_is_dense(llm, dense, scope, select_block_si
         "scope": scope,
         "select_block_size": select_block_size,
     }
+    check_sparse_path(llm, dense, settings)
+
+
+def check_sparse_path(llm, dense, settings):
     with reconfigured(llm, **ROLES, **settings):
         assert_close(ask(llm), dense)
         counted = counters(llm)
     assert counted["sparse_steps"] == MAX_TOKENS - 1
     assert counted["dense_steps"] == 0
     assert counted["sparse_context_tokens"] == counted["context_tokens"]
+
+
+@pytest.mark.parametrize("select_attends", ["everything", "chosen"])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_so_it_is_where_a_choice_holds_for_some_steps(
+    llm, dense, scope, select_attends
+):
+    settings = {
+        "token_budget": MAX_LEN,
+        "min_sparse_len": 0,
+        "scope": scope,
+        "select_attends": select_attends,
+        "reselect_interval": 7,
+    }
+    check_sparse_path(llm, dense, settings)
 
 
 def test_min_sparse_len_below_the_budget(llm, dense):

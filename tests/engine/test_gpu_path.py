@@ -192,7 +192,7 @@ class TestWorkspace:
             assert len(states) == 1
             whole = impls(llm)[0].state
             assert whole.workspace.block_lse.shape == (4, 6, 2048 // 8)
-            assert whole.selection.topk_blocks.shape == (4, 1, BUDGET // 8)
+            assert whole.selection.topk_blocks.shape == (1, 4, 1, BUDGET // 8)
             monkeypatch.setattr(metadata, "WORKSPACE_LIMIT", whole.workspace.nbytes - 1)
             config = builders(llm)[0].vllm_config
             half = impls(llm)[0].make_state(config)

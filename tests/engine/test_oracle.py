@@ -58,3 +58,22 @@ def test_another_layout_and_odd_blocks(engine, random_llama):
     assert runner(llm).kv_caches[0].shape[2] == 48
     settings = {"scope": "kv_head", "token_budget": 120, "select_block_size": 12}
     check(llm, random_llama, ROLES | settings)
+
+
+@pytest.mark.parametrize("select_block_size", [1, 8])
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize(
+    ("reselect_interval", "select_attends"),
+    [(1, "chosen"), (4, "everything"), (5, "chosen")],
+)
+def test_choices_that_hold_and_layers_that_attend_to_them(
+    engine, folder, scope, select_block_size, reselect_interval, select_attends
+):
+    settings = {
+        "scope": scope,
+        "token_budget": 64,
+        "select_block_size": select_block_size,
+        "reselect_interval": reselect_interval,
+        "select_attends": select_attends,
+    }
+    check(engine(folder, tidal=ROLES), folder, ROLES | settings)

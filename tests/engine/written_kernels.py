@@ -40,13 +40,38 @@ def dense_decode(
         scale=scale,
         select_block_size=select_block_size,
     )
-    output.copy_(found[0])
-    lse.copy_(found[1])
+    _write(found[:2], seq_lens, output, lse)
     if block_lse is not None:
-        block_lse.fill_(math.nan)
-        for row, seq_len in enumerate(seq_lens.tolist()):
-            used = -(-seq_len // select_block_size)
-            block_lse[row, :, :used] = found[2][row, :, :used]
+        _write_blocks(found[2], seq_lens, block_lse, select_block_size)
+
+
+def score_blocks(
+    query,
+    kv_cache,
+    block_table,
+    seq_lens,
+    lse,
+    block_lse,
+    partial_lse,
+    scale,
+    k_scale,
+    select_block_size,
+):
+    assert k_scale == 1.0
+    assert query.shape[0] == seq_lens.shape[0] == lse.shape[0]
+    assert partial_lse.shape[0] >= query.shape[0]
+    for scratch in (lse, partial_lse):
+        scratch.fill_(math.nan)
+    found = reference.score_blocks(
+        query,
+        kv_cache,
+        block_table,
+        seq_lens,
+        scale=scale,
+        select_block_size=select_block_size,
+    )
+    _write(found[:1], seq_lens, lse)
+    _write_blocks(found[1], seq_lens, block_lse, select_block_size)
 
 
 def sparse_decode(
@@ -78,8 +103,7 @@ def sparse_decode(
         scale=scale,
         select_block_size=select_block_size,
     )
-    output.copy_(found[0])
-    lse.copy_(found[1])
+    _write(found, seq_lens, output, lse)
 
 
 def select_blocks(
@@ -120,6 +144,20 @@ def _check(query, seq_lens, output, lse, partial_out, partial_lse) -> None:
     assert partial_out.shape[:-1] == partial_lse.shape
     for scratch in (lse, partial_out, partial_lse):  # nothing outlives a layer
         scratch.fill_(math.nan)
+
+
+def _write(found, seq_lens, *tensors) -> None:
+    """All rows but those that are left out."""
+    rows = seq_lens >= 0
+    for one, tensor in zip(found, tensors, strict=True):
+        tensor[rows] = one[rows]
+
+
+def _write_blocks(found, seq_lens, block_lse, select_block_size) -> None:
+    block_lse.fill_(math.nan)
+    for row, seq_len in enumerate(seq_lens.tolist()):
+        used = max(-(-seq_len // select_block_size), 0)
+        block_lse[row, :, :used] = found[row, :, :used]
 
 
 @contextmanager

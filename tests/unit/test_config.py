@@ -13,6 +13,7 @@ from tidal_vllm.config import (
     MAX_TOKENS,
     PRESETS,
     SCOPES,
+    SELECT_ATTENDS,
     TidalConfig,
     TidalConfigError,
 )
@@ -31,6 +32,7 @@ BUDGET = "must be a positive multiple of select_block_size (16)"
 SINK = "must be an integer >= 0 (tokens)"
 SIZE = "must be an integer >= 1 (tokens)"
 FRACTION = "must be a number in [0, 1)"
+STEPS = "must be an integer >= 1 (decode steps)"
 LAYERS = "must be a list of different layers >= 0"
 ROOM = "must have room for its forced tokens"
 
@@ -82,6 +84,12 @@ BAD_SETTINGS = [
     bad("min-len-negative", "min_sparse_len", -1, SINK, "null", "(4096)"),
     bad("min-len-float", "min_sparse_len", 1e3, SINK, "not a float"),
     bad("min-len-bool", "min_sparse_len", True, SINK, "not a bool"),
+    bad("reselect-zero", "reselect_interval", 0, STEPS),
+    bad("reselect-null", "reselect_interval", None, STEPS, "not a NoneType"),
+    bad("reselect-float", "reselect_interval", 4.0, STEPS, "not a float"),
+    bad("reselect-bool", "reselect_interval", True, STEPS, "not a bool"),
+    bad("attends-unknown", "select_attends", "all", "one of", *SELECT_ATTENDS),
+    bad("attends-null", "select_attends", None, "one of", *SELECT_ATTENDS),
     bad("select-negative", "select_layers", [2, -1], LAYERS, "-1 is not one"),
     bad("select-string", "select_layers", "2,13", LAYERS, "not a str"),
     bad("select-int", "select_layers", 2, LAYERS, "not a int"),
@@ -177,6 +185,8 @@ def test_defaults(additional_config):
         "select_layers": None,
         "profile": None,
         "min_sparse_len": None,
+        "reselect_interval": 1,
+        "select_attends": "everything",
         "correction_interval": None,
         "publish_polluted": False,
         "kernels": "auto",
@@ -238,6 +248,17 @@ def test_threshold_and_capacity(min_sparse_len, threshold, max_blocks):
     config = TidalConfig(token_budget=512, min_sparse_len=min_sparse_len)
     assert config.sparse_threshold == threshold
     assert config.max_blocks == max_blocks
+
+
+@pytest.mark.parametrize(
+    ("interval", "size", "more"),
+    [(1, 1, 0), (2, 1, 1), (9, 1, 8), (2, 16, 1), (17, 16, 1), (18, 16, 2)],
+)
+def test_capacity_for_blocks_that_begin_while_a_choice_holds(interval, size, more):
+    config = TidalConfig(
+        token_budget=512, select_block_size=size, reselect_interval=interval
+    )
+    assert config.max_blocks == 512 // size + more
 
 
 def test_forced_tokens_may_fill_the_budget():

@@ -54,7 +54,11 @@ BELOW = {
     "plugin": {"versions", "platform", "startup", "backend"},
     "startup": {"config", "policy", "plugin", "profiles"},
     "dense": {"ops"},
-    "metadata": {"dense", "ops", "metrics", "plan_table", "policy", "startup"},
+    "selection": set(),
+    "metadata": {
+        *("dense", "ops", "metrics", "plan_table", "policy", "selection"),
+        "startup",
+    },
     "attention": {"metadata", "policy", "startup"},
     "scheduler": {"metrics", "policy", "startup"},
     "backend": {

@@ -16,6 +16,7 @@ from tidal_vllm.policy import (
     SelectionRule,
     all_dense,
     check_pipeline_stage,
+    choices_of_layers,
     format_layers,
     kv_read_share,
     num_sets,
@@ -318,13 +319,36 @@ def test_sets_per_sequence(scope, sets):
     assert num_sets(scope, 32, 8) == sets
 
 
-def test_kv_read_share_is_the_formula_of_the_survey():
-    made = LayerPlan((D, D, S) + (P,) * 10 + (S,) + (P,) * 18, "test")
-    rule = SelectionRule.from_config(TidalConfig())
-    n, k = 32768, 4096
-    assert kv_read_share(made, rule, n) == (4 * n + 28 * k) / (32 * n)
-    assert kv_read_share(made, rule, k) == 1.0
-    assert kv_read_share(all_dense(32, "", "a reason"), rule, n) == 1.0
+N, K = 32768, 4096
+PUBLISHED = LayerPlan((D, D, S) + (P,) * 10 + (S,) + (P,) * 18, "test")
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens"),
+    [
+        ({}, 4 * N + 28 * K),
+        ({"reselect_interval": 4}, 2 * N + 2 * (N + 3 * K) / 4 + 28 * K),
+        ({"select_attends": "chosen"}, 2 * N + 2 * (N / 2 + K) + 28 * K),
+        (
+            {"reselect_interval": 4, "select_attends": "chosen"},
+            2 * N + 2 * (N / 8 + K) + 28 * K,
+        ),
+    ],
+)
+def test_kv_read_share_is_the_formula_of_the_survey(settings, tokens):
+    config = TidalConfig(**settings)
+    assert kv_read_share(PUBLISHED, config, N) == tokens / (32 * N)
+    assert kv_read_share(PUBLISHED, config, K) == 1.0
+    assert kv_read_share(all_dense(32, "", "a reason"), config, N) == 1.0
+
+
+def test_one_choice_for_all_layers_or_one_per_select_layer():
+    made = LayerPlan((D, S, P, P, S, P, D, P), "test")
+    every = range(8)
+    assert choices_of_layers(made, every, 1) == dict.fromkeys((1, 2, 3, 4, 5, 7), 0)
+    kept = {1: 0, 2: 0, 3: 0, 4: 1, 5: 1, 7: 1}
+    assert choices_of_layers(made, every, 2) == kept
+    assert choices_of_layers(made, range(4, 8), 2) == {4: 0, 5: 0, 7: 0}
 
 
 # The start-up table
@@ -342,6 +366,7 @@ def test_table():
         "  forced       first 4 tokens, newest 1024 tokens, within the budget\n"
         "  sparse above 4096 tokens of context\n"
         "  KV read      23.4% of dense at 32K, 15.2% at 128K\n"
+        "  selection    in every step; SELECT layers then attend to everything\n"
         "  correction   off; KV of sparse layers is not shared through the prefix cache"
     )
 

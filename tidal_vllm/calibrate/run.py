@@ -22,7 +22,6 @@ from tidal_vllm.config import TidalConfig, TidalConfigError
 from tidal_vllm.policy import (
     MIN_REMAINING,
     Role,
-    SelectionRule,
     kv_read_share,
     plan_layers,
 )
@@ -402,8 +401,7 @@ class _Calibration:
     def _read_share(self, config: TidalConfig, settings: dict) -> float:
         """KV bytes of a decode step as a share of dense, at the mean prompt length."""
         plan = plan_layers(TidalConfig(**settings), self.job.num_layers, None)
-        rule, length = SelectionRule.from_config(config), self.job.mean_len
-        share = kv_read_share(plan, rule, length)
+        share = kv_read_share(plan, config, self.job.mean_len)
         if config.scope != "query_head":
             return share
         # The heads of a group may choose different tokens: at most all of them.

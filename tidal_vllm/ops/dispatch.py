@@ -1,8 +1,8 @@
 """Which implementation of the decode ops runs: chosen once, at start-up, with a reason.
 
 What the ops mean stands in `reference`. The CUDA extension and the Triton kernels have
-the same three functions, which write into given tensors; `Kernels` gives all of them
-one face.
+the same four functions, which write into given tensors; `Kernels` gives all of them one
+face.
 """
 
 import functools
@@ -48,11 +48,15 @@ class Case:
 class Kernels:
     """The decode ops of one engine; the reference's, or those of a module of kernels.
 
+    A row of a negative length is left out: what an op writes keeps that row as it was.
+    So several ops can share a batch and its output, and the device decides, within one
+    CUDA graph, which rows are whose.
+
     Attributes:
         name: "reference", "triton" or "cuda".
         why: One line for the doctor and the start-up table.
-        module: Has dense_decode, select_blocks and sparse_decode over given tensors;
-            None for the reference.
+        module: Has dense_decode, score_blocks, select_blocks and sparse_decode over
+            given tensors; None for the reference.
     """
 
     name: str
@@ -111,7 +115,7 @@ class Kernels:
                 scale=scale,
                 select_block_size=select_block_size,
             )
-            output.copy_(found)
+            _write_rows(found, seq_lens, output)
             if select_block_size is not None:
                 workspace.block_lse = block_lse
             return
@@ -131,6 +135,47 @@ class Kernels:
             select_block_size or 1,
         )
 
+    def score_blocks(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        *,
+        scale: float,
+        k_scale: float = 1.0,
+        workspace: Workspace,
+        select_block_size: int,
+    ) -> None:
+        """`reference.score_blocks` into workspace.lse and workspace.block_lse.
+
+        What `dense_decode` leaves for `select_blocks`, for half of the bytes.
+        """
+        if self.module is None:
+            workspace.lse, workspace.block_lse = reference.score_blocks(
+                query,
+                kv_cache,
+                block_table,
+                seq_lens,
+                scale=scale,
+                select_block_size=select_block_size,
+            )
+            return
+        num_seqs = query.shape[0]
+        _, partial_lse = workspace.partials(num_seqs)
+        self.module.score_blocks(
+            query,
+            kv_cache,
+            block_table,
+            seq_lens,
+            workspace.lse[:num_seqs],
+            workspace.block_lse[:num_seqs],
+            partial_lse,
+            scale,
+            k_scale,
+            select_block_size,
+        )
+
     def select_blocks(
         self,
         seq_lens: torch.Tensor,
@@ -140,7 +185,7 @@ class Kernels:
         topk_blocks: torch.Tensor,
         topk_lens: torch.Tensor,
     ) -> None:
-        """`reference.select_blocks` of what the last `dense_decode` left.
+        """`reference.select_blocks` of what `dense_decode` or `score_blocks` left.
 
         Args:
             rule: `tidal_vllm.policy.SelectionRule`, or anything with its fields.
@@ -207,7 +252,7 @@ class Kernels:
                 scale=scale,
                 select_block_size=select_block_size,
             )
-            output.copy_(found)
+            _write_rows(found, seq_lens, output)
             return
         self.module.sparse_decode(
             query,
@@ -224,6 +269,14 @@ class Kernels:
             v_scale,
             select_block_size,
         )
+
+
+def _write_rows(
+    found: torch.Tensor, seq_lens: torch.Tensor, output: torch.Tensor
+) -> None:
+    """Copy all rows but those that are left out."""
+    rows = seq_lens >= 0
+    output[rows] = found[rows]
 
 
 def choose(

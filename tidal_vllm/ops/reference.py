@@ -11,7 +11,9 @@ Shared by all ops:
         reads KV head h // (num_heads // num_kv_heads).
     block_table: [num_seqs, max_blocks_per_seq] int32, physical block ids.
     seq_lens: [num_seqs] int32, tokens in the cache, the current one included; 0 marks
-        a padded row.
+        a padded row. A negative one leaves the row out of the call: nothing of it is
+        read; it comes back like a padded row, and stays as it is in tensors that are
+        given to be written.
     lse: [num_seqs, num_heads] fp32, natural logarithm of the sum of exp(scale * q.k).
 Slots outside a sequence's tokens are never used, whatever they hold. Each op reads
 seq_lens on the host, so none can be captured in a CUDA graph.
@@ -66,17 +68,19 @@ def dense_decode(
     *,
     scale: float,
     select_block_size: int | None = None,
+    read_values: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Attends one query token per sequence to the whole sequence, in one pass.
 
     Args:
         select_block_size: tokens per selection block; divides block_size. None: no
             block_lse.
+        read_values: False is `score_blocks`: the output stays zeros.
 
     Returns:
         output: [num_seqs, num_heads, head_size] in query's dtype; zeros where
-            seq_len is 0.
-        lse: -inf where seq_len is 0.
+            seq_len is 0 or less.
+        lse: -inf where seq_len is 0 or less.
         block_lse: [num_seqs, num_heads, ceil(max(seq_lens) / select_block_size)]
             fp32, lse over the tokens of each selection block, -inf beyond a row's
             last; or None.
@@ -84,16 +88,19 @@ def dense_decode(
     Raises:
         ValueError: the shapes do not fit, or select_block_size does not divide.
     """
-    block_size = kv_cache.shape[2]
+    _check_cache(query, kv_cache)
+    block_size, head_size = kv_cache.shape[2], query.shape[2]
     lens = seq_lens.tolist()
     block_lse = None
     if select_block_size is not None:
         _check_select_block(select_block_size, block_size)
-        shape = (*query.shape[:2], _ceil_div(max(lens, default=0), select_block_size))
+        shape = (*query.shape[:2], _ceil_div(max([0, *lens]), select_block_size))
         block_lse = query.new_full(shape, -math.inf, dtype=torch.float32)
+    if not read_values:
+        kv_cache = kv_cache[..., :head_size]
     runs, output, lse = _begin(query, kv_cache, block_size, num_sets=1)
     for row, seq_len in enumerate(lens):
-        if seq_len == 0:
+        if seq_len <= 0:
             continue
         q = _by_lane(query[row], scale, runs.lanes)
         used = _ceil_div(seq_len, block_size)
@@ -106,9 +113,28 @@ def dense_decode(
                 sums = _block_lse(scores, select_block_size).flatten(0, 1)
                 first = start // select_block_size
                 block_lse[row, :, first : first + sums.shape[1]] = sums
-            parts.append(_softmax_part(scores, kv))
-        _combine(parts, output[row], lse[row])
+            parts.append(_softmax_part(scores, _values(kv) if read_values else None))
+        _combine(parts, lse[row], output[row])
     return output, lse, block_lse
+
+
+def score_blocks(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    scale: float,
+    select_block_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes the lse and block_lse of `dense_decode` from K alone; V is not read."""
+    _, lse, block_lse = dense_decode(
+        *(query, kv_cache, block_table, seq_lens),
+        scale=scale,
+        select_block_size=select_block_size,
+        read_values=False,
+    )
+    return lse, block_lse
 
 
 def select_blocks(
@@ -147,6 +173,8 @@ def select_blocks(
     size = rule.select_block_size
     keep_all_len = max(rule.sparse_threshold, rule.token_budget)
     for row, seq_len in enumerate(seq_lens.tolist()):
+        if seq_len < 0:
+            continue
         total = _ceil_div(seq_len, size)
         kept = total if seq_len <= keep_all_len else rule.token_budget // size
         if kept > topk_blocks.shape[2]:
@@ -205,6 +233,7 @@ def sparse_decode(
         ValueError: the shapes do not fit, or select_block_size does not divide.
     """
     num_sets, size = topk_blocks.shape[1], select_block_size
+    _check_cache(query, kv_cache)
     _check_select_block(size, kv_cache.shape[2])
     if query.shape[1] % num_sets:
         raise ValueError(f"num_sets = {num_sets} must divide {query.shape[1]} heads")
@@ -215,7 +244,7 @@ def sparse_decode(
     for row, seq_len in enumerate(seq_lens.tolist()):
         counts = counts_of_rows[row]
         most = max(counts)
-        if seq_len == 0 or most == 0:
+        if seq_len <= 0 or most == 0:
             continue
         q = _by_lane(query[row], scale, runs.lanes)
         blocks = topk_blocks[row, :, :most].long()
@@ -242,8 +271,8 @@ def sparse_decode(
             scores = _scores(q, kv)
             if cut:
                 scores.masked_fill_(beyond[:, None], -math.inf)
-            parts.append(_softmax_part(scores, kv))
-        _combine(parts, output[row], lse[row])
+            parts.append(_softmax_part(scores, _values(kv)))
+        _combine(parts, lse[row], output[row])
     return output, lse
 
 
@@ -344,7 +373,6 @@ def _begin(
     query: torch.Tensor, kv_cache: torch.Tensor, span: int, num_sets: int
 ) -> tuple[KVRuns, torch.Tensor, torch.Tensor]:
     """The cache's reader, and the result of a batch of empty rows."""
-    _check_cache(query, kv_cache)
     lse = query.new_full(query.shape[:2], -math.inf, dtype=torch.float32)
     return KVRuns(kv_cache, span, num_sets), torch.zeros_like(query), lse
 
@@ -363,7 +391,8 @@ def _values(kv: torch.Tensor) -> torch.Tensor:
 
 
 def _scores(q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-    return torch.bmm(q, _keys(kv).transpose(1, 2))
+    """Of rows that hold K, and perhaps V behind it."""
+    return torch.bmm(q, kv[..., : q.shape[-1]].transpose(1, 2))
 
 
 def _block_lse(scores: torch.Tensor, size: int) -> torch.Tensor:
@@ -379,28 +408,35 @@ def _block_lse(scores: torch.Tensor, size: int) -> torch.Tensor:
     return (scores - top).exp_().sum(-1).log_().add_(top.squeeze(-1))
 
 
-def _softmax_part(scores: torch.Tensor, kv: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """A tile's share of the softmax: largest score, sum and output relative to it."""
+def _softmax_part(
+    scores: torch.Tensor, values: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """A tile's share of the softmax: largest score, sum and output relative to it.
+
+    Without values there is no output.
+    """
     lowest = torch.finfo(scores.dtype).min  # where all scores are -inf
     top = scores.amax(-1, keepdim=True).clamp_(min=lowest)
     weights = scores.sub_(top).exp_()
-    return top, weights.sum(-1, keepdim=True), torch.bmm(weights, _values(kv))
+    part = (top, weights.sum(-1, keepdim=True))
+    return part if values is None else (*part, torch.bmm(weights, values))
 
 
 def _combine(
-    parts: list[tuple[torch.Tensor, ...]], output: torch.Tensor, lse: torch.Tensor
+    parts: list[tuple[torch.Tensor, ...]], lse: torch.Tensor, output: torch.Tensor
 ) -> None:
-    """Joins the tiles of one row, into [num_heads, head_size] and [num_heads]."""
+    """Joins the tiles of one row, into [num_heads] and [num_heads, head_size]."""
     if len(parts) == 1:
-        ((top, total, out),) = parts
+        top, total, *outs = parts[0]
     else:
-        tops, sums, outs = (torch.stack(part) for part in zip(*parts, strict=True))
+        tops, sums, *outs = (torch.stack(part) for part in zip(*parts, strict=True))
         top = tops.amax(0)
         weights = (tops - top).exp_()
         total = (weights * sums).sum(0)
-        out = (weights * outs).sum(0)
-    # The largest score itself makes the total 1 or more, but for an empty set.
-    output.copy_((out / total.clamp(min=1)).flatten(0, 1))
+        outs = [(weights * out).sum(0) for out in outs]
+    for out in outs:
+        # The largest score itself makes the total 1 or more, but for an empty set.
+        output.copy_((out / total.clamp(min=1)).flatten(0, 1))
     lse.copy_(total.log_().add_(top).flatten())
 
 

@@ -16,14 +16,15 @@ class Workspace:
     """Scratch of one engine: all layers share it, nothing in it outlives a layer.
 
     Kernels write into it at addresses that never change, so a CUDA graph can replay
-    over it. The reference, which returns its own tensors, only puts them here.
+    over it. The reference, which returns its own tensors, only puts them here; a row
+    that was left out is -inf in them.
     """
 
     lse: torch.Tensor | None = None
     """`[max_num_seqs, num_heads]` fp32, of the last decode op."""
     block_lse: torch.Tensor | None = None
-    """`[max_num_seqs, num_heads, max_blocks]` fp32, of the last `dense_decode` with
-    a select_block_size; only a row's own blocks mean something."""
+    """`[max_num_seqs, num_heads, max_blocks]` fp32, of the last `score_blocks`, or
+    `dense_decode` with a select_block_size; only a row's own blocks mean something."""
     mass: torch.Tensor | None = None
     """`[max_num_seqs, num_sets, max_blocks]` fp32."""
     partial_out: torch.Tensor | None = None

@@ -1,0 +1,230 @@
+"""Choices that hold for some steps: who keeps one, what is read, what is replayed."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from vllm.config import CUDAGraphMode
+
+from tidal_vllm import metadata
+from tidal_vllm.metadata import TidalMetadataBuilder
+from tidal_vllm.planted import make_prompt
+
+from .harness import counters, generate, reconfigured, runner, serve, tokens, watched
+from .models import MAX_LEN, ROLES, random_prompt
+from .replay import Graph, builders, common_metadata, random_table, run_layers
+from .spy import spying
+from .written_kernels import written_kernels
+
+BUDGET, SIZE = 64, 8
+SETTINGS = ROLES | {"token_budget": BUDGET, "select_block_size": SIZE}
+EXACT = SETTINGS | {"token_budget": MAX_LEN, "min_sparse_len": 0}
+ATTENDS = ["everything", "chosen"]
+# Requests that come and go: rows are filled, moved and left.
+ARRIVALS = [
+    (step, random_prompt(length, seed=length), max_tokens)
+    for step, length, max_tokens in [
+        *((0, 100, 30), (0, 140, 7), (1, 90, 17), (3, 300, 21)),
+        *((9, 72, 9), (14, 257, 12), (15, 110, 20), (30, 95, 11)),
+    ]
+]
+
+
+@pytest.fixture(scope="module")
+def llm(engine, random_llama):
+    return engine(random_llama, tidal=ROLES, max_num_batched_tokens=128)
+
+
+@contextmanager
+def following(llm, interval):
+    """Check each step's choices against who the rows are; counts what was kept."""
+    build, held, seen = TidalMetadataBuilder.build, {}, {"kept": 0, "moved": 0}
+
+    def spied(self, *args, **kwargs):
+        metadata = build(self, *args, **kwargs)
+        ids = runner(llm).input_batch.req_ids[: metadata.num_decodes]
+        last, ages = dict(held), []
+        held.clear()
+        if not metadata.sparse:
+            return metadata
+        for row, name in enumerate(ids):
+            before, age = last.get(row, (None, 0))
+            ages.append(age + 1 if before == name and age + 1 < interval else 0)
+            seen["moved"] += before != name and name in {n for n, _ in last.values()}
+        held.update({row: (n, ages[row]) for row, n in enumerate(ids)})
+        lens, keeps = metadata.seq_lens[: len(ids)], torch.tensor(ages) > 0
+        kept, chosen = lens.masked_fill(~keeps, -1), lens.masked_fill(keeps, -1)
+        assert torch.equal(metadata.reuse_lens[: len(ids)], kept)
+        assert torch.equal(metadata.select_lens[: len(ids)], chosen)
+        seen["kept"] += sum(map(bool, ages))
+        return metadata
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TidalMetadataBuilder, "build", spied)
+        yield seen
+
+
+@pytest.mark.parametrize("interval", [2, 4])
+def test_requests_keep_their_own_choices_only(llm, interval):
+    with (
+        reconfigured(llm, **SETTINGS, reselect_interval=interval),
+        following(llm, interval) as seen,
+    ):
+        serve(llm, ARRIVALS)
+        counted = counters(llm)
+    assert counted["decode_tokens"] // 3 < seen["kept"] < counted["decode_tokens"]
+    assert seen["moved"] >= 2
+
+
+@pytest.mark.parametrize("attends", ATTENDS)
+def test_preempted_requests_answer_as_before(engine, random_llama, attends):
+    """Their blocks go to others, and they come back in other rows: still exact."""
+    llm = engine(
+        random_llama, tidal=EXACT, max_model_len=640, num_gpu_blocks_override=41
+    )
+    prompts = [random_prompt(150 - 5 * n, seed=n) for n in range(4)]
+    with reconfigured(llm, **EXACT | {"select_layers": []}):
+        wanted = [generate(llm, [prompt], 60)[0].token_ids for prompt in prompts]
+    settings = {"reselect_interval": 5, "select_attends": attends}
+    with reconfigured(llm, **EXACT, **settings), watched(llm) as seen:
+        assert tokens(generate(llm, prompts, 60)) == wanted
+        assert counters(llm)["sparse_steps"] > 60
+    assert seen.num_preemptions > 0
+
+
+@pytest.mark.parametrize("attends", ATTENDS)
+def test_what_select_layers_read(llm, attends):
+    """Everything of rows that choose, the kept set of others; keys alone to score."""
+    settings = {"reselect_interval": 4, "select_attends": attends}
+    with reconfigured(llm, **SETTINGS, **settings):
+        llm.reset_prefix_cache()
+        unseen = tokens(serve(llm, ARRIVALS))
+        llm.reset_prefix_cache()
+        with spying() as steps:
+            assert tokens(serve(llm, ARRIVALS)) == unseen
+    op = "score_blocks" if attends == "chosen" else "dense_decode"
+    mixed = 0
+    for step in (step for step in steps if step.metadata.sparse):
+        lens, sets = step.decode_lens, step.of("sparse_decode")
+        scored = [c for c in step.of(op) if c.layer in ROLES["select_layers"]]
+        assert [c.layer for c in scored] == ROLES["select_layers"]
+        assert not [c for c in step.of("score_blocks") if c.op != op]
+        (read,) = {str(c.tokens): c.tokens for c in scored}.values()
+        chose = [n > 0 for (n,) in read]
+        assert read == [[n if c else 0] for n, c in zip(lens, chose, strict=True)]
+        mixed += len(set(chose)) == 2
+        follows = {call.layer: call.tokens for call in sets}
+        assert sorted(follows) == [1, 2, 3, 4, 5]
+        for layer, found in follows.items():
+            for (count,), n, chooses in zip(found, lens, chose, strict=True):
+                if chooses and layer in ROLES["select_layers"] and op != "score_blocks":
+                    assert count == 0
+                elif n <= BUDGET or chooses:
+                    assert count == min(n, BUDGET - -n % SIZE)
+                else:  # at most three tokens more, perhaps in a new block
+                    assert BUDGET - SIZE < count <= min(n, BUDGET + 3)
+    assert mixed >= 5
+
+
+class TestPlanted:
+    """A chain that goes on at another place of the context in every step."""
+
+    @pytest.fixture(scope="class")
+    def asked(self, engine, planted):
+        spec, folder = planted(hops=2)
+        roles = {
+            "dense_layers": list(spec.dense_layers),
+            "select_layers": list(spec.select_layers),
+            "token_budget": 64,
+        }
+        depths = (0.05, 0.5, 0.9)
+        prompts = [make_prompt(spec, 1200, depth, seed=11) for depth in depths]
+        wanted = torch.tensor([prompt.answer_token_ids for prompt in prompts])
+
+        def share_of_right_words(**settings):
+            llm = engine(folder, tidal=roles)
+            with reconfigured(llm, **roles, **settings):
+                ids = [prompt.prompt_token_ids for prompt in prompts]
+                found = tokens(generate(llm, ids, wanted.shape[1]))
+                assert counters(llm)["dense_steps"] == 0
+            return (torch.tensor(found) == wanted).float().mean()
+
+        return share_of_right_words
+
+    @pytest.mark.parametrize("scope", ["sequence", "kv_head", "query_head"])
+    def test_layers_that_attend_to_their_choice_find_it(self, asked, scope):
+        assert asked(select_attends="chosen", scope=scope) == 1
+
+    def test_a_choice_that_holds_loses_it(self, asked):
+        """What `reselect_interval` cannot do, and why it is 1 by default."""
+        assert asked(reselect_interval=1) == 1
+        assert asked(reselect_interval=2) < 0.5
+
+
+@pytest.mark.parametrize("limit", [None, 1])
+@pytest.mark.parametrize("attends", ATTENDS)
+def test_kernels_give_the_answers_of_the_reference(llm, monkeypatch, attends, limit):
+    """Bit by bit, and also where the workspace holds one sequence at a time."""
+    settings = SETTINGS | {"reselect_interval": 4, "select_attends": attends}
+    with reconfigured(llm, **settings, kernels="reference"):
+        llm.reset_prefix_cache()
+        wanted = serve(llm, ARRIVALS, logprobs=3)
+    if limit is not None:
+        monkeypatch.setattr(metadata, "WORKSPACE_LIMIT", limit)
+    with written_kernels(), reconfigured(llm, **settings, kernels="triton"):
+        llm.reset_prefix_cache()
+        assert serve(llm, ARRIVALS, logprobs=3) == wanted
+
+
+class TestReplay:
+    """A captured graph, run again over changed tensors."""
+
+    @pytest.fixture(params=ATTENDS)
+    def graphs(self, llm, request):
+        settings = {"reselect_interval": 3, "select_attends": request.param}
+        with (
+            written_kernels(),
+            reconfigured(llm, **SETTINGS, **settings, kernels="triton"),
+        ):
+            (builder,) = builders(llm)
+            compilation = builder.vllm_config.compilation_config
+            kept = compilation.cudagraph_mode, compilation.cudagraph_capture_sizes
+            compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+            compilation.cudagraph_capture_sizes = [4]
+            layers = runner(llm).vllm_config.compilation_config.static_forward_context
+            for layer in layers.values():
+                layer.kv_cache.normal_(generator=torch.Generator().manual_seed(1))
+            yield llm
+            compilation.cudagraph_mode, compilation.cudagraph_capture_sizes = kept
+        llm.reset_prefix_cache()
+
+    def test_each_replay_decides_for_itself(self, graphs):
+        """Four steps of three sequences, one of which leaves: as eager steps do."""
+        table = random_table(4)
+        query = torch.randn(4, 4, 6, 32, generator=torch.Generator().manual_seed(3))
+        lens = torch.tensor([[700, 40, 63, 0]]) + torch.tensor(
+            [[0, 0, 0, 0], [1, 1, 1, 0], [2, 2, -63, 0], [3, 3, -63, 0]]
+        )
+        kept = [[], [0, 1, 2], [0, 1], []]
+        graph, found = Graph(graphs, 4), []
+        for step in range(4):
+            found.append(graph.replay(lens[step].tolist(), table, query[step]))
+            reuse = graph.builder.state.reuse
+            assert (reuse.reuse_lens[:4] >= 0).nonzero().flatten().tolist() == kept[
+                step
+            ]
+            is_zero = (found[step] == 0).flatten(2).all(2)
+            assert torch.equal(is_zero, (lens[step] == 0).expand(is_zero.shape))
+
+        builder = graph.builder
+        builder.vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+        builder.num_steps += 1  # whatever was chosen is too old
+        for step in range(4):
+            rows = lens[step].count_nonzero()
+            batch = common_metadata(
+                [1] * rows, lens[step, :rows].tolist(), block_table_tensor=table[:rows]
+            )
+            eager = builder.build(0, batch)
+            assert eager.sparse
+            wanted = run_layers(graphs, eager, query[step, :rows])
+            assert torch.equal(found[step][:, :rows], wanted)
