@@ -6,8 +6,9 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
-from tidal_vllm.metadata import SparseState, TidalMetadata, choose_implementations
+from tidal_vllm.metadata import TidalMetadata
 from tidal_vllm.policy import Role
+from tidal_vllm.sparse_state import SparseState, choose_implementations
 from tidal_vllm.startup import resolve
 
 

@@ -14,9 +14,10 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from tidal_vllm.attention import TidalImpl
 from tidal_vllm.dense import choose_dense_backend
-from tidal_vllm.metadata import TidalMetadataBuilder, choose_implementations
+from tidal_vllm.metadata import TidalMetadataBuilder
 from tidal_vllm.plugin import NAME
 from tidal_vllm.policy import check_pipeline_stage
+from tidal_vllm.sparse_state import choose_implementations
 from tidal_vllm.startup import Startup, has_settings, is_selected, resolve
 from tidal_vllm.versions import unsupported_vllm
 

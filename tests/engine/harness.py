@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from vllm import LLM, SamplingParams, envs
 
-from tidal_vllm.metadata import choose_implementations
+from tidal_vllm.sparse_state import choose_implementations
 
 MiB = 1 << 20
 

@@ -12,13 +12,10 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from tidal_vllm import attention, metadata
+from tidal_vllm import attention, sparse_state
 from tidal_vllm.dense import ReferenceBackend, count_decodes, rows_from
-from tidal_vllm.metadata import (
-    TidalMetadataBuilder,
-    choose_implementations,
-    is_captured,
-)
+from tidal_vllm.metadata import TidalMetadataBuilder, is_captured
+from tidal_vllm.sparse_state import choose_implementations
 
 from .harness import counters, generate, reconfigured, runner, scheduler, serve
 from .models import ROLES, random_prompt
@@ -164,7 +161,7 @@ def test_kernels_give_the_answers_of_the_reference(llm, reference, monkeypatch, 
     """Bit by bit, and also where the workspace holds one sequence at a time."""
     scope, wanted = reference
     if limit is not None:
-        monkeypatch.setattr(metadata, "WORKSPACE_LIMIT", limit)
+        monkeypatch.setattr(sparse_state, "WORKSPACE_LIMIT", limit)
     with reconfigured(llm, **SETTINGS, scope=scope, kernels="triton"):
         (state,) = {id(impl.state): impl.state for impl in impls(llm)}.values()
         assert state.kernels.name == "written"
@@ -193,7 +190,9 @@ class TestWorkspace:
             whole = impls(llm)[0].state
             assert whole.workspace.block_lse.shape == (4, 6, 2048 // 8)
             assert whole.selection.topk_blocks.shape == (1, 4, 1, BUDGET // 8)
-            monkeypatch.setattr(metadata, "WORKSPACE_LIMIT", whole.workspace.nbytes - 1)
+            monkeypatch.setattr(
+                sparse_state, "WORKSPACE_LIMIT", whole.workspace.nbytes - 1
+            )
             config = builders(llm)[0].vllm_config
             half = impls(llm)[0].make_state(config)
         assert half.workspace.nbytes < whole.workspace.nbytes

@@ -6,7 +6,7 @@ import pytest
 import torch
 from vllm.config import CUDAGraphMode
 
-from tidal_vllm import metadata
+from tidal_vllm import sparse_state
 from tidal_vllm.metadata import TidalMetadataBuilder
 from tidal_vllm.planted import make_prompt
 
@@ -170,7 +170,7 @@ def test_kernels_give_the_answers_of_the_reference(llm, monkeypatch, attends, li
         llm.reset_prefix_cache()
         wanted = serve(llm, ARRIVALS, logprobs=3)
     if limit is not None:
-        monkeypatch.setattr(metadata, "WORKSPACE_LIMIT", limit)
+        monkeypatch.setattr(sparse_state, "WORKSPACE_LIMIT", limit)
     with written_kernels(), reconfigured(llm, **settings, kernels="triton"):
         llm.reset_prefix_cache()
         assert serve(llm, ARRIVALS, logprobs=3) == wanted

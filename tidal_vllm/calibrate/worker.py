@@ -14,7 +14,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from tidal_vllm.attention import TidalImpl
 from tidal_vllm.calibrate.recorder import Recorder
 from tidal_vllm.config import TidalConfig
-from tidal_vllm.metadata import choose_implementations
+from tidal_vllm.sparse_state import choose_implementations
 
 
 def rank_file(folder: str | Path, rank: int) -> Path:
