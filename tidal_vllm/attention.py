@@ -73,13 +73,15 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
         """That of a layer made before, if it fits this one."""
         for layer in vllm_config.compilation_config.static_forward_context.values():
             other = getattr(layer, "impl", None)
-            if isinstance(other, TidalImpl) and other._shape == self._shape:
+            if isinstance(other, TidalImpl) and other._kind == self._kind:
                 return other.state
         return None
 
     @property
-    def _shape(self) -> tuple[int, int, int]:
-        return (self.num_heads, self.num_kv_heads, self.head_size)
+    def _kind(self) -> tuple[int, int, int, bool]:
+        """A draft model's layers, which are dense, do not share the state of ours."""
+        shape = (self.num_heads, self.num_kv_heads, self.head_size)
+        return (*shape, self.kernels is not None)
 
     def make_state(self, vllm_config: VllmConfig) -> SparseState | None:
         """Allocate what SELECT and SPARSE layers share; None where there are none."""
@@ -139,12 +141,12 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
         if batch is None:
             return output.zero_()
         tokens = (query, key, value)
-        role = batch.roles[layer.layer_name]
-        if role is Role.DENSE or not batch.sparse:
+        role = batch.roles[layer.layer_name] if batch.sparse else Role.DENSE
+        if role is Role.DENSE:
             self._dense(layer, tokens, kv_cache, batch.dense, output)
             return output
         if batch.num_prefills:
-            first = batch.num_decodes
+            first = batch.num_decode_tokens
             rest = (rows[first:] for rows in tokens)
             self._dense(layer, rest, kv_cache, batch.prefills, output[first:])
         for rows in batch.passes:

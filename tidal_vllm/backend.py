@@ -229,6 +229,7 @@ def check_setup(vllm_config: "VllmConfig") -> None:
     if cache_config.block_size is not None:
         startup.config.check_kv_block_size(cache_config.block_size)
     _check_microbatches(vllm_config, startup)
+    _check_speculation(vllm_config, startup)
     _check_pipeline_stages(vllm_config, startup.plan)
     _set_scheduler(vllm_config, startup)
     if startup.plan.warning:
@@ -335,6 +336,26 @@ def _check_microbatches(vllm_config: "VllmConfig", startup: Startup) -> None:
             "enable_dbo = True: both halves of a batch would write the one selection "
             "that its layers hand on; allowed False, or tidal.select_layers = []"
         )
+
+
+def _check_speculation(vllm_config: "VllmConfig", startup: Startup) -> None:
+    speculation, config = vllm_config.speculative_config, startup.config
+    if speculation is None or not startup.plan.sparse:
+        return
+    backend = speculation.attention_backend
+    if backend is not None and backend.name == NAME:
+        raise ValueError(
+            f"speculative_config.attention_backend = {NAME}: a draft model decodes "
+            "densely; allowed None or another backend"
+        )
+    for key, allowed in {"reselect_interval": 1, "correction_interval": None}.items():
+        value = getattr(config, key)
+        if value != allowed:
+            raise ValueError(
+                f"tidal.{key} = {value}: speculative decoding takes back tokens and "
+                "moves from step to step by more than one; allowed with "
+                f"speculative_config: {'null' if allowed is None else allowed}"
+            )
 
 
 def _check_pipeline_stages(vllm_config: "VllmConfig", plan) -> None:

@@ -75,17 +75,21 @@ def _has_flash(head_size: int) -> bool:
     return found is not None
 
 
-def count_decodes(common: CommonAttentionMetadata) -> int:
-    """Rows at the front of a batch that decode: one query token, their prompt done.
+def count_decodes(common: CommonAttentionMetadata, longest_query: int = 1) -> int:
+    """Rows at the front of a batch that decode: few query tokens, their prompt done.
+
+    Args:
+        longest_query: Query tokens that a decode may have; more than one are drafts
+            to verify.
 
     Rows that pad a CUDA graph have no query token; they count as decodes, behind
     which nothing follows. A prompt's last token may come as a chunk of its own. It is
     prefill all the same: dense, so that its KV is what a dense model writes.
     """
-    if common.max_query_len <= 1 and common.is_prefilling is None:
+    if common.max_query_len <= longest_query and common.is_prefilling is None:
         return common.num_reqs
     starts = common.query_start_loc_cpu
-    is_prefill = starts[1:] - starts[:-1] > 1
+    is_prefill = starts[1:] - starts[:-1] > longest_query
     if common.is_prefilling is not None:
         # NOTE: the V2 model runner pads the other rows, but not this one.
         known = common.is_prefilling[: common.num_reqs]

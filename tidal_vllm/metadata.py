@@ -12,6 +12,7 @@ from vllm.v1.attention.backend import (
     AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
+    max_decode_query_len,
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
@@ -19,7 +20,12 @@ from tidal_vllm.dense import count_decodes, rows_from
 from tidal_vllm.metrics import DecodeCounters
 from tidal_vllm.plan_table import format_plan
 from tidal_vllm.policy import Role, SelectionRule, runs_sparse
-from tidal_vllm.sparse_state import SparseState, choose_implementations
+from tidal_vllm.query_rows import QueryRows, row_lens
+from tidal_vllm.sparse_state import (
+    SparseState,
+    choose_implementations,
+    max_decode_rows,
+)
 from tidal_vllm.startup import resolve
 
 logger = init_logger("vllm.tidal.metadata")
@@ -30,13 +36,17 @@ class TidalMetadata(AttentionMetadata):
     """One step's batch, decodes first; one object for all layers of the model."""
 
     num_decodes: int
-    """Rows of the batch that decode: one query token each, its prompt done. Padded
-    rows of a CUDA graph, whose seq_lens are 0, are among them."""
+    """Requests of the batch that decode: their prompt is done. Those that pad a CUDA
+    graph are among them."""
+    num_decode_tokens: int
+    """Their query tokens, each a row of the decode ops: one per request, and one for
+    each token of a draft that it verifies. Rows of padding are among them."""
     num_prefills: int
     seq_lens: torch.Tensor
-    """`[num_reqs]` int32, context and query tokens."""
+    """`[>= num_decode_tokens]` int32, tokens of the sequence up to a row's; 0 for
+    padding."""
     block_table: torch.Tensor
-    """`[num_reqs, max_blocks_per_seq]` int32."""
+    """`[>= num_decode_tokens, max_blocks_per_seq]` int32, of each row's sequence."""
     dense: AttentionMetadata
     """The dense backend's, of the whole batch."""
     prefills: AttentionMetadata | None
@@ -47,15 +57,15 @@ class TidalMetadata(AttentionMetadata):
     passes: list[slice]
     """Parts of the decodes that fit into the workspace; none unless sparse."""
     roles: dict[str, Role]
-    """Role of each layer by its name."""
+    """Role of each layer by its name, where any is sparse."""
     choices: dict[str, int]
     """Index of the choice in `Selection` that a SELECT layer writes and SPARSE layers
     read, by the layer's name."""
     select_lens: torch.Tensor
-    """`[num_reqs]` int32, seq_lens where SELECT layers choose in this step; -1 for
+    """Like seq_lens, where SELECT layers choose in this step; -1 for
     rows that keep the last step's choice."""
     reuse_lens: torch.Tensor | None
-    """`[num_reqs]` int32, seq_lens of those, -1 for others; None where all choose."""
+    """Like seq_lens, for those rows; -1 for others. None where all choose."""
     rule: SelectionRule
 
 
@@ -75,24 +85,34 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         startup = resolve(vllm_config)
         startup.config.check_kv_block_size(kv_cache_spec.block_size)
         self.plan, self.rule = startup.plan, startup.rule
-        # Where nothing is sparse there may be a draft model's layers, too.
-        self.roles = dict.fromkeys(layer_names, Role.DENSE)
-        if self.plan.sparse:
-            for name in layer_names:
-                self.roles[name] = self.plan.roles[extract_layer_index(name)]
-        self._require_one_group(layer_names)
-        self.counters = DecodeCounters()
         layers = vllm_config.compilation_config.static_forward_context
-        impl = layers[layer_names[0]].impl
+        impls = {name: layers[name].impl for name in layer_names}
+        # A draft model's layers know their own configuration: they are dense.
+        ours = [name for name, impl in impls.items() if impl.kernels is not None]
+        indices = {name: extract_layer_index(name) for name in ours}
+        self.roles = {name: self.plan.roles[i] for name, i in indices.items()}
+        self._require_one_group(sorted(indices.values()))
+        self.counters = DecodeCounters()
+        impl = impls[ours[0] if ours else layer_names[0]]
         self.state: SparseState | None = impl.state
         self.choices: dict[str, int] = {}
         if self.state is not None:
             of_layers = self.state.choices
-            indices = {name: extract_layer_index(name) for name in layer_names}
             self.choices = {
                 name: of_layers[i] for name, i in indices.items() if i in of_layers
             }
         self.num_steps = 0
+        self.longest_query = max_decode_query_len(vllm_config)
+        if self.state is not None:
+            self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self.query_rows: QueryRows | None = None
+        if self.state is not None and self.longest_query > 1:
+            longest = vllm_config.model_config.max_model_len
+            self.query_rows = QueryRows.allocate(
+                max_decode_rows(vllm_config),
+                -(-longest // kv_cache_spec.block_size),
+                device,
+            )
         # Two, for a builder keeps what its last metadata points to.
         made = (kv_cache_spec, layer_names, vllm_config, device)
         builder_cls = impl.dense_backend.get_builder_cls()
@@ -122,7 +142,7 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
             return support
         if not kernels.capturable:
             return AttentionCGSupport.NEVER
-        ours = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        ours = AttentionCGSupport.UNIFORM_BATCH
         return min(support, ours, key=lambda kind: kind.value)
 
     def build(
@@ -133,17 +153,23 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
     ) -> TidalMetadata:
         common, args = common_attn_metadata, (common_prefix_len, fast_build)
         # What a captured graph does is fixed: every row decodes, and runs sparse.
-        captured = is_captured(self.vllm_config.compilation_config, common)
-        num_decodes = common.num_reqs if captured else count_decodes(common)
-        decode_lens = common.seq_lens_cpu_upper_bound[:num_decodes].tolist()
-        # A decode has its prompt behind it: 0 is padding, 1 a row of a warm-up.
+        compilation, most = self.vllm_config.compilation_config, self.longest_query
+        captured = is_captured(compilation, common, most)
+        num_decodes = common.num_reqs if captured else count_decodes(common, most)
+        starts = common.query_start_loc_cpu
+        decode_lens = row_lens(
+            (starts[1:] - starts[:-1])[:num_decodes].tolist(),
+            common.seq_lens_cpu_upper_bound[:num_decodes].tolist(),
+        )
+        # A decode has its prompt behind it: 1 is a row of a warm-up.
         decode_lens = [length for length in decode_lens if length > 1]
         longest = max(decode_lens, default=0)
-        sparse = self.plan.sparse and (
+        sparse = self.state is not None and (
             captured or runs_sparse(self.plan, self.rule, longest)
         )
         self.counters.count_step(self.rule, decode_lens, sparse)
         self.num_steps += 1
+        num_rows = common.num_actual_tokens if captured else int(starts[num_decodes])
         if sparse and self.state.reuse is not None:
             self.state.reuse.advance(
                 self.num_steps,
@@ -158,40 +184,67 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         if sparse and num_decodes < common.num_reqs:
             rest = rows_from(common, num_decodes)
             prefills = self.prefill_builder.build(args[0], rest, args[1])
-        return self._metadata(common, num_decodes, sparse, dense, prefills)
+        rows = (num_decodes, num_rows)
+        return self._metadata(common, rows, sparse, dense, prefills)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> TidalMetadata:
         """The batch of a full graph: decodes only, through the sparse path."""
         common = common_attn_metadata
-        if self.plan.sparse and common.max_query_len != 1:
+        sparse = self.state is not None
+        if sparse and common.max_query_len > self.longest_query:
             raise ValueError(
                 f"max_query_len = {common.max_query_len} in a full CUDA graph: only "
-                "decodes of one token can be captured; allowed cudagraph_mode "
-                "FULL_DECODE_ONLY, FULL_AND_PIECEWISE, PIECEWISE or NONE"
+                f"decodes can be captured, of {self.longest_query} query tokens at "
+                "most; allowed cudagraph_mode FULL_DECODE_ONLY, FULL_AND_PIECEWISE, "
+                "PIECEWISE or NONE"
             )
-        if self.plan.sparse and self.state.reuse is not None:
+        if sparse and self.state.reuse is not None:
             self.state.reuse.choose_anew(common.seq_lens[: common.num_reqs])
         dense = self.dense_builder.build_for_cudagraph_capture(common)
-        return self._metadata(common, common.num_reqs, self.plan.sparse, dense, None)
+        rows = (common.num_reqs, common.num_actual_tokens)
+        return self._metadata(common, rows, sparse, dense, None)
+
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> TidalMetadata:
+        """The batch of a draft model, which is no step of ours and always dense."""
+        common = common_attn_metadata
+        dense = self.dense_builder.build_for_drafting(common, draft_index)
+        return self._metadata(common, (0, 0), False, dense, None)
 
     def _metadata(
-        self, common: CommonAttentionMetadata, num_decodes: int, sparse, dense, prefills
+        self,
+        common: CommonAttentionMetadata,
+        rows: tuple[int, int],
+        sparse: bool,
+        dense: AttentionMetadata,
+        prefills: AttentionMetadata | None,
     ) -> TidalMetadata:
-        passes, select_lens, reuse_lens = [], common.seq_lens, None
+        num_decodes, num_rows = rows
+        seq_lens, block_table = common.seq_lens, common.block_table_tensor
+        if sparse and self.query_rows is not None:
+            seq_lens, block_table = self.query_rows.fill(
+                num_rows,
+                common.query_start_loc[: num_decodes + 1],
+                seq_lens[:num_decodes],
+                block_table[:num_decodes],
+            )
+        passes, select_lens, reuse_lens = [], seq_lens, None
         if sparse:
             if self.state.reuse is not None:
                 select_lens = self.state.reuse.select_lens
                 reuse_lens = self.state.reuse.reuse_lens
             step = self.state.rows_per_pass
-            starts = range(0, num_decodes, step)
-            passes = [slice(first, min(first + step, num_decodes)) for first in starts]
+            starts = range(0, num_rows, step)
+            passes = [slice(first, min(first + step, num_rows)) for first in starts]
         return TidalMetadata(
             num_decodes=num_decodes,
+            num_decode_tokens=num_rows,
             num_prefills=common.num_reqs - num_decodes,
-            seq_lens=common.seq_lens,
-            block_table=common.block_table_tensor,
+            seq_lens=seq_lens,
+            block_table=block_table,
             dense=dense,
             prefills=prefills,
             sparse=sparse,
@@ -203,10 +256,9 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
             rule=self.rule,
         )
 
-    def _require_one_group(self, layer_names: list[str]) -> None:
+    def _require_one_group(self, indices: list[int]) -> None:
         """SPARSE layers need the selection of SELECT layers: one group for all."""
-        indices = sorted(extract_layer_index(name) for name in layer_names)
-        if self.plan.sparse and indices != list(range(indices[0], indices[-1] + 1)):
+        if indices and indices != list(range(indices[0], indices[-1] + 1)):
             raise ValueError(
                 f"layers {indices} form one KV cache group of several: TIDAL needs "
                 "all attention layers of a pipeline stage in one group; allowed are "
@@ -216,7 +268,8 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
     def _print_plan(self, config, dense_backend: type[AttentionBackend]) -> None:
         from vllm.distributed.parallel_state import is_global_first_rank
 
-        if is_global_first_rank():
+        draft = self.plan.sparse and self.state is None
+        if is_global_first_rank() and not draft:
             model = self.vllm_config.model_config.model
             lines = [format_plan(self.plan, config, model_name=model)]
             if self.state is not None:
@@ -226,17 +279,25 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
 
 
 def is_captured(
-    compilation: CompilationConfig, common: CommonAttentionMetadata
+    compilation: CompilationConfig,
+    common: CommonAttentionMetadata,
+    longest_query: int = 1,
 ) -> bool:
-    """Whether vLLM replays a full CUDA graph of decodes for this batch.
+    """Whether vLLM may replay a full CUDA graph of decodes for this batch.
 
-    Both model runners pad such a batch, and no other, to a size that was captured, and
-    take one-token chunks of prompts for decodes.
+    Both model runners pad such a batch to a size that was captured, and take short
+    chunks of prompts for decodes.
+
+    Args:
+        longest_query: Query tokens that a decode may have; one graph has as many for
+            all its requests.
     """
+    query_len, num_tokens = common.max_query_len, common.num_actual_tokens
+    sizes = compilation.cudagraph_capture_sizes or ()
     return (
-        common.max_query_len == 1
-        and common.num_reqs == common.num_actual_tokens
+        query_len <= longest_query
+        and common.num_reqs * query_len == num_tokens
         and compilation.cudagraph_mode is not None
         and compilation.cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
-        and common.num_reqs in (compilation.cudagraph_capture_sizes or ())
+        and any(-(-size // query_len) * query_len == num_tokens for size in sizes)
     )

@@ -211,17 +211,19 @@ def pollutes(
     query_len: int,
     num_computed_tokens: int,
     num_prompt_tokens: int,
+    longest_query: int = 1,
 ) -> bool:
     """Whether a request's part of a step writes KV that dense layers would not.
 
-    That is a decode, one token behind the prompt, of a sequence too long to keep all
-    its blocks. Everything else is dense, or exact.
+    That is a decode, at most ``longest_query`` tokens behind the prompt (more than one
+    are drafts to verify), of a sequence too long to keep all its blocks. Everything
+    else is dense, or exact.
     """
     return (
         plan.sparse
-        and query_len == 1
+        and query_len <= longest_query
         and num_computed_tokens >= num_prompt_tokens
-        and num_computed_tokens + 1 > rule.keep_all_len
+        and num_computed_tokens + query_len > rule.keep_all_len
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm import envs
 from vllm.logger import init_logger
+from vllm.v1.attention.backend import max_decode_query_len
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import (
@@ -53,6 +54,7 @@ class CorrectionMixin:
         # of its own, as a decode.
         graphs = self.vllm_config.compilation_config.cudagraph_mode
         self._tails_decode = graphs is not None and graphs.has_full_cudagraphs()
+        self._longest_query = max_decode_query_len(self.vllm_config)
         self._clean_positions: dict[str, int] = {}
         # For the V2 runner, which keeps its own count of computed tokens and
         # ignores a lowered one, except in a request that is announced as new.
@@ -174,6 +176,7 @@ class CorrectionMixin:
             query_len,
             start,
             0 if self._tails_decode else request.num_prompt_tokens,
+            self._longest_query,
         )
         clean = self._clean_positions.get(request.request_id, start)
         return clean_position_after(clean, start, query_len, polluted)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.backend import AttentionBackend, max_decode_query_len
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from tidal_vllm import ops
@@ -27,7 +27,7 @@ class SparseState:
 
     kernels: ops.Kernels
     workspace: ops.Workspace
-    """Scratch of one layer, for `rows_per_pass` sequences at a time."""
+    """Scratch of one layer, for `rows_per_pass` rows at a time."""
     selection: Selection
     reuse: Reuse | None
     """None where SELECT layers choose in every step."""
@@ -49,7 +49,7 @@ class SparseState:
         device: torch.device,
     ) -> "SparseState":
         config, rule = startup.config, startup.rule
-        num_seqs = vllm_config.scheduler_config.max_num_seqs
+        num_rows = max_decode_rows(vllm_config)
         longest = rule.num_blocks(vllm_config.model_config.max_model_len)
         sets = num_sets(config.scope, num_heads, num_kv_heads)
         shape = (num_heads, sets, head_size, longest)
@@ -57,7 +57,7 @@ class SparseState:
         def workspace(rows: int, device: torch.device) -> ops.Workspace:
             return kernels.allocate_workspace(rows, *shape, device)
 
-        rows, nowhere = num_seqs, torch.device("meta")
+        rows, nowhere = num_rows, torch.device("meta")
         while rows > 1 and workspace(rows, nowhere).nbytes > WORKSPACE_LIMIT:
             rows = -(-rows // 2)
         stage = vllm_config.model_config.get_layers_start_end_indices(
@@ -66,8 +66,8 @@ class SparseState:
         interval = config.reselect_interval
         choices = choices_of_layers(startup.plan, range(*stage), interval)
         count, kept = len({*choices.values()}), min(config.max_blocks, longest)
-        selection = Selection.allocate(count, num_seqs, sets, kept, device)
-        reuse = Reuse.allocate(interval, num_seqs, device) if interval > 1 else None
+        selection = Selection.allocate(count, num_rows, sets, kept, device)
+        reuse = Reuse.allocate(interval, num_rows, device) if interval > 1 else None
         return cls(
             kernels,
             workspace(rows, device),
@@ -85,8 +85,14 @@ class SparseState:
         )
         if not self.workspace.nbytes:
             return f"selection {selection}"
-        rows = f"{self.rows_per_pass} sequences at a time"
+        rows = f"{self.rows_per_pass} query tokens at a time"
         return f"selection {selection}, workspace {workspace} for {rows}"
+
+
+def max_decode_rows(vllm_config: VllmConfig) -> int:
+    """Query tokens of a step's decodes at most: one per sequence, and its drafts."""
+    longest = max_decode_query_len(vllm_config)
+    return vllm_config.scheduler_config.max_num_seqs * longest
 
 
 def choose_implementations(

@@ -66,13 +66,6 @@ def resolve(vllm_config: Any) -> Startup:
         mismatch = near_miss(name, num_layers, config_sha256=shape)
         if profile is None and plan.warning and mismatch:
             plan = replace(plan, warning=f"{mismatch}; {plan.warning}")
-        if plan.sparse and vllm_config.speculative_config is not None:
-            plan = all_dense(
-                num_layers,
-                plan.source,
-                "speculative decoding is on: its queries are longer than one "
-                "token, which are attended to densely",
-            )
     return Startup(config, plan, SelectionRule.from_config(config))
 
 
@@ -90,6 +83,7 @@ def _with_settings(
         return config
     settings = dict(profile.settings)
     longest = vllm_config.model_config.max_model_len - 1
-    if (settings.get("correction_interval") or 0) > longest:
-        del settings["correction_interval"]  # no output gets that long
+    no_output_is_that_long = (settings.get("correction_interval") or 0) > longest
+    if no_output_is_that_long or vllm_config.speculative_config is not None:
+        settings.pop("correction_interval", None)
     return TidalConfig(**{**settings, **given})

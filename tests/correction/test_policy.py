@@ -44,6 +44,22 @@ def test_what_pollutes(query_len, num_computed, num_prompt, polluted):
 
 
 @pytest.mark.parametrize(
+    ("query_len", "num_computed", "num_prompt", "polluted"),
+    [
+        pytest.param(3, 100, 50, True, id="draft"),
+        pytest.param(3, 62, 50, True, id="draft-whose-last-token-is-sparse"),
+        pytest.param(3, 61, 50, False, id="draft-that-keeps-all-blocks"),
+        pytest.param(1, 100, 50, True, id="decode"),
+        pytest.param(4, 100, 50, False, id="longer-than-any-draft"),
+        pytest.param(3, 99, 100, False, id="prompt"),
+    ],
+)
+def test_what_pollutes_with_drafts(query_len, num_computed, num_prompt, polluted):
+    request = (query_len, num_computed, num_prompt)
+    assert pollutes(PLAN, rule(), *request, longest_query=3) is polluted
+
+
+@pytest.mark.parametrize(
     ("min_sparse_len", "clean_len"), [(0, 64), (32, 64), (64, 64), (90, 90)]
 )
 def test_sequences_that_keep_all_blocks_stay_clean(min_sparse_len, clean_len):

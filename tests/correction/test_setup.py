@@ -66,7 +66,7 @@ def test_vllms_own_where_every_step_is_dense(model, tidal):
     assert scheduler_class(model, tidal, scheduler_cls=Theirs) is Theirs
 
 
-def test_vllms_own_with_speculative_decoding(model, monkeypatch):
+def test_ours_with_speculative_decoding(model, monkeypatch):
     # As on a GPU: without Triton the platform refuses speculative decoding.
     monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", True)
     speculative = {
@@ -74,8 +74,8 @@ def test_vllms_own_with_speculative_decoding(model, monkeypatch):
         "num_speculative_tokens": 2,
         "prompt_lookup_max": 2,
     }
-    cls = scheduler_class(model, CORRECTING, speculative_config=speculative)
-    assert cls is Scheduler
+    cls = scheduler_class(model, SPARSE, speculative_config=speculative)
+    assert cls is TidalScheduler
 
 
 @pytest.mark.parametrize("path", [True, False])

@@ -50,32 +50,39 @@ class Graph:
     not; metadata made at capture refers to the tensors.
     """
 
-    def __init__(self, llm, num_rows: int) -> None:
+    def __init__(self, llm, num_reqs: int, query_len: int = 1) -> None:
         self.llm, (self.builder,) = llm, builders(llm)
-        self.lens = torch.ones(num_rows, dtype=torch.int32)
-        self.table = torch.zeros(num_rows, 128, dtype=torch.int32)
+        self.query_len = query_len
+        self.starts = torch.zeros(num_reqs + 1, dtype=torch.int32)
+        self.lens = torch.ones(num_reqs, dtype=torch.int32)
+        self.table = torch.zeros(num_reqs, 128, dtype=torch.int32)
         self.captured = self.builder.build_for_cudagraph_capture(
-            self._common([1] * num_rows, [1] * num_rows)
+            self._common([query_len] * num_reqs)
         )
 
-    def _common(self, query_lens, lens):
+    def _common(self, lens):
+        query_lens = [self.query_len * int(length > 0) for length in lens]
+        self.starts[1:] = torch.tensor(query_lens).cumsum(0)
+        self.lens.copy_(torch.tensor(lens, dtype=torch.int32))
         return common_metadata(
             query_lens,
             lens,
-            num_tokens=len(lens),
+            num_tokens=self.query_len * len(lens),
+            query_start_loc=self.starts,
+            query_start_loc_cpu=self.starts,
             seq_lens=self.lens,
             block_table_tensor=self.table,
         )
 
     def replay(self, lens, table, query):
-        """Outputs of all layers, `[num_layers, num_rows, num_heads, head_size]`.
+        """Outputs of all layers, `[num_layers, num_tokens, num_heads, head_size]`.
 
         Args:
-            lens: One per row; 0 for rows of padding, which come last.
+            lens: One per request; 0 for padding, which comes last.
+            query: `[num_reqs * query_len, num_heads, head_size]`.
         """
-        self.lens.copy_(torch.tensor(lens, dtype=torch.int32))
         self.table.copy_(table)
-        self.builder.build(0, self._common([int(n > 0) for n in lens], lens))
+        self.builder.build(0, self._common(lens))
         return run_layers(self.llm, self.captured, query)
 
 

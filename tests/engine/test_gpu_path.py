@@ -4,7 +4,7 @@ Real engines on the CPU; the kernels are the reference ops in a kernel's clothes
 """
 
 import copy
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -73,6 +73,20 @@ class TestBatches:
         prefilling = [bool(p) for p in prefilling]
         assert count_decodes(common_metadata(query_lens, lens, prefilling)) == decodes
 
+    @pytest.mark.parametrize(
+        ("query_lens", "prefilling", "decodes"),
+        [
+            ([3, 1, 2], [0, 0, 0], 3),
+            ([3, 1, 4], [0, 0, 0], 2),  # a correction, or a resumed request
+            ([3, 2, 9], [0, 1, 1], 1),  # a short end of a prompt
+            ([3, 3, 0], [0, 0], 3),
+        ],
+    )
+    def test_count_decodes_with_drafts(self, query_lens, prefilling, decodes):
+        prefilling = [bool(p) for p in prefilling]
+        batch = common_metadata(query_lens, [20] * len(query_lens), prefilling)
+        assert count_decodes(batch, longest_query=3) == decodes
+
     def test_rows_from(self):
         prefilling = [False, False, True, True]
         whole = common_metadata([1, 1, 5, 3], [10, 20, 5, 30], prefilling)
@@ -107,6 +121,26 @@ class TestBatches:
         batch = common_metadata(query_lens, lens)
         assert is_captured(compilation, batch) is captured
 
+    @pytest.mark.parametrize(
+        ("query_lens", "num_tokens", "captured"),
+        [
+            ([3, 3], 6, True),
+            ([3, 0], 6, True),
+            ([3, 3, 3], 9, True),  # V2 runner: the next multiple of 8
+            ([3, 3, 3, 3], 12, False),
+            ([3, 1], 4, False),  # not uniform
+            ([4], 4, False),
+        ],
+    )
+    def test_is_captured_with_drafts(self, query_lens, num_tokens, captured):
+        compilation = SimpleNamespace(
+            cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE,
+            cudagraph_capture_sizes=[4, 6, 8],
+        )
+        lens = [100] * len(query_lens)
+        batch = common_metadata(query_lens, lens, num_tokens=num_tokens)
+        assert is_captured(compilation, batch, longest_query=3) is captured
+
     def test_a_padded_batch_is_captured(self):
         compilation = SimpleNamespace(
             cudagraph_mode=CUDAGraphMode.FULL_DECODE_ONLY, cudagraph_capture_sizes=[4]
@@ -131,8 +165,9 @@ class TestGraphSupport:
     @pytest.mark.parametrize(
         ("of_dense", "wanted"),
         [
-            ("ALWAYS", "UNIFORM_SINGLE_TOKEN_DECODE"),
-            ("UNIFORM_BATCH", "UNIFORM_SINGLE_TOKEN_DECODE"),
+            ("ALWAYS", "UNIFORM_BATCH"),
+            ("UNIFORM_BATCH", "UNIFORM_BATCH"),
+            ("UNIFORM_SINGLE_TOKEN_DECODE", "UNIFORM_SINGLE_TOKEN_DECODE"),
             ("NEVER", "NEVER"),
         ],
     )
@@ -198,7 +233,7 @@ class TestWorkspace:
         assert half.workspace.nbytes < whole.workspace.nbytes
         assert (whole.rows_per_pass, half.rows_per_pass) == (4, 2)
         assert half.selection.topk_blocks.shape == whole.selection.topk_blocks.shape
-        assert "for 2 sequences at a time" in str(half)
+        assert "for 2 query tokens at a time" in str(half)
 
     def test_a_second_layer_takes_that_of_the_first(self, llm):
         found = impls(llm)[3]._find_state(runner(llm).vllm_config)
@@ -215,9 +250,21 @@ class TestWorkspace:
 
 
 @contextmanager
-def captured(llm, sizes, **settings):
-    """The engine as if it had captured decodes of some numbers of rows."""
-    with reconfigured(llm, **settings, kernels="triton"):
+def captured(llm, sizes, drafts=None, **settings):
+    """The engine as if it had captured decodes of some numbers of tokens.
+
+    Args:
+        drafts: Tokens of a draft that a request verifies; None: no speculation.
+    """
+    speculation = drafts and SimpleNamespace(
+        num_speculative_tokens=drafts, parallel_drafting=False
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner(llm).vllm_config, "speculative_config", speculation)
+        changed = reconfigured(llm, **settings, kernels="triton")
+        stack = ExitStack()
+        stack.enter_context(changed)
+    with stack:
         (builder,) = builders(llm)
         config = copy.copy(builder.vllm_config.compilation_config)
         config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
@@ -253,6 +300,70 @@ def test_an_engine_whose_every_decode_is_captured(llm):
     assert counted["dense_steps"] > 5  # decodes beside prompts: not captured
     assert counted["decode_tokens"] >= decoded["decode_tokens"]
     assert [a.token_ids for a in found] == [a.token_ids for a in wanted]
+
+
+@pytest.fixture
+def drafting(llm):
+    """Like `graphs`, of two requests that verify drafts of two tokens."""
+    with captured(llm, [6], drafts=2, **SETTINGS):
+        layers = runner(llm).vllm_config.compilation_config.static_forward_context
+        for layer in layers.values():
+            layer.kv_cache.normal_(generator=torch.Generator().manual_seed(1))
+        yield llm
+    llm.reset_prefix_cache()
+
+
+class TestDrafts:
+    """A draft's tokens are rows: what comes out is what single decodes give."""
+
+    LENS, TABLE = [700, 90], random_table(2)
+
+    def one_by_one(self, llm, query):
+        """The same tokens as six decodes of a step."""
+        lens = [end - back for end in self.LENS for back in (2, 1, 0)]
+        table = self.TABLE.repeat_interleave(3, 0)
+        with captured(llm, [], drafts=2, **SETTINGS):
+            (builder,) = builders(llm)
+            batch = builder.build(
+                0, common_metadata([1] * 6, lens, block_table_tensor=table)
+            )
+            assert batch.sparse and batch.num_decodes == 6
+            return run_layers(llm, batch, query)
+
+    def test_a_replay_is_the_decodes_one_by_one(self, drafting):
+        query = torch.randn(6, 6, 32, generator=torch.Generator().manual_seed(3))
+        graph = Graph(drafting, 2, query_len=3)
+        graph.replay([40, 500], random_table(2).flip(0), query.flip(0))
+        found = graph.replay(self.LENS, self.TABLE, query)
+        wanted = self.one_by_one(drafting, query)
+        # The dense layer extends, where decodes have an op of their own.
+        torch.testing.assert_close(found[0], wanted[0])
+        assert torch.equal(found[1:], wanted[1:])
+
+    def test_padding_comes_out_as_zeros(self, drafting):
+        query = torch.randn(6, 6, 32, generator=torch.Generator().manual_seed(3))
+        graph = Graph(drafting, 2, query_len=3)
+        found = graph.replay([700, 0], self.TABLE, query)
+        assert (found[1:, 3:] == 0).all()
+        assert torch.equal(found[1:, :3], self.one_by_one(drafting, query)[1:, :3])
+
+    def test_every_row_counts(self, drafting):
+        before = counters(drafting)
+        graph = Graph(drafting, 2, query_len=3)
+        graph.replay([700, 0], self.TABLE, torch.randn(6, 6, 32))
+        counted = counters(drafting) - before
+        assert (counted["sparse_steps"], counted["decode_tokens"]) == (1, 3)
+        assert counted["context_tokens"] == 700 + 699 + 698
+
+    def test_selection_has_room_for_every_row(self, drafting):
+        state = impls(drafting)[0].state
+        assert state.selection.topk_blocks.shape[1] == 4 * 3
+        assert state.rows_per_pass == 4 * 3
+
+    def test_longer_queries_are_not_captured(self, drafting):
+        (builder,) = builders(drafting)
+        with pytest.raises(ValueError, match="of 3 query tokens at most"):
+            builder.build_for_cudagraph_capture(common_metadata([4], [4]))
 
 
 class TestReplay:

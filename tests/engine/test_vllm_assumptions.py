@@ -8,6 +8,7 @@ import dataclasses
 import enum
 import inspect
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,12 +30,15 @@ from vllm.v1.attention.backend import (
     AttentionImpl,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
+    max_decode_query_len,
 )
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_layout import KVCacheLayout
+from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from vllm.v1.worker.block_table import ComputeSlotMappingKernel
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2ModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -300,6 +304,35 @@ class TestGraphs:
         uniform = GPUModelRunner._is_uniform_decode
         assert uniform(1, 1, num_tokens=3, num_reqs=3)
         assert not uniform(2, 1, num_tokens=4, num_reqs=3)
+
+    def test_v1_captures_drafts_of_one_length(self):
+        source = inspect.getsource(GPUModelRunner.__init__)
+        assert "self.uniform_decode_query_len = 1 + self.num_spec_tokens" in source
+        uniform = GPUModelRunner._is_uniform_decode
+        assert uniform(3, 3, num_tokens=6, num_reqs=2)
+        assert not uniform(3, 3, num_tokens=5, num_reqs=2)
+
+    def test_v2_rounds_their_tokens_up(self):
+        source = inspect.getsource(CudaGraphManager._init_candidates)
+        assert "rounded_num_tokens = round_up(num_tokens, decode_query_len)" in source
+
+    @pytest.mark.parametrize(
+        ("parallel_drafting", "v2", "longest"),
+        [(False, False, 4), (False, True, 4), (True, False, 7), (True, True, 4)],
+    )
+    def test_query_tokens_of_a_draft(self, parallel_drafting, v2, longest):
+        speculation = SimpleNamespace(
+            num_speculative_tokens=3, parallel_drafting=parallel_drafting
+        )
+        config = SimpleNamespace(speculative_config=speculation, use_v2_model_runner=v2)
+        assert max_decode_query_len(config) == longest
+
+    def test_a_draft_model_has_a_backend_of_its_own(self):
+        """Else its layers would come with our settings."""
+        source = inspect.getsource(SpecDecodeBaseProposer._create_draft_vllm_config)
+        assert "backend=spec_cfg.attention_backend" in source
+        source = inspect.getsource(SpecDecodeBaseProposer.initialize_attn_backend)
+        assert "attention_groups[backend_key].layer_names.append" in source
 
     def test_v2_pads_for_a_full_graph_only(self):
         source = inspect.getsource(DefaultModelState.prepare_attn)

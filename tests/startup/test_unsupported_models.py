@@ -37,6 +37,27 @@ ARGUMENTS = {
         "allowed: TIDAL (sparse decoding), or none (dense attention)",
     ),
 }
+# With speculative decoding: our settings, more of vLLM's, the message.
+SPECULATION = {
+    "reselect_interval": (
+        {"reselect_interval": 4},
+        {},
+        "tidal.reselect_interval = 4: speculative decoding takes back tokens",
+        "allowed with speculative_config: 1",
+    ),
+    "correction_interval": (
+        {"correction_interval": 32},
+        {},
+        "tidal.correction_interval = 32: speculative decoding takes back tokens",
+        "allowed with speculative_config: null",
+    ),
+    "attention_backend": (
+        {},
+        {"attention_backend": "tidal"},
+        "speculative_config.attention_backend = TIDAL: a draft model decodes densely",
+        "allowed None or another backend",
+    ),
+}
 # What only a layer knows is refused when it is built.
 LAYERS = {
     "alibi": "alibi_slopes = [0.0625, 0.00390625]: not supported by the TIDAL",
@@ -81,6 +102,18 @@ def test_an_mla_model_gives_that_one_reason(refusal):
 def test_refuses_engine_argument(refusal, case):
     arguments, given, allowed = ARGUMENTS[case]
     message = refusal(**arguments)
+    assert given in message
+    assert allowed in message
+
+
+@pytest.mark.parametrize("case", SPECULATION)
+def test_refuses_with_speculative_decoding(refusal, monkeypatch, case):
+    # As on a GPU: without Triton the platform refuses speculative decoding.
+    monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", True)
+    tidal, more, given, allowed = SPECULATION[case]
+    speculation = {"method": "ngram", "num_speculative_tokens": 2} | more
+    tidal = {"token_budget": 64, "select_layers": [2]} | tidal
+    message = refusal(tidal, speculative_config=speculation)
     assert given in message
     assert allowed in message
 

@@ -56,9 +56,11 @@ BELOW = {
     "startup": {"config", "policy", "plugin", "profiles"},
     "dense": {"ops"},
     "selection": set(),
+    "query_rows": set(),
     "sparse_state": {"dense", "ops", "policy", "selection", "startup"},
     "metadata": {
-        *("dense", "metrics", "plan_table", "policy", "sparse_state", "startup"),
+        *("dense", "metrics", "plan_table", "policy", "query_rows"),
+        *("sparse_state", "startup"),
     },
     "attention": {"metadata", "policy", "sparse_state", "startup"},
     "scheduler": {"metrics", "policy", "startup"},

@@ -372,14 +372,12 @@ def test_table():
 
 
 def test_table_when_off():
-    assert format_plan(
-        all_dense(8, "", "speculative decoding is on"), TidalConfig()
-    ) == (
+    assert format_plan(all_dense(8, "", "a test wants it"), TidalConfig()) == (
         "TIDAL sparse decoding of this model, 8 layers\n"
         "  DENSE 8      0-7\n"
         "  SELECT 0     none\n"
         "  SPARSE 0     none\n"
-        "  OFF          every step is dense: speculative decoding is on"
+        "  OFF          every step is dense: a test wants it"
     )
 
 
