@@ -122,6 +122,9 @@ def decode(dtype, head_size, num_heads, num_kv_heads, num_sets, cache_dtype, siz
     triton_ops.dense_decode(
         *(query, cache, table, lens, query.clone(), lse, block_lse, *partials, *scales)
     )
+    triton_ops.score_blocks(
+        *(query, cache, table, lens, lse, block_lse, partials[1], 0.1, 1.0, size)
+    )
     triton_ops.sparse_decode(
         *(query, cache, table, *sets, lens, query.clone(), lse, *partials, *scales)
     )
