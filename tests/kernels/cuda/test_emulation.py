@@ -6,7 +6,7 @@ import subprocess
 import pytest
 import torch
 
-from .cases import Case, make_sets, run_dense, run_sparse
+from .cases import Case, make_sets, run_dense, run_score, run_sparse
 from .emulator import (
     CSRC,
     FLAGS,
@@ -67,7 +67,7 @@ def each_order(runner, results):
 
 @pytest.mark.parametrize("size", [1, 8, 16, 32])
 def test_dense_decode_in_any_order_of_threads(runner, size):
-    case = Case(4, 2, 64, lens=(300, 33), select_block_size=size, block_size=32)
+    case = Case(4, 2, 64, lens=(300, -1, 33), select_block_size=size, block_size=32)
     batch = case.make()
 
     def results(kernels):
@@ -77,11 +77,23 @@ def test_dense_decode_in_any_order_of_threads(runner, size):
     each_order(runner, results)
 
 
+@pytest.mark.parametrize("case", [Case(4, 2, 64), Case(4, 2, 256, fp8=True)], ids=str)
+def test_score_blocks_in_any_order_of_threads(runner, case):
+    case = Case(**{**vars(case), "lens": (300, -1, 33)})
+    batch = case.make()
+
+    def results(kernels):
+        got = run_score(kernels, batch, case)
+        return got["lse"], got["block_lse"].nan_to_num(7.0)
+
+    each_order(runner, results)
+
+
 @pytest.mark.parametrize(
     "case", [Case(4, 2, 128), Case(4, 2, 256), Case(4, 2, 96, fp8=True)], ids=str
 )
 def test_sparse_decode_in_any_order_of_threads(runner, case):
-    case = Case(**{**vars(case), "lens": (300, 40, 0)})
+    case = Case(**{**vars(case), "lens": (300, 40, 0, -1)})
     batch = case.make()
     blocks, lens = make_sets(batch, case, "kv_head")
 
@@ -97,6 +109,6 @@ def test_select_blocks_in_any_order_of_threads(runner):
     each_order(
         runner,
         lambda kernels: select(
-            kernels, masses(2, 2, 1500, levels=50), [1500, 900], rule, num_sets=2
+            kernels, masses(3, 2, 1500, levels=50), [1500, -1, 900], rule, num_sets=2
         )[1:],
     )
