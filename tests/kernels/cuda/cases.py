@@ -168,11 +168,12 @@ def run_dense(kernels, batch: Batch, case: Case, keep: bool = True) -> dict:
     return tensors
 
 
-def run_score(kernels, batch: Batch, case: Case) -> dict:
-    """score_blocks over a cache whose values are all NaN."""
+def run_score(kernels, batch: Batch, case: Case, poison: bool = True) -> dict:
+    """score_blocks, with `poison` over a cache whose values are all NaN."""
     tensors = attend_tensors(batch, case)
     del tensors["output"], tensors["partial_out"]
-    tensors["kv_cache"] = without_values(batch.kv_cache)
+    if poison:
+        tensors["kv_cache"] = without_values(batch.kv_cache)
     tensors["block_lse"] = room_for_block_lse(batch, case)
     run(
         kernels,

@@ -2,11 +2,12 @@
 
 import re
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
 
-from .cases import Case, make_sets, run_dense, run_score, run_sparse
+from .cases import Case, assert_lse, make_sets, run_dense, run_score, run_sparse
 from .emulator import (
     CSRC,
     FLAGS,
@@ -49,6 +50,24 @@ def test_it_says(self_test, name):
         env=sanitized_environment(),
     )
     assert re.search(SAYS[name], done.stdout + done.stderr), done.stdout + done.stderr
+
+
+def test_score_blocks_reads_no_byte_of_v(runner):
+    """V of the last token lies behind the memory; dense_decode shows that it does."""
+    case = Case(2, 1, 64, lens=(64,))
+    batch = case.make()
+    keys = batch.keys[0][:, 0].contiguous()
+    overlapping = keys.new_zeros(65, 64).as_strided((4, 1, 16, 128), (1024, 64, 64, 1))
+    overlapping.as_strided((64, 64), (64, 1)).copy_(keys)
+    overlapping.untyped_storage().resize_(keys.nbytes)
+    in_order = torch.arange(4, dtype=torch.int32)[None]
+    batch = replace(batch, kv_cache=overlapping, block_table=in_order)
+    kernels = Emulator(runner)
+    got = run_score(kernels, batch, case, poison=False)
+    scores = batch.scale * batch.query[0].float() @ keys.float().T
+    assert_lse(got["lse"][0], scores.logsumexp(1), batch)
+    with pytest.raises(AssertionError, match="AddressSanitizer: heap-buffer-overflow"):
+        run_dense(kernels, batch, case)
 
 
 # In order, reversed, and three random orders, new in each round.
