@@ -141,10 +141,11 @@ def make_batch(
     shape = (num_kv_heads, head_size)
     keys = [torch.randn(n, *shape, generator=rng).to(dtype) for n in lens]
     values = [torch.randn(n, *shape, generator=rng).to(dtype) for n in lens]
-    shared = min(lens[0], lens[-1]) // block_size if len(lens) > 1 else 0
+    last = max((row for row, n in enumerate(given) if n >= 0), default=0)
+    shared = min(lens[0], lens[last]) // block_size if last else 0
     for row, seq_len in enumerate(lens):
         blocks = [pool.pop() for _ in range(needed[row])]
-        if shared and row == len(lens) - 1:
+        if shared and row == last:
             blocks[:shared] = table[0, :shared].tolist()
             for rows in (keys, values):
                 rows[row][: shared * block_size] = rows[0][: shared * block_size]

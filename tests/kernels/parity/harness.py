@@ -220,10 +220,11 @@ def reference_sparse(paged, sets, size):
     )
 
 
-def low_precision(paged, positions_of) -> torch.Tensor:
-    """Attention as it is without care: every step rounded to the query's dtype."""
+def low_precision(paged, positions_of, dtype=None) -> torch.Tensor:
+    """Attention as it is without care: every step rounded to `dtype`, the query's."""
     query, cache, table, _ = paged.cpu
-    dtype = paged.query.dtype
+    dtype = dtype or paged.query.dtype
+    wide = torch.promote_types(dtype, torch.float32)
     num_seqs, num_heads, head_size = query.shape
     group = num_heads // cache.shape[1]
     output = torch.zeros(query.shape)
@@ -235,9 +236,9 @@ def low_precision(paged, positions_of) -> torch.Tensor:
             blocks = table[row][at // cache.shape[2]].long()
             kv = cache[blocks, head // group, at % cache.shape[2]].to(dtype)
             scores = kv[:, :head_size] @ query[row, head].to(dtype)
-            scores = (scores * paged.batch.scale).float()
+            scores = (scores * paged.batch.scale).to(wide)
             weights = _rounded(scores.softmax(0), dtype)
-            values = kv[:, head_size:].float()
+            values = kv[:, head_size:].to(wide)
             output[row, head] = _rounded(weights @ values, dtype)
     return output
 
@@ -246,7 +247,7 @@ def _rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """To the precision of dtype; Triton's interpreter cuts a bf16 off."""
     if dtype is torch.bfloat16 and INTERPRETED:
         return (exact.view(torch.int32) & -(2**16)).view(torch.float32)
-    return exact.to(dtype).float()
+    return exact.to(dtype).to(exact.dtype)
 
 
 def assert_attends(actual, exact, careless) -> None:
