@@ -3,9 +3,10 @@ r"""What does it cost to keep the scores, beside dense decoding by others?
     python benchmarks/bench_dense_decode.py --out benchmarks/results/gpu.jsonl
 
 One layer's decode attention over shuffled pages: ours with and without `block_lse`,
-vLLM's FLASH_ATTN and TRITON_ATTN, xformers, FlashInfer (`--flashinfer`). All outputs
-are checked against the fp32 oracle before anything is timed. `share_of_copy`: bytes of
-K and V over the time, against a copy's bandwidth.
+vLLM's FLASH_ATTN and TRITON_ATTN, xformers, FlashInfer (`--flashinfer`); and our
+`score_blocks`, the scores alone. All outputs are checked against the fp32 oracle before
+anything is timed. `share_of_copy`: bytes of K and V (`score_blocks`: of K) over the
+time, against a copy's bandwidth.
 """
 
 import sys
@@ -49,6 +50,9 @@ def run(bench: timing.Bench, shape: Shape, batch: int, context: int, args) -> No
                     ratio_to_flash_attn=round(ratio, 3),
                     target=TARGET,
                 )
+        times = bench.time_us(decoder.score)
+        name = f"score_blocks, tidal {kernels.name}"
+        bench.add(about, name, times, case.dense_bytes // 2)
 
 
 def main() -> int:

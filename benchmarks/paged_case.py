@@ -158,7 +158,7 @@ def rule_of(
 
 @dataclass
 class Decoder:
-    """Our three ops on one case, with the buffers that they need."""
+    """Our ops on one case, with the buffers that they need."""
 
     case: Case
     rule: SelectionRule
@@ -189,6 +189,15 @@ class Decoder:
         size = self.rule.select_block_size if keep else None
         self.kernels.dense_decode(*self._sequences(), **self._more(size))
 
+    def score(self) -> None:
+        query, cache, table, lens = self._sequences()
+        self.kernels.score_blocks(
+            *(query, cache, table, lens),
+            scale=self.case.scale,
+            workspace=self.workspace,
+            select_block_size=self.rule.select_block_size,
+        )
+
     def select(self) -> None:
         self.kernels.select_blocks(
             self.case.seq_lens,
@@ -205,12 +214,15 @@ class Decoder:
         self.kernels.sparse_decode(query, cache, table, *chosen, lens, **more)
 
     def check(self) -> None:
-        """Raise unless all three ops are right on this case."""
+        """Raise unless all ops are right on this case."""
         size = self.rule.select_block_size
         self.dense()
         self.case.check_dense(self.output)
         self.dense(keep=True)
         self.case.check_dense(self.output)
+        self.select()
+        self._check_selection()
+        self.score()
         self.select()
         self._check_selection()
         self.output.zero_()

@@ -1,11 +1,11 @@
-// What dense_decode and sparse_decode share: one thread block attends up to 16 query
-// heads of one row to one split of its tokens. Has run under the CPU emulation only, not
-// yet on a GPU.
+// What dense_decode, score_blocks and sparse_decode share: one thread block attends up to
+// 16 query heads of one row to one split of its tokens. Has run under the CPU emulation
+// only, not yet on a GPU.
 //
 // Each warp takes tiles of 16 tokens of its own, through its own asynchronous pipeline:
 // no barrier of the block until the warps' results are joined at the end. A tile's row
-// is K and V of one token, copied together. q.k and p.v are mma.m16n8k16 with the heads
-// as rows, so each K/V row is read once for all heads of a unit.
+// is K and V of one token, copied together, or K alone. q.k and p.v are mma.m16n8k16
+// with the heads as rows, so each K/V row is read once for all heads of a unit.
 //
 // NOTE: fp8 rows are taken as 16-bit pairs of bytes and widened in registers, even bytes
 // into one operand and odd ones into another. So the dims of q.k meet in another order,
@@ -24,25 +24,30 @@ inline constexpr int kSharedLimit = 101376;  // bytes: sm_89 has the least
 inline constexpr int kMostStages = 6;
 inline constexpr int kRowPad = 16;  // bytes: eight rows at a time hit distinct banks
 
-template <class T_, class Stored_, int kHeadSize>
+// Without values (score_blocks) there is K in the tiles, and no output.
+template <class T_, class Stored_, int kHeadSize, bool kReadValues>
 struct Shape {
   using T = T_;
   using Stored = Stored_;
   static constexpr int head_size = kHeadSize;
   static constexpr bool fp8 = sizeof(Stored) == 1;
+  static constexpr bool read_values = kReadValues;
   static constexpr int warps = kHeadSize > 128 ? 2 : 4;
   static constexpr int threads = 32 * warps;
-  static constexpr int row_bytes = 2 * kHeadSize * sizeof(Stored);
-  static constexpr int value_byte = row_bytes / 2;
+  static constexpr int value_byte = kHeadSize * sizeof(Stored);
+  static constexpr int row_bytes = kReadValues ? 2 * value_byte : value_byte;
   static constexpr int chunks = row_bytes / 16;
+  // For L2: V is not to come along with K.
+  static constexpr int around = kReadValues || row_bytes % 128 == 0 ? 128 : 64;
   static constexpr int row_stride = row_bytes + kRowPad;
   static constexpr int stage_bytes = kTileTokens * row_stride;
   static constexpr int steps = kHeadSize / 16;
-  static constexpr bool query_in_shared = kHeadSize > 128;
+  static constexpr bool query_in_shared = kReadValues && kHeadSize > 128;
   static constexpr int query_bytes = query_in_shared ? steps * 32 * 16 : 0;
   static constexpr int stages =
       smaller(kMostStages, (kSharedLimit - query_bytes) / (warps * stage_bytes));
-  static constexpr int out_stride = kHeadSize + 4;  // floats
+  static constexpr int out_tiles = kReadValues ? 2 * steps : 0;  // of 8 dims each
+  static constexpr int out_stride = kReadValues ? kHeadSize + 4 : 0;  // floats
   static constexpr int join_bytes = warps * kTileHeads * (out_stride + 2) * 4;
   static constexpr int shared_bytes =
       larger(warps * stages * stage_bytes + query_bytes, join_bytes);
@@ -108,6 +113,7 @@ struct SparseSlots {
 // A thread block's share of the work.
 struct Share {
   int row;
+  int seq_len;
   int head;      // first
   int heads;     // at most kTileHeads
   int split;
@@ -124,9 +130,9 @@ struct Share {
 };
 
 // A set's slots in one row: tokens, or those of the chosen blocks.
-TIDAL_DEVICE int count_slots(const AttendParams& p, int row, int head) {
-  const int seq_len = p.seq_lens[row];
-  if (p.topk_lens == nullptr || seq_len == 0) return seq_len;
+TIDAL_DEVICE int count_slots(const AttendParams& p, int row, int head, int seq_len) {
+  if (seq_len <= 0) return 0;
+  if (p.topk_lens == nullptr) return seq_len;
   return p.topk_lens[row * p.topk_lens_row + head / p.heads_per_set] *
          p.select_block_size;
 }
@@ -141,20 +147,22 @@ TIDAL_DEVICE Share find_share(const AttendParams& p) {
   const int unit = block_x() / p.tiles_per_unit, tile = block_x() % p.tiles_per_unit;
   Share share;
   share.row = block_z();
+  share.seq_len = p.seq_lens[share.row];
   share.head = unit * p.heads_per_unit + tile * kTileHeads;
   share.heads = smaller(kTileHeads, p.heads_per_unit - tile * kTileHeads);
   share.split = block_y();
   share.grain = grain_of(p);
-  const int slots = count_slots(p, share.row, share.head);
+  const int slots = count_slots(p, share.row, share.head, share.seq_len);
   share.splits = split_row(slots, share.grain, p.splits, p.min_split_tokens);
   share.begin = share.split * share.splits.slots_each;
   share.end = smaller(slots, share.begin + share.splits.slots_each);
   return share;
 }
 
-// Whether there is anything to do, be it the zeros of an empty row.
+// Whether there is anything to do, be it the zeros of an empty row; not in one that is
+// left out.
 TIDAL_DEVICE bool has_work(const Share& share) {
-  return share.split < larger(share.splits.used, 1);
+  return share.seq_len >= 0 && share.split < larger(share.splits.used, 1);
 }
 
 // Of a warp: the output so far is out / sum, relative to 2**top.
@@ -162,7 +170,7 @@ template <class S>
 struct State {
   float top[2];  // of heads lane / 4 and lane / 4 + 8
   float sum[2];  // this lane's part
-  float out[2 * S::steps][4];
+  float out[S::read_values ? S::out_tiles : 1][4];
 };
 
 // Copies tiles to shared memory. A tile's addresses depend on two loads, one after the
@@ -219,15 +227,16 @@ struct Loader {
       const int row = chunk / S::chunks, byte = chunk % S::chunks * 16;
       const int64_t from = shuffle(offset, row);
       const int64_t first = (from < 0 ? 0 : from) * int64_t{sizeof(typename S::Stored)};
-      copy_async_16(to + row * S::row_stride + byte, cache + first + byte, from >= 0);
+      copy_async_16<S::around>(to + row * S::row_stride + byte, cache + first + byte,
+                               from >= 0);
     }
     find(next_position);
     next_position = position_of(tile + 2);
   }
 };
 
-// The query as mma's left operand, the same in all warps. With large heads the output
-// fills the registers, so it stays in shared memory, each lane's part of a step together.
+// The query as mma's left operand, the same in all warps. Where the output of large heads
+// fills the registers, it stays in shared memory, each lane's part of a step together.
 template <class S>
 struct Query {
   uint32_t in_registers[S::query_in_shared ? 1 : S::steps][4] = {};
@@ -330,14 +339,12 @@ TIDAL_DEVICE float or_zero_if_empty(float top) {
   return top == kMinusInfinity ? 0.f : top;
 }
 
-// Adds the tile's values, weighted by 2**(score - top). `tops` and `sums`: of this tile
-// alone, the sums this lane's part; `weights` relative to tops.
+// Adds the tile's weights to the state's sums. `tops` and `sums`: of this tile alone, the
+// sums this lane's part. From here on what the state had counts `keep` times as much,
+// the tile's `take` times.
 template <class S>
-TIDAL_DEVICE void add_values(const char* stage, const float (&tops)[2],
-                             const float (&sums)[2], const float (&weights)[2][4],
-                             State<S>& state) {
-  using T = typename S::T;
-  float keep[2], take[2];
+TIDAL_DEVICE void add_weights(const float (&tops)[2], const float (&sums)[2],
+                              State<S>& state, float (&keep)[2], float (&take)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float top = tops[half] > state.top[half] ? tops[half] : state.top[half];
@@ -346,9 +353,17 @@ TIDAL_DEVICE void add_values(const char* stage, const float (&tops)[2],
     state.top[half] = top;
     state.sum[half] = state.sum[half] * keep[half] + sums[half] * take[half];
   }
+}
+
+// Adds the tile's values; `weights` relative to its own largest score.
+template <class S>
+TIDAL_DEVICE void add_values(const char* stage, const float (&weights)[2][4],
+                             const float (&keep)[2], const float (&take)[2],
+                             State<S>& state) {
+  using T = typename S::T;
   if (ballot(keep[0] != 1.f || keep[1] != 1.f)) {
 #pragma unroll
-    for (int tile = 0; tile < 2 * S::steps; ++tile) {
+    for (int tile = 0; tile < S::out_tiles; ++tile) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) state.out[tile][r] *= keep[r / 2];
     }
@@ -419,7 +434,7 @@ TIDAL_DEVICE void attend_tiles(const AttendParams& p, const Slots& slots,
     state.sum[half] = 0.f;
   }
 #pragma unroll
-  for (int tile = 0; tile < 2 * S::steps; ++tile) {
+  for (int tile = 0; tile < S::out_tiles; ++tile) {
 #pragma unroll
     for (int r = 0; r < 4; ++r) state.out[tile][r] = 0.f;
   }
@@ -449,20 +464,32 @@ TIDAL_DEVICE void attend_tiles(const AttendParams& p, const Slots& slots,
       }
     }
     see(tile, scores, tops, sums, share.slot(warp, S::warps, tile));
-    add_values<S>(stage, tops, sums, weights, state);
+    float keep[2], take[2];
+    add_weights<S>(tops, sums, state, keep, take);
+    if constexpr (S::read_values) add_values<S>(stage, weights, keep, take, state);
   }
   wait_copies<0>();
 }
 
-template <class S>
-TIDAL_DEVICE void write_result(const AttendParams& p, const Share& share, int head,
-                               int dim, float first, float second, float lse) {
+// The row's, or the split's part of it.
+TIDAL_DEVICE void write_lse(const AttendParams& p, const Share& share, int head,
+                            float lse) {
   const int64_t at = static_cast<int64_t>(share.row) * p.num_heads + head;
   if (share.splits.used > 1) {
+    p.partial_lse[at * p.split_capacity + share.split] = lse;
+  } else {
+    p.lse[at] = lse;
+  }
+}
+
+template <class S>
+TIDAL_DEVICE void write_output(const AttendParams& p, const Share& share, int head,
+                               int dim, float first, float second) {
+  if (share.splits.used > 1) {
+    const int64_t at = static_cast<int64_t>(share.row) * p.num_heads + head;
     const int64_t part = at * p.split_capacity + share.split;
     p.partial_out[part * S::head_size + dim] = first;
     p.partial_out[part * S::head_size + dim + 1] = second;
-    if (dim == 0) p.partial_lse[part] = lse;
     return;
   }
   const uint32_t pair = pack(typename S::T{}, first, second);
@@ -470,7 +497,6 @@ TIDAL_DEVICE void write_result(const AttendParams& p, const Share& share, int he
                      head * p.output_head + dim;
   output[0] = static_cast<uint16_t>(pair);
   output[1] = static_cast<uint16_t>(pair >> 16);
-  if (dim == 0) p.lse[at] = lse;
 }
 
 // Joins the warps' states and writes the result, or the split's part of it.
@@ -491,7 +517,7 @@ TIDAL_DEVICE void join_warps(const AttendParams& p, const Share& share,
       sums[at] = sum;
     }
 #pragma unroll
-    for (int tile = 0; tile < 2 * S::steps; ++tile) {
+    for (int tile = 0; tile < S::out_tiles; ++tile) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         outs[at * S::out_stride + output_dim<S>(tile, i)] = state.out[tile][2 * half + i];
@@ -499,9 +525,10 @@ TIDAL_DEVICE void join_warps(const AttendParams& p, const Share& share,
     }
   }
   sync_block();
+  constexpr int kPairs = S::read_values ? S::head_size / 2 : 1;
 #pragma unroll 1
-  for (int i = thread_index(); i < share.heads * (S::head_size / 2); i += S::threads) {
-    const int head = i / (S::head_size / 2), dim = i % (S::head_size / 2) * 2;
+  for (int i = thread_index(); i < share.heads * kPairs; i += S::threads) {
+    const int head = i / kPairs, dim = i % kPairs * 2;
     float top = kMinusInfinity;
     for (int w = 0; w < S::warps; ++w) {
       const float other = tops[w * kTileHeads + head];
@@ -512,42 +539,49 @@ TIDAL_DEVICE void join_warps(const AttendParams& p, const Share& share,
       const int at = w * kTileHeads + head;
       const float weight = exp2_of(tops[at] - or_zero_if_empty(top));
       sum += weight * sums[at];
-      out[0] += weight * outs[at * S::out_stride + dim];
-      out[1] += weight * outs[at * S::out_stride + dim + 1];
+      if constexpr (S::read_values) {
+        out[0] += weight * outs[at * S::out_stride + dim];
+        out[1] += weight * outs[at * S::out_stride + dim + 1];
+      }
     }
     const bool empty = sum == 0.f;
-    const float factor = empty ? 0.f : p.v_scale / sum;
-    const float lse = empty ? kMinusInfinity : (top + log2_of(sum)) * kLn2;
-    write_result<S>(p, share, share.head + head, dim, out[0] * factor, out[1] * factor,
-                    lse);
+    if (dim == 0) {
+      const float lse = empty ? kMinusInfinity : (top + log2_of(sum)) * kLn2;
+      write_lse(p, share, share.head + head, lse);
+    }
+    if constexpr (S::read_values) {
+      const float factor = empty ? 0.f : p.v_scale / sum;
+      write_output<S>(p, share, share.head + head, dim, out[0] * factor,
+                      out[1] * factor);
+    }
   }
 }
 
 // Calls launch(shape) with the Shape that fits.
-template <class T, class Stored, class Launch>
+template <bool kReadValues, class T, class Stored, class Launch>
 void for_head_size(const AttendParams& p, Launch&& launch) {
   switch (p.head_size) {
     case 64:
-      return launch(Shape<T, Stored, 64>{});
+      return launch(Shape<T, Stored, 64, kReadValues>{});
     case 96:
-      return launch(Shape<T, Stored, 96>{});
+      return launch(Shape<T, Stored, 96, kReadValues>{});
     case 128:
-      return launch(Shape<T, Stored, 128>{});
+      return launch(Shape<T, Stored, 128, kReadValues>{});
     case 256:
-      return launch(Shape<T, Stored, 256>{});
+      return launch(Shape<T, Stored, 256, kReadValues>{});
   }
   throw std::logic_error("a head_size that the checks let pass has no kernel");
 }
 
-template <class Launch>
+template <bool kReadValues, class Launch>
 void for_shape(const AttendParams& p, Launch&& launch) {
   const bool fp8 = p.stored == Element::kFp8E4m3;
   if (p.element == Element::kBf16) {
-    return fp8 ? for_head_size<bf16, fp8_e4m3>(p, launch)
-               : for_head_size<bf16, bf16>(p, launch);
+    return fp8 ? for_head_size<kReadValues, bf16, fp8_e4m3>(p, launch)
+               : for_head_size<kReadValues, bf16, bf16>(p, launch);
   }
-  return fp8 ? for_head_size<fp16, fp8_e4m3>(p, launch)
-             : for_head_size<fp16, fp16>(p, launch);
+  return fp8 ? for_head_size<kReadValues, fp16, fp8_e4m3>(p, launch)
+             : for_head_size<kReadValues, fp16, fp16>(p, launch);
 }
 
 }  // namespace tidal

@@ -51,27 +51,50 @@ tidal::TensorView view(const Tensor& t) {
   return result;
 }
 
-void dense_decode(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
-                  const Tensor& seq_lens, const Tensor& output, const Tensor& lse,
-                  std::optional<Tensor> block_lse, const Tensor& partial_out,
-                  const Tensor& partial_lse, double scale, double k_scale, double v_scale,
-                  int64_t select_block_size) {
+// What all ops that attend begin with.
+tidal::AttendArguments attend_arguments(const Tensor& query, const Tensor& kv_cache,
+                                        const Tensor& block_table,
+                                        const Tensor& seq_lens, const Tensor& lse,
+                                        const Tensor& partial_lse, double scale,
+                                        double k_scale, int64_t select_block_size) {
   tidal::AttendArguments a;
   a.query = view(query);
   a.kv_cache = view(kv_cache);
   a.block_table = view(block_table);
   a.seq_lens = view(seq_lens);
-  a.output = view(output);
   a.lse = view(lse);
-  tidal::TensorView scores;
-  if (block_lse) a.block_lse = &(scores = view(*block_lse));
-  a.partial_out = view(partial_out);
   a.partial_lse = view(partial_lse);
   a.scale = scale;
   a.k_scale = k_scale;
-  a.v_scale = v_scale;
   a.select_block_size = select_block_size;
+  return a;
+}
+
+void dense_decode(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
+                  const Tensor& seq_lens, const Tensor& output, const Tensor& lse,
+                  std::optional<Tensor> block_lse, const Tensor& partial_out,
+                  const Tensor& partial_lse, double scale, double k_scale, double v_scale,
+                  int64_t select_block_size) {
+  auto a = attend_arguments(query, kv_cache, block_table, seq_lens, lse, partial_lse,
+                            scale, k_scale, select_block_size);
+  const tidal::TensorView out = view(output), part = view(partial_out);
+  a.output = &out;
+  a.partial_out = &part;
+  tidal::TensorView scores;
+  if (block_lse) a.block_lse = &(scores = view(*block_lse));
+  a.v_scale = v_scale;
   tidal::dense_decode(a);
+}
+
+void score_blocks(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
+                  const Tensor& seq_lens, const Tensor& lse, const Tensor& block_lse,
+                  const Tensor& partial_lse, double scale, double k_scale,
+                  int64_t select_block_size) {
+  auto a = attend_arguments(query, kv_cache, block_table, seq_lens, lse, partial_lse,
+                            scale, k_scale, select_block_size);
+  const tidal::TensorView scores = view(block_lse);
+  a.block_lse = &scores;
+  tidal::score_blocks(a);
 }
 
 void sparse_decode(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
@@ -79,22 +102,15 @@ void sparse_decode(const Tensor& query, const Tensor& kv_cache, const Tensor& bl
                    const Tensor& seq_lens, const Tensor& output, const Tensor& lse,
                    const Tensor& partial_out, const Tensor& partial_lse, double scale,
                    double k_scale, double v_scale, int64_t select_block_size) {
-  tidal::AttendArguments a;
-  a.query = view(query);
-  a.kv_cache = view(kv_cache);
-  a.block_table = view(block_table);
+  auto a = attend_arguments(query, kv_cache, block_table, seq_lens, lse, partial_lse,
+                            scale, k_scale, select_block_size);
+  const tidal::TensorView out = view(output), part = view(partial_out);
+  a.output = &out;
+  a.partial_out = &part;
   const tidal::TensorView blocks = view(topk_blocks), lens = view(topk_lens);
   a.topk_blocks = &blocks;
   a.topk_lens = &lens;
-  a.seq_lens = view(seq_lens);
-  a.output = view(output);
-  a.lse = view(lse);
-  a.partial_out = view(partial_out);
-  a.partial_lse = view(partial_lse);
-  a.scale = scale;
-  a.k_scale = k_scale;
   a.v_scale = v_scale;
-  a.select_block_size = select_block_size;
   tidal::sparse_decode(a);
 }
 
@@ -127,6 +143,10 @@ STABLE_TORCH_LIBRARY(tidal, m) {
       "Tensor(d!) partial_out, Tensor(e!) partial_lse, float scale, float k_scale, "
       "float v_scale, int select_block_size) -> ()");
   m.def(
+      "score_blocks(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
+      "Tensor(a!) lse, Tensor(b!) block_lse, Tensor(c!) partial_lse, float scale, "
+      "float k_scale, int select_block_size) -> ()");
+  m.def(
       "sparse_decode(Tensor query, Tensor kv_cache, Tensor block_table, "
       "Tensor topk_blocks, Tensor topk_lens, Tensor seq_lens, Tensor(a!) output, "
       "Tensor(b!) lse, Tensor(c!) partial_out, Tensor(d!) partial_lse, float scale, "
@@ -141,6 +161,7 @@ STABLE_TORCH_LIBRARY(tidal, m) {
 // For all devices: a tensor on a wrong one is refused by name.
 STABLE_TORCH_LIBRARY_IMPL(tidal, CompositeExplicitAutograd, m) {
   m.impl("dense_decode", TORCH_BOX(&dense_decode));
+  m.impl("score_blocks", TORCH_BOX(&score_blocks));
   m.impl("sparse_decode", TORCH_BOX(&sparse_decode));
   m.impl("select_blocks", TORCH_BOX(&select_blocks));
 }

@@ -1,6 +1,7 @@
 // dense_decode: one query token per sequence against all its tokens, keeping the lse of
-// each selection block. Defined by tidal_vllm/ops/reference.py. Has run under the CPU
-// emulation only, not yet on a GPU.
+// each selection block; score_blocks, the same kernel without values: the lse alone.
+// Defined by tidal_vllm/ops/reference.py. Has run under the CPU emulation only, not yet
+// on a GPU.
 #pragma once
 
 #include "attend.cuh"
@@ -86,7 +87,7 @@ template <class S>
 TIDAL_KERNEL(S::threads, 2) dense_decode_kernel(const AttendParams p) {
   const Share share = find_share(p);
   if (!has_work(share)) return;
-  const DenseSlots slots{p.seq_lens[share.row]};
+  const DenseSlots slots{share.seq_len};
   State<S> state;
   attend_tiles<S>(p, slots, share, state, BlockLse{p, share, {}, {}});
   join_warps<S>(p, share, state);

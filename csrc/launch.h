@@ -17,6 +17,7 @@ Stream current_stream(int device_index);
 
 // Each throws std::runtime_error if the launch fails.
 void launch_dense_decode(const AttendParams& p, const Stream& stream);
+void launch_score_blocks(const AttendParams& p, const Stream& stream);
 void launch_sparse_decode(const AttendParams& p, const Stream& stream);
 void launch_select_blocks(const SelectParams& p, const Stream& stream);
 

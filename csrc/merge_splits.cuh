@@ -12,21 +12,26 @@ struct Stream;
 // On the current device; nothing to do where no row can have been split.
 void launch_merge(const AttendParams& p, const Stream& stream);
 
-// Grid: heads, rows. A row with one split has been written by it.
+// Grid: heads, rows. A row with one split has been written by it; one that is left out
+// has none.
 template <class T>
 TIDAL_KERNEL(kMergeThreads, 1) merge_splits_kernel(const AttendParams p) {
   const int head = block_x(), row = block_y();
-  const int slots = count_slots(p, row, head);
+  const int slots = count_slots(p, row, head, p.seq_lens[row]);
   const int used = split_row(slots, grain_of(p), p.splits, p.min_split_tokens).used;
   if (used <= 1) return;
   const int64_t at = static_cast<int64_t>(row) * p.num_heads + head;
   const float* lses = p.partial_lse + at * p.split_capacity;
-  const float* outs = p.partial_out + at * p.split_capacity * p.head_size;
   float top = kMinusInfinity, sum = 0.f;
   for (int i = 0; i < used; ++i) top = lses[i] > top ? lses[i] : top;
   const float base = or_zero_if_empty(top);
   for (int i = 0; i < used; ++i) sum += exp2_of((lses[i] - base) * kLog2E);
+  if (thread_index() == 0) {
+    p.lse[at] = sum == 0.f ? kMinusInfinity : base + log2_of(sum) * kLn2;
+  }
+  if (p.output == nullptr) return;
   const float factor = sum == 0.f ? 0.f : 1.f / sum;
+  const float* outs = p.partial_out + at * p.split_capacity * p.head_size;
   uint16_t* output = static_cast<uint16_t*>(p.output) + row * p.output_row +
                      head * p.output_head;
   for (int dim = 2 * thread_index(); dim < p.head_size; dim += 2 * kMergeThreads) {
@@ -40,9 +45,6 @@ TIDAL_KERNEL(kMergeThreads, 1) merge_splits_kernel(const AttendParams p) {
     const uint32_t pair = pack(T{}, out[0] * factor, out[1] * factor);
     output[dim] = static_cast<uint16_t>(pair);
     output[dim + 1] = static_cast<uint16_t>(pair >> 16);
-  }
-  if (thread_index() == 0) {
-    p.lse[at] = sum == 0.f ? kMinusInfinity : base + log2_of(sum) * kLn2;
   }
 }
 

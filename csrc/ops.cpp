@@ -62,25 +62,30 @@ void check_paged(Checks& checks, const AttendArguments& a) {
 
 void check_results(Checks& checks, const AttendArguments& a) {
   const int64_t rows = a.query.size(0), heads = a.query.size(1), dims = a.query.size(2);
-  checks.tensor(a.output, "output", 3, {a.query.dtype.c_str()});
-  checks.size_at_least(a.output, "output", 0, rows, "as query has rows");
-  checks.size(a.output, "output", 1, heads, "as in query");
-  checks.size(a.output, "output", 2, dims, "as in query");
+  if (a.output) {
+    checks.tensor(*a.output, "output", 3, {a.query.dtype.c_str()});
+    checks.size_at_least(*a.output, "output", 0, rows, "as query has rows");
+    checks.size(*a.output, "output", 1, heads, "as in query");
+    checks.size(*a.output, "output", 2, dims, "as in query");
+    checks.tensor(*a.partial_out, "partial_out", 4, {"float32"});
+    checks.size_at_least(*a.partial_out, "partial_out", 0, rows, "as query has rows");
+    checks.size(*a.partial_out, "partial_out", 1, heads, "the number of heads");
+    checks.in_range("partial_out.size(2)", a.partial_out->size(2), 1);
+    checks.size(*a.partial_out, "partial_out", 3, dims, "the head size");
+    checks.contiguous(*a.partial_out, "partial_out");
+  }
   checks.tensor(a.lse, "lse", 2, {"float32"});
   checks.size_at_least(a.lse, "lse", 0, rows, "as query has rows");
   checks.size(a.lse, "lse", 1, heads, "the number of heads");
   checks.contiguous(a.lse, "lse");
-  checks.tensor(a.partial_out, "partial_out", 4, {"float32"});
-  checks.size_at_least(a.partial_out, "partial_out", 0, rows, "as query has rows");
-  checks.size(a.partial_out, "partial_out", 1, heads, "the number of heads");
-  checks.in_range("partial_out.size(2)", a.partial_out.size(2), 1);
-  checks.size(a.partial_out, "partial_out", 3, dims, "the head size");
-  checks.contiguous(a.partial_out, "partial_out");
   checks.tensor(a.partial_lse, "partial_lse", 3, {"float32"});
   checks.size_at_least(a.partial_lse, "partial_lse", 0, rows, "as query has rows");
   checks.size(a.partial_lse, "partial_lse", 1, heads, "the number of heads");
-  checks.size(a.partial_lse, "partial_lse", 2, a.partial_out.size(2),
-              "as in partial_out");
+  checks.in_range("partial_lse.size(2)", a.partial_lse.size(2), 1);
+  if (a.partial_out) {
+    checks.size(a.partial_lse, "partial_lse", 2, a.partial_out->size(2),
+                "as in partial_out");
+  }
   checks.contiguous(a.partial_lse, "partial_lse");
 }
 
@@ -111,9 +116,7 @@ AttendParams params_of(const AttendArguments& a) {
   p.kv_cache = a.kv_cache.data;
   p.block_table = static_cast<const int*>(a.block_table.data);
   p.seq_lens = static_cast<const int*>(a.seq_lens.data);
-  p.output = a.output.data;
   p.lse = static_cast<float*>(a.lse.data);
-  p.partial_out = static_cast<float*>(a.partial_out.data);
   p.partial_lse = static_cast<float*>(a.partial_lse.data);
   p.query_row = a.query.stride(0);
   p.query_head = a.query.stride(1);
@@ -121,8 +124,12 @@ AttendParams params_of(const AttendArguments& a) {
   p.cache_head = a.kv_cache.stride(1);
   p.cache_token = a.kv_cache.stride(2);
   p.table_row = a.block_table.stride(0);
-  p.output_row = a.output.stride(0);
-  p.output_head = a.output.stride(1);
+  if (a.output) {
+    p.output = a.output->data;
+    p.output_row = a.output->stride(0);
+    p.output_head = a.output->stride(1);
+    p.partial_out = static_cast<float*>(a.partial_out->data);
+  }
   p.element = element_of(a.query.dtype);
   p.stored = element_of(a.kv_cache.dtype);
   p.num_seqs = static_cast<int>(a.query.size(0));
@@ -132,7 +139,7 @@ AttendParams params_of(const AttendArguments& a) {
   p.heads_per_unit = p.group;
   p.block_size = static_cast<int>(a.kv_cache.size(2));
   p.select_block_size = static_cast<int>(a.select_block_size);
-  p.split_capacity = static_cast<int>(a.partial_out.size(2));
+  p.split_capacity = static_cast<int>(a.partial_lse.size(2));
   p.scale_log2 = static_cast<float>(a.scale * a.k_scale * kLog2E);
   p.v_scale = static_cast<float>(a.v_scale);
   return p;
@@ -147,10 +154,10 @@ void plan(AttendParams& p, int processors, int splits_at_least, int split_tokens
   p.min_split_tokens = limits.min_tokens;
 }
 
-}  // namespace
-
-void dense_decode(const AttendArguments& a) {
-  Checks checks("dense_decode", kDeviceType);
+// All tokens of each row.
+void attend_densely(const char* op, const AttendArguments& a,
+                    void (*launch)(const AttendParams&, const Stream&)) {
+  Checks checks(op, kDeviceType);
   check_paged(checks, a);
   check_results(checks, a);
   if (a.block_lse) {
@@ -169,7 +176,17 @@ void dense_decode(const AttendArguments& a) {
   }
   plan(p, count_processors(checks.device_index()), kDenseSplitsAtLeast,
        kDenseSplitTokens);
-  launch_dense_decode(p, current_stream(checks.device_index()));
+  launch(p, current_stream(checks.device_index()));
+}
+
+}  // namespace
+
+void dense_decode(const AttendArguments& a) {
+  attend_densely("dense_decode", a, launch_dense_decode);
+}
+
+void score_blocks(const AttendArguments& a) {
+  attend_densely("score_blocks", a, launch_score_blocks);
 }
 
 void sparse_decode(const AttendArguments& a) {

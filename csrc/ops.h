@@ -1,4 +1,4 @@
-// The three ops: tidal_vllm/ops/cuda.py says what they take, reference.py what they mean.
+// The four ops: tidal_vllm/ops/cuda.py says what they take, reference.py what they mean.
 // Each checks its arguments (std::invalid_argument names argument, value and what is
 // allowed), then launches; nothing is allocated or waited for, so all can be captured.
 #pragma once
@@ -9,9 +9,10 @@
 namespace tidal {
 
 struct AttendArguments {
-  TensorView query, kv_cache, block_table, seq_lens, output, lse, partial_out,
-      partial_lse;
-  const TensorView* block_lse = nullptr;    // dense_decode only, and optional there
+  TensorView query, kv_cache, block_table, seq_lens, lse, partial_lse;
+  const TensorView* output = nullptr;       // not score_blocks
+  const TensorView* partial_out = nullptr;  // not score_blocks
+  const TensorView* block_lse = nullptr;    // not sparse_decode; dense_decode: optional
   const TensorView* topk_blocks = nullptr;  // sparse_decode only
   const TensorView* topk_lens = nullptr;    // sparse_decode only
   double scale = 0, k_scale = 1, v_scale = 1;
@@ -25,6 +26,7 @@ struct SelectArguments {
 };
 
 void dense_decode(const AttendArguments& arguments);
+void score_blocks(const AttendArguments& arguments);
 void sparse_decode(const AttendArguments& arguments);
 void select_blocks(const SelectArguments& arguments);
 

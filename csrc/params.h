@@ -9,18 +9,19 @@ namespace tidal {
 
 enum class Element : int { kBf16, kFp16, kFp8E4m3 };
 
-// dense_decode and sparse_decode.
+// dense_decode, score_blocks and sparse_decode.
 struct AttendParams {
   const void* query;         // [S, H, D] bf16 or fp16, last dim contiguous
   const void* kv_cache;      // [B, Hkv, block_size, 2D], K then V; query's type or fp8
   const int* block_table;    // [S, M] physical block ids
-  const int* seq_lens;       // [S]; 0: a padded row
+  const int* seq_lens;       // [S]; 0: a padded row; negative: one that is left out
   const int* topk_blocks;    // [S, G, max_blocks] logical; sparse_decode only
   const int* topk_lens;      // [S, G]; sparse_decode only
-  void* output;              // [S, H, D] as query
+  void* output;              // [S, H, D] as query; null in score_blocks
   float* lse;                // [S, H] contiguous, natural logarithm
-  float* block_lse;          // [S, H, N] or null; dense_decode only
-  float* partial_out;        // [S, H, P, D] contiguous, each normalised by itself
+  float* block_lse;          // [S, H, N] or null; not sparse_decode
+  float* partial_out;        // [S, H, P, D] contiguous, each normalised by itself; null
+                             // in score_blocks
   float* partial_lse;        // [S, H, P] contiguous, natural logarithm
 
   int64_t query_row, query_head;
@@ -60,7 +61,7 @@ inline int thread_blocks(const AttendParams& p) {
 struct SelectParams {
   const float* block_lse;  // [S, H, N], last dim contiguous
   const float* lse;        // [S, H] contiguous
-  const int* seq_lens;     // [S]
+  const int* seq_lens;     // [S]; negative: a row that is left out
   int* topk_blocks;        // [S, G, max_blocks], last dim contiguous
   int* topk_lens;          // [S, G]
   float* mass;             // [S, G, N] workspace, last dim contiguous

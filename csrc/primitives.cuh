@@ -135,11 +135,13 @@ TIDAL_DEVICE void mma(fp16, float (&to)[4], const uint32_t (&a)[4], uint32_t b0,
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// 16 bytes to shared memory; zeros, and nothing is read, unless valid.
+// 16 bytes to shared memory; zeros, and nothing is read, unless valid. L2 brings the
+// aligned kAround bytes, 64 or 128, that they are in.
+template <int kAround>
 TIDAL_DEVICE void copy_async_16(char* to, const char* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
+  asm volatile("cp.async.cg.shared.global.L2::%3B [%0], [%1], 16, %2;" ::"r"(
                    shared_address(to)),
-               "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0)
+               "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0), "n"(kAround)
                : "memory");
 }
 TIDAL_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -182,7 +182,9 @@ TIDAL_DEVICE void write_heaviest(ChooseShared* shared, const float* mass, int co
 TIDAL_KERNEL(kChooseThreads, 1) choose_blocks(const SelectParams p) {
   ChooseShared* shared = reinterpret_cast<ChooseShared*>(shared_memory());
   const int set = block_x(), row = block_y(), thread = thread_index();
-  const Kept kept = kept_of(p, p.seq_lens[row]);
+  const int seq_len = p.seq_lens[row];
+  if (seq_len < 0) return;
+  const Kept kept = kept_of(p, seq_len);
   const int blocks = smaller(kept.blocks, p.max_blocks);
   int* chosen = p.topk_blocks + row * p.topk_row + set * p.topk_set;
   if (thread == 0) p.topk_lens[row * p.topk_lens_row + set] = blocks;

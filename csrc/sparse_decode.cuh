@@ -17,9 +17,9 @@ TIDAL_KERNEL(S::threads, 2) sparse_decode_kernel(const AttendParams p) {
   const Share share = find_share(p);
   if (!has_work(share)) return;
   const int set = share.head / p.heads_per_set;
-  const SparseSlots slots{count_slots(p, share.row, share.head),
+  const SparseSlots slots{count_slots(p, share.row, share.head, share.seq_len),
                           p.topk_blocks + share.row * p.topk_row + set * p.topk_set,
-                          p.select_block_size, p.seq_lens[share.row]};
+                          p.select_block_size, share.seq_len};
   State<S> state;
   attend_tiles<S>(p, slots, share, state, NothingKept{});
   join_warps<S>(p, share, state);

@@ -3,8 +3,8 @@
     python -m tests.kernels.compile_child sm_90 [--all]
 
 With --all for every set-up, else for those of `OF_TARGET`, which take less time. Prints
-a line of JSON per kernel: its name, set-up, shared memory and, in `spills`, the bytes
-(NVIDIA) or registers (AMD) that did not fit into registers.
+a line of JSON per kernel: its name, set-up, whether it reads V, shared memory and, in
+`spills`, the bytes (NVIDIA) or registers (AMD) that did not fit into registers.
 """
 
 import json
@@ -69,9 +69,9 @@ def target_of(name: str) -> GPUTarget:
     return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
 
 
-def report(compiled, name: str, setup: str) -> None:
+def report(compiled, line: dict) -> None:
     asm = compiled.asm
-    line = {"kernel": name, "setup": setup, "shared": compiled.metadata.shared}
+    line["shared"] = compiled.metadata.shared
     if "cubin" in asm:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(asm["cubin"])
@@ -96,7 +96,8 @@ def main(target: str, everything: bool) -> None:
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
-        report(compiled, self.fn.__name__, current[0])
+        line = {"kernel": self.fn.__name__, "setup": current[0]}
+        report(compiled, line | {"values": kwargs.get("READ_VALUES")})
 
     JITFunction.run = compile_only
     for name in SET_UPS if everything else OF_TARGET[target]:
@@ -121,6 +122,9 @@ def decode(dtype, head_size, num_heads, num_kv_heads, num_sets, cache_dtype, siz
     scales = (0.1, 1.0, 1.0, size)
     triton_ops.dense_decode(
         *(query, cache, table, lens, query.clone(), lse, block_lse, *partials, *scales)
+    )
+    triton_ops.score_blocks(
+        *(query, cache, table, lens, lse, block_lse, partials[1], 0.1, 1.0, size)
     )
     triton_ops.sparse_decode(
         *(query, cache, table, *sets, lens, query.clone(), lse, *partials, *scales)

@@ -21,7 +21,7 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session", params=["triton", "cuda"] if HAS_GPU else ["triton"])
 def kernels(request, device):
-    """The module under test: dense_decode, select_blocks and sparse_decode."""
+    """The module under test: the four decode ops over given tensors."""
     from tidal_vllm import ops
 
     case = {"head_size": 128, "dtype": torch.bfloat16}

@@ -5,7 +5,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from reference.cases import make_batch
+from reference.cases import make_batch, without_values
 
 from tidal_vllm import ops
 from tidal_vllm.config import TidalConfigError
@@ -210,6 +210,45 @@ class TestTheReferenceBehindIt:
         )
         assert torch.equal(output, out)
         assert torch.equal(work.lse, lse)
+
+    def test_rows_left_out_stay_as_they_were(self):
+        batch = make_batch([100, -1, 0, -30])
+        query, cache, table, lens = batch.paged
+        work, output = self.workspace(), torch.full_like(query, 42.0)
+        given = {"scale": batch.scale, "workspace": work, "select_block_size": 16}
+        topk_blocks = torch.full((4, 1, 7), 42, dtype=torch.int32)
+        topk_lens = torch.full((4, 1), 42, dtype=torch.int32)
+        rows, others = [0, 2], [1, 3]
+
+        self.kernels.dense_decode(*batch.paged, **given, output=output)
+        whole, lse, block_lse = reference.dense_decode(
+            *batch.paged, scale=batch.scale, select_block_size=16
+        )
+        assert torch.equal(output[rows], whole[rows])
+        assert (output[others] == 42).all()
+
+        self.kernels.score_blocks(query, without_values(cache), table, lens, **given)
+        torch.testing.assert_close(work.lse, lse)
+        torch.testing.assert_close(work.block_lse, block_lse)
+
+        self.kernels.select_blocks(
+            lens,
+            rule=RULE,
+            workspace=work,
+            topk_blocks=topk_blocks,
+            topk_lens=topk_lens,
+        )
+        assert topk_lens.flatten().tolist() == [4, 42, 0, 42]
+        assert (topk_blocks[others] == 42).all()
+
+        output.fill_(42.0)
+        self.kernels.sparse_decode(
+            *(query, cache, table, topk_blocks, topk_lens, lens),
+            **given,
+            output=output,
+        )
+        assert output[0].any() and not output[2].any()
+        assert (output[others] == 42).all()
 
     def test_a_plain_decode_leaves_the_scores_of_the_last_select_layer(self):
         batch = make_batch([40])

@@ -126,11 +126,13 @@ def make_batch(
     common blocks, as with prefix caching.
 
     Args:
+        seq_lens: a negative one is a row that is left out: no tokens, and a block
+            table row of anything.
         sharpness: factor on the scale; 30 gives scores of a few hundred.
         num_queries: rows of query; one per sequence when absent.
     """
     rng = torch.Generator().manual_seed(seed)
-    lens = list(seq_lens)
+    given, lens = list(seq_lens), [max(n, 0) for n in seq_lens]
     needed = [-(-n // block_size) for n in lens]
     num_blocks = sum(needed) + 3
     cache = LAYOUTS[layout](num_blocks, num_kv_heads, block_size, 2 * head_size, dtype)
@@ -139,10 +141,11 @@ def make_batch(
     shape = (num_kv_heads, head_size)
     keys = [torch.randn(n, *shape, generator=rng).to(dtype) for n in lens]
     values = [torch.randn(n, *shape, generator=rng).to(dtype) for n in lens]
-    shared = min(lens[0], lens[-1]) // block_size if len(lens) > 1 else 0
+    last = max((row for row, n in enumerate(given) if n >= 0), default=0)
+    shared = min(lens[0], lens[last]) // block_size if last else 0
     for row, seq_len in enumerate(lens):
         blocks = [pool.pop() for _ in range(needed[row])]
-        if shared and row == len(lens) - 1:
+        if shared and row == last:
             blocks[:shared] = table[0, :shared].tolist()
             for rows in (keys, values):
                 rows[row][: shared * block_size] = rows[0][: shared * block_size]
@@ -154,16 +157,28 @@ def make_batch(
     num_queries = len(lens) if num_queries is None else num_queries
     num_heads = num_kv_heads * group
     query = torch.randn(num_queries, num_heads, head_size, generator=rng).to(dtype)
+    left_out = torch.tensor(given) < 0
+    anything = torch.randint(-(2**31), 2**31, table.shape, generator=rng)
     return Batch(
         query=query,
         kv_cache=cache,
-        block_table=table.to(torch.int32),
-        seq_lens=torch.tensor(lens, dtype=torch.int32),
+        block_table=torch.where(left_out[:, None], anything, table).to(torch.int32),
+        seq_lens=torch.tensor(given, dtype=torch.int32),
         keys=keys,
         values=values,
         scale=sharpness * head_size**-0.5,
         layout=layout,
     )
+
+
+def without_values(kv_cache: torch.Tensor) -> torch.Tensor:
+    """A copy of the same strides in which all of V is NaN."""
+    storage = kv_cache.untyped_storage().clone()
+    copy = torch.empty(0, dtype=kv_cache.dtype, device=kv_cache.device).set_(storage)
+    copy = copy.as_strided(kv_cache.shape, kv_cache.stride(), kv_cache.storage_offset())
+    values = copy[..., kv_cache.shape[3] // 2 :]
+    values.copy_(torch.full(values.shape, math.nan).to(kv_cache.dtype))
+    return copy
 
 
 def near(*sizes: int, limit: int) -> st.SearchStrategy[int]:
@@ -176,11 +191,14 @@ def near(*sizes: int, limit: int) -> st.SearchStrategy[int]:
 
 
 @st.composite
-def batches(draw, max_len=100, min_seqs=1, max_seqs=3, dtypes=DTYPES) -> Batch:
+def batches(
+    draw, max_len=100, min_seqs=1, max_seqs=3, dtypes=DTYPES, leave_out=True
+) -> Batch:
     block_size = draw(st.sampled_from((16, 32, 48)))
-    lens = draw(
-        st.lists(near(block_size, limit=max_len), min_size=min_seqs, max_size=max_seqs)
-    )
+    length = near(block_size, limit=max_len)
+    if leave_out:
+        length = st.one_of(length, length, length, st.sampled_from((-1, -50)))
+    lens = draw(st.lists(length, min_size=min_seqs, max_size=max_seqs))
     return make_batch(
         lens,
         num_kv_heads=draw(st.sampled_from((1, 2, 3))),

@@ -1,3 +1,5 @@
+"""dense_decode, and score_blocks: its lse and block_lse, without V."""
+
 import math
 from unittest import mock
 
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidal_vllm.ops import kv_rows, reference
-from tidal_vllm.ops.reference import dense_decode
+from tidal_vllm.ops.reference import dense_decode, score_blocks
 
 from . import naive
 from .cases import (
@@ -19,6 +21,7 @@ from .cases import (
     batches,
     law,
     make_batch,
+    without_values,
 )
 
 
@@ -37,12 +40,25 @@ def check(batch, select_block_size, chunk_rows=4096):
     if select_block_size is None:
         assert block_lse is None
         return
-    longest = max(batch.seq_lens.tolist(), default=0)
+    longest = max([0, *batch.seq_lens.tolist()])
     shape = (*batch.query.shape[:2], -(-longest // select_block_size))
     exact_blocks = naive.block_lse(scores, *shape, select_block_size)
-    assert block_lse.dtype == torch.float32
-    assert_close(block_lse, exact_blocks, batch, "block_lse")
-    assert_close(block_lse.double().logsumexp(-1), exact_lse, batch, "sum of blocks")
+    scored_lse, scored = scores_without_values(batch, select_block_size, chunk_rows)
+    assert_close(scored_lse, exact_lse, batch, "lse without values")
+    for found in (block_lse, scored):
+        assert found.dtype == torch.float32
+        assert_close(found, exact_blocks, batch, "block_lse")
+        assert_close(found.double().logsumexp(-1), exact_lse, batch, "sum of blocks")
+
+
+def scores_without_values(batch, select_block_size, chunk_rows=4096):
+    query, kv_cache, block_table, seq_lens = batch.paged
+    with mock.patch.object(reference, "CHUNK_ROWS", chunk_rows):
+        return score_blocks(
+            *(query, without_values(kv_cache), block_table, seq_lens),
+            scale=batch.scale,
+            select_block_size=select_block_size,
+        )
 
 
 @law
@@ -99,19 +115,20 @@ def test_a_far_lighter_block_keeps_its_lse():
     check(batch, 4)
 
 
-def test_an_empty_row_gives_zeros_and_no_mass():
-    batch = make_batch([0, 20, 0])
+def test_an_empty_row_and_one_left_out_give_zeros_and_no_mass():
+    batch = make_batch([0, 20, -3, 0])
     output, lse, block_lse = dense_decode(
         *batch.paged, scale=batch.scale, select_block_size=4
     )
-    for row in (0, 2):
+    for row in (0, 2, 3):
         assert torch.equal(output[row], torch.zeros_like(output[row]))
         assert (lse[row] == -math.inf).all()
         assert (block_lse[row] == -math.inf).all()
+    assert lse[1].isfinite().all()
 
 
 def test_a_batch_of_empty_rows_and_an_empty_batch():
-    for lens in ([0, 0], []):
+    for lens in ([0, 0], [-1, -20], []):
         batch = make_batch(lens)
         output, lse, block_lse = dense_decode(
             *batch.paged, scale=batch.scale, select_block_size=4
@@ -163,16 +180,21 @@ def test_a_nan_in_one_sequence_stays_there():
     assert lse[1].isnan().all()
 
 
+OPS = pytest.mark.parametrize("op", [dense_decode, score_blocks])
+
+
+@OPS
 @pytest.mark.parametrize("select_block_size", [0, -1, 3, 32])
-def test_a_select_block_size_that_does_not_divide_is_refused(select_block_size):
+def test_a_select_block_size_that_does_not_divide_is_refused(op, select_block_size):
     batch = make_batch([5])
     with pytest.raises(ValueError, match=f"select_block_size = {select_block_size}"):
-        dense_decode(*batch.paged, scale=1.0, select_block_size=select_block_size)
+        op(*batch.paged, scale=1.0, select_block_size=select_block_size)
 
 
-def test_shapes_that_do_not_fit_are_refused():
-    batch = make_batch([5])
+@OPS
+def test_shapes_that_do_not_fit_are_refused(op):
+    batch, more = make_batch([5]), {"scale": 1.0, "select_block_size": 16}
     with pytest.raises(ValueError, match="2 \\* head_size"):
-        dense_decode(batch.query[..., :4], *batch.paged[1:], scale=1.0)
+        op(batch.query[..., :4], *batch.paged[1:], **more)
     with pytest.raises(ValueError, match="3 heads must be a multiple of 2"):
-        dense_decode(batch.query[:, :3], *batch.paged[1:], scale=1.0)
+        op(batch.query[:, :3], *batch.paged[1:], **more)

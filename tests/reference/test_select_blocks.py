@@ -31,7 +31,10 @@ def forced_at_most(rule):
 
 
 def run(mass, seq_lens, rule, num_sets, capacity=None):
-    """Selects by given masses, one head per set; returns [row][set][block] lists."""
+    """Selects by given masses, one head per set; returns [row][set][block] lists.
+
+    None for a row that is left out, which must be as it was.
+    """
     num_seqs, num_blocks = len(seq_lens), mass.shape[2]
     blocks = torch.full((num_seqs, num_sets, capacity or num_blocks), 77)
     blocks = blocks.to(torch.int32)
@@ -45,7 +48,11 @@ def run(mass, seq_lens, rule, num_sets, capacity=None):
         topk_lens=lens,
     )
     result = []
-    for row in range(num_seqs):
+    for row, seq_len in enumerate(seq_lens):
+        if seq_len < 0:
+            assert (blocks[row] == 77).all() and (lens[row] == 77).all()
+            result.append(None)
+            continue
         counts = lens[row].tolist()
         used = [blocks[row, i, :n].tolist() for i, n in enumerate(counts)]
         for i, n in enumerate(counts):
@@ -238,6 +245,15 @@ def test_rows_beyond_the_batch_are_left_alone():
     assert lens[:2].tolist() == [[3], [0]]
     assert (blocks[2:] == 42).all()
     assert (lens[2:] == 42).all()
+
+
+@pytest.mark.parametrize("lens", [[-1, 9, 0, -9, 7], [-1, -30]])
+def test_rows_left_out_stay_as_they_were(lens):
+    mass = torch.rand(5, 2, 9, generator=torch.Generator().manual_seed(1))
+    found = run(mass[: len(lens)], lens, rule_of(3, 1), 2)
+    rows = [row for row, seq_len in enumerate(lens) if seq_len >= 0]
+    alone = run(mass[rows], [lens[row] for row in rows], rule_of(3, 1), 2)
+    assert [of_row for of_row in found if of_row is not None] == alone
 
 
 def test_too_few_columns_are_refused():

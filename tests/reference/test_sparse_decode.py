@@ -198,11 +198,13 @@ def test_an_empty_set_gives_zeros_and_no_mass(scope):
     assert lse[1, -per_set:].isfinite().all()
 
 
-def test_a_padded_row_is_empty_whatever_its_selection_says():
-    batch = make_batch([0, 20])
-    output, lse = run(batch, [[[0, 7]], [[0]]], 4)
+@pytest.mark.parametrize("seq_len", [0, -1, -30])
+def test_a_padded_row_and_one_left_out_are_empty_whatever_their_sets_say(seq_len):
+    batch = make_batch([seq_len, 20])
+    output, lse = run(batch, [[[-5, 2**30]], [[0]]], 4)
     assert not output[0].any()
     assert (lse[0] == -math.inf).all()
+    assert lse[1].isfinite().all()
 
 
 def test_stale_blocks_past_the_end_hold_nothing():

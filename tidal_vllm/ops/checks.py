@@ -15,12 +15,12 @@ def check_decode(
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    output: torch.Tensor,
+    output: torch.Tensor | None,
     lse: torch.Tensor,
-    partial_out: torch.Tensor,
+    partial_out: torch.Tensor | None,
     partial_lse: torch.Tensor,
 ) -> None:
-    """Refuse what `dense_decode` and `sparse_decode` cannot both take."""
+    """Refuse what no decode op can take; `score_blocks` has no output."""
     _check("query", query, (None, None, None), QUERY_DTYPES, query.device)
     num_seqs, num_heads, head_size = query.shape
     if num_seqs > MAX_SEQS:
@@ -37,14 +37,18 @@ def check_decode(
         )
     _check("block_table", block_table, (None, None), (torch.int32,), device, num_seqs)
     _check("seq_lens", seq_lens, (num_seqs,), (torch.int32,), device)
-    _check("output", output, (num_seqs, num_heads, head_size), (query.dtype,), device)
+    num_splits = None
+    if output is not None:
+        shape = (num_seqs, num_heads, head_size)
+        _check("output", output, shape, (query.dtype,), device)
+        shape = (None, num_heads, None, head_size)
+        _check_packed("partial_out", partial_out, shape, device, num_seqs)
+        num_splits = partial_out.shape[2]
     _check_packed("lse", lse, (num_seqs, num_heads), device)
-    shape = (None, num_heads, None, head_size)
-    _check_packed("partial_out", partial_out, shape, device, num_seqs)
-    shape = (None, num_heads, partial_out.shape[2])
+    shape = (None, num_heads, num_splits)
     _check_packed("partial_lse", partial_lse, shape, device, num_seqs)
-    if not partial_out.shape[2]:
-        raise ValueError("partial_out has no splits: needs at least one")
+    if not partial_lse.shape[2]:
+        raise ValueError("partial_lse has no splits: needs at least one")
 
 
 def check_sets(

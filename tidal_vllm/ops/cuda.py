@@ -11,7 +11,8 @@ Shared by all, S rows, H query heads, Hkv KV heads, head size D:
     kv_cache: [num_blocks, Hkv, block_size, 2 * D], K then V; query's dtype, or fp8 e4m3
         (float8_e4m3fn or uint8); strides but the last are multiples of 16 bytes.
     block_table: [>= S, blocks] int32. Precondition: covers seq_lens.
-    seq_lens: [>= S] int32; 0 marks a padded row: zeros, and lse -inf.
+    seq_lens: [>= S] int32; 0 marks a padded row: zeros, and lse -inf. A negative one
+        leaves the row out: nothing of it is read, and what is written keeps it.
     output: [>= S, H, D] as query, written. lse: [>= S, H] fp32, written.
     partial_out, partial_lse: [>= S, H, P, D] and [>= S, H, P] fp32, workspace; P is the
         most splits of a row.
@@ -37,6 +38,7 @@ except OSError as error:
 
 
 @torch.library.register_fake("tidal::dense_decode")
+@torch.library.register_fake("tidal::score_blocks")
 @torch.library.register_fake("tidal::sparse_decode")
 @torch.library.register_fake("tidal::select_blocks")
 def _write_only(*args) -> None:
@@ -101,6 +103,37 @@ def dense_decode(
         scale,
         k_scale,
         v_scale,
+        select_block_size,
+    )
+
+
+def score_blocks(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    lse: torch.Tensor,
+    block_lse: torch.Tensor,
+    partial_lse: torch.Tensor,
+    scale: float,
+    k_scale: float,
+    select_block_size: int,
+) -> None:
+    """`reference.score_blocks`: the lse and block_lse of `dense_decode`, without V.
+
+    Args:
+        block_lse, select_block_size: as `dense_decode`'s.
+    """
+    torch.ops.tidal.score_blocks(
+        query,
+        kv_cache,
+        block_table,
+        seq_lens,
+        lse,
+        block_lse,
+        partial_lse,
+        scale,
+        k_scale,
         select_block_size,
     )
 

@@ -3,10 +3,16 @@
 import torch
 
 from tidal_vllm.ops.checks import QUERY_DTYPES
-from tidal_vllm.ops.triton_attend import INTERPRETED, dense_decode, fits, sparse_decode
+from tidal_vllm.ops.triton_attend import (
+    INTERPRETED,
+    dense_decode,
+    fits,
+    score_blocks,
+    sparse_decode,
+)
 from tidal_vllm.ops.triton_select import select_blocks
 
-__all__ = ["dense_decode", "select_blocks", "sparse_decode", "why_not"]
+__all__ = ["dense_decode", "score_blocks", "select_blocks", "sparse_decode", "why_not"]
 
 MAX_HEAD_SIZE = 256
 

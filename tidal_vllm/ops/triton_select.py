@@ -40,7 +40,8 @@ def select_blocks(
         block_lse: [num_seqs, num_heads, num_blocks] fp32, from `dense_decode`; only
             the blocks that a row has are read.
         lse: [num_seqs, num_heads] fp32.
-        seq_lens: [num_seqs] int32, at most num_blocks * select_block_size.
+        seq_lens: [num_seqs] int32, at most num_blocks * select_block_size; a row of a
+            negative one keeps its sets as they are.
         topk_blocks: [>= num_seqs, num_sets, max_blocks] int32; the first num_seqs rows
             are written: logical blocks ascending, then -1.
         topk_lens: [>= num_seqs, num_sets] int32, written likewise.
@@ -157,6 +158,8 @@ def _choose_blocks(
     chosen_by = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
     seq_len = tl.load(seq_lens + row)
+    if seq_len < 0:
+        return
     num_blocks = tl.cdiv(seq_len, SIZE)
     keep_all = seq_len <= KEEP_ALL
     kept = tl.minimum(tl.where(keep_all, num_blocks, BUDGET_BLOCKS), max_blocks)

@@ -25,6 +25,10 @@ def attend_arguments() -> dict:
 def good_arguments(op: str) -> dict:
     if op == "dense_decode":
         return attend_arguments() | {"block_lse": torch.zeros(S, H, N)}
+    if op == "score_blocks":
+        unknown = ("output", "partial_out", "v_scale")
+        dense = good_arguments("dense_decode")
+        return {name: value for name, value in dense.items() if name not in unknown}
     if op == "sparse_decode":
         blocks = torch.tensor([0, 1, -1], dtype=torch.int32).repeat(S, G, 1)
         lens = torch.full((S, G), 2, dtype=torch.int32)
@@ -299,6 +303,31 @@ ATTEND = {
         "topk_lens.dtype is int64",
     ),
 }
+SCORES = "score_blocks"
+# What it shares with dense_decode, and what only has splits in partial_lse there.
+SCORE = {
+    f"{name}, to be scored": (SCORES, changes, message)
+    for name, (op, changes, message) in ATTEND.items()
+    if op == A
+    and changes.keys() <= good_arguments(SCORES).keys()
+    and name != "partial_lse of fewer splits"
+} | {
+    "block_lse too short": (
+        SCORES,
+        {"block_lse": torch.zeros(S - 1, H, N)},
+        r"block_lse.size\(0\) is 2; allowed: 3 or more",
+    ),
+    "partial_lse without splits": (
+        SCORES,
+        {"partial_lse": torch.zeros(S, H, 0)},
+        r"partial_lse.size\(2\) is 0; allowed: 1 to",
+    ),
+    "partial_lse too short": (
+        SCORES,
+        {"partial_lse": torch.zeros(S - 1, H, P)},
+        r"partial_lse.size\(0\) is 2; allowed: 3 or more",
+    ),
+}
 C = "select_blocks"
 SELECT = {
     "block_lse of two dims": (
@@ -372,4 +401,4 @@ SELECT = {
     ),
     "select_block_size 0 ": (C, {"select_block_size": 0}, "select_block_size is 0"),
 }
-BAD_INPUTS = ATTEND | SELECT
+BAD_INPUTS = ATTEND | SCORE | SELECT

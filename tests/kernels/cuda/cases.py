@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from reference.cases import Batch, make_batch
+from reference.cases import Batch, make_batch, without_values
 
 from tidal_vllm.ops import reference
 
@@ -24,7 +24,7 @@ class Case:
     layout: str = "LBNHC"
     block_size: int = 16
     select_block_size: int = 16
-    lens: tuple[int, ...] = (70, 0, 17, 1)
+    lens: tuple[int, ...] = (70, 0, -9, 17, 1)
     splits: int = 4
     sharpness: float = 1.0
 
@@ -100,8 +100,15 @@ CASES = {
     ),
     "scores of hundreds": Case(sharpness=30.0),
     "empty rows only": Case(lens=(0, 0)),
+    "rows left out": Case(lens=(-1, 700, 0, -(2**31), 17, -1)),
+    "rows left out, single tokens": Case(lens=(33, -700, 0), select_block_size=1),
+    "all rows left out": Case(lens=(-1, -40)),
 }
-SMALL = ("Llama-3 heads, 32 on 8", "fp8", "head size 256", "four splits and more")
+SMALL = (
+    *("Llama-3 heads, 32 on 8", "fp8", "head size 256", "four splits and more"),
+    "rows left out",
+)
+KEPT = 42.0  # what rows that are left out hold, and must still hold after an op
 
 
 def attend_tensors(batch: Batch, case: Case) -> dict[str, torch.Tensor]:
@@ -130,13 +137,27 @@ def attend_tensors(batch: Batch, case: Case) -> dict[str, torch.Tensor]:
     }
 
 
+def run(kernels, op: str, tensors: dict, outputs: tuple[str, ...], **numbers) -> None:
+    """Runs an op, which must not write a row that is left out."""
+    left_out = tensors["seq_lens"] < 0
+    for name in outputs:
+        tensors[name][left_out] = KEPT
+    kernels.run(op, tensors, outputs, **numbers)
+    for name in outputs:
+        assert (tensors[name][left_out] == KEPT).all(), f"{name}: row not left out"
+
+
+def room_for_block_lse(batch: Batch, case: Case) -> torch.Tensor:
+    most = -(-max(0, *case.lens) // case.select_block_size)
+    return torch.full((*batch.query.shape[:2], most + 3), math.nan)
+
+
 def run_dense(kernels, batch: Batch, case: Case, keep: bool = True) -> dict:
     tensors = attend_tensors(batch, case)
     if keep:
-        most = -(-max(case.lens) // case.select_block_size)
-        shape = (*batch.query.shape[:2], most + 3)
-        tensors["block_lse"] = torch.full(shape, math.nan)
-    kernels.run(
+        tensors["block_lse"] = room_for_block_lse(batch, case)
+    run(
+        kernels,
         "dense_decode",
         tensors,
         ("output", "lse", *(["block_lse"] if keep else [])),
@@ -147,10 +168,30 @@ def run_dense(kernels, batch: Batch, case: Case, keep: bool = True) -> dict:
     return tensors
 
 
+def run_score(kernels, batch: Batch, case: Case, poison: bool = True) -> dict:
+    """score_blocks, with `poison` over a cache whose values are all NaN."""
+    tensors = attend_tensors(batch, case)
+    del tensors["output"], tensors["partial_out"]
+    if poison:
+        tensors["kv_cache"] = without_values(batch.kv_cache)
+    tensors["block_lse"] = room_for_block_lse(batch, case)
+    run(
+        kernels,
+        "score_blocks",
+        tensors,
+        ("lse", "block_lse"),
+        scale=batch.scale,
+        k_scale=case.scales["k_scale"],
+        select_block_size=case.select_block_size,
+    )
+    return tensors
+
+
 def run_sparse(kernels, batch: Batch, case: Case, blocks, lens) -> dict:
     tensors = attend_tensors(batch, case)
     tensors |= {"topk_blocks": blocks, "topk_lens": lens}
-    kernels.run(
+    run(
+        kernels,
         "sparse_decode",
         tensors,
         ("output", "lse"),
@@ -192,6 +233,8 @@ def in_low_precision(batch: Batch, case: Case, positions=None) -> torch.Tensor:
 
 def assert_output(actual, exact, low, what="output"):
     """At most twice the error that rounding to the dtype costs plain attention."""
+    if not actual.numel():
+        return
     assert not actual.isnan().any(), f"{what}: NaN"
     allowed = 2 * float((low - exact).abs().max()) + 1e-5
     error = float((actual.float() - exact).abs().max())
@@ -235,7 +278,8 @@ def make_sets(batch: Batch, case: Case, scope: str, seed: int = 0, most: int = 4
     """A random set for each row and group of heads, in random order.
 
     Behind each set: blocks that no table covers. Every third set is empty, a padded
-    row's set is not, as replayed graphs leave it.
+    row's set is not, as replayed graphs leave it. A row that is left out has more
+    blocks than there is room for, none of which is one.
     """
     rng = torch.Generator().manual_seed(seed)
     num_sets = batch.num_sets(scope)
@@ -249,7 +293,7 @@ def make_sets(batch: Batch, case: Case, scope: str, seed: int = 0, most: int = 4
             few = int(torch.randint(1, total + 1, (1,), generator=rng))
             count = 0 if (row + i) % 3 == 2 else min(few, most)
             blocks[row, i, :count] = chosen[:count].to(torch.int32)
-            lens[row, i] = count
+            lens[row, i] = count if seq_len >= 0 else 2**30
     return blocks, lens
 
 

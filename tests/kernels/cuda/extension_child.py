@@ -12,7 +12,7 @@ from tidal_vllm.ops import reference
 
 from .bad_inputs import BAD_INPUTS, good_arguments
 
-OPS = ("dense_decode", "sparse_decode", "select_blocks")
+OPS = ("dense_decode", "score_blocks", "sparse_decode", "select_blocks")
 
 
 def refusals() -> dict[str, str]:
@@ -43,6 +43,10 @@ def agreement() -> dict[str, float]:
     output, lse, block_lse = reference.dense_decode(
         *paged, scale=0.125, select_block_size=16
     )
+    scored = good_arguments("score_blocks")
+    for name in ("query", "kv_cache"):
+        scored[name] = arguments[name]
+    cuda.score_blocks(**scored)
     sparse = good_arguments("sparse_decode") | dict(
         zip(("query", "kv_cache", "block_table", "seq_lens"), paged, strict=True)
     )
@@ -65,6 +69,10 @@ def agreement() -> dict[str, float]:
         "block_lse": float(
             (arguments["block_lse"][0, :, :2] - block_lse[0]).abs().max()
         ),
+        "scores": max(
+            float((scored[name] - arguments[name]).nan_to_num(0.0).abs().max())
+            for name in ("lse", "block_lse")
+        ),
         "chosen blocks": float((select["topk_blocks"] != expected).sum()),
         "padded row": float(arguments["lse"][1].max() != -math.inf),
     }
@@ -78,13 +86,14 @@ def far_blocks() -> dict[str, bool]:
     far = memory.as_strided(near.shape, (2**31, 16 * size, size, 1))
     far.copy_(near)
     found = {}
-    for op in OPS[:2]:
+    for op in OPS[:3]:
+        written = "block_lse" if op == "score_blocks" else "output"
         arguments = good_arguments(op)
         arguments["block_table"] = torch.tensor([[2, 1], [0, 0], [1, 2]]).int()
         outputs = []
         for cache in (near, far):
             getattr(cuda, op)(**arguments | {"kv_cache": cache})
-            outputs.append(arguments["output"].clone())
+            outputs.append(arguments[written].clone())
         found[op] = torch.equal(*outputs) and bool(outputs[0].any())
     return found
 

@@ -15,8 +15,9 @@ from .emulator import ROOT
 TORCH = Path(torch.__file__).parent
 CHILD = Path(__file__).parent / "build_child.py"
 TARGETS = ("sm_80", "sm_89", "sm_90a", "sm_100")
-# dense and sparse: 2 dtypes, fp8 or not, 4 head sizes; merge: 2 dtypes; 2 of select.
-KERNELS = 2 * 2 * 2 * 4 + 2 + 2
+# dense, score and sparse: 2 dtypes, fp8 or not, 4 head sizes; merge: 2 dtypes; 2 of
+# select.
+KERNELS = 3 * 2 * 2 * 4 + 2 + 2
 STUB = "int aoti_torch_get_current_cuda_stream(int d, void** s) { *s = 0; return d; }"
 NO_NVCC = shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists()
 needs_nvcc = pytest.mark.skipif(
@@ -113,7 +114,7 @@ import ctypes, sys, torch
 ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
 torch.ops.load_library(sys.argv[2])
 from kernels.cuda.bad_inputs import good_arguments
-for op in ("dense_decode", "sparse_decode", "select_blocks"):
+for op in ("dense_decode", "score_blocks", "sparse_decode", "select_blocks"):
     try:
         getattr(torch.ops.tidal, op)(**good_arguments(op))
     except ValueError as error:
@@ -135,6 +136,7 @@ def test_the_module_loads_and_refuses_tensors_on_the_cpu(built, torch_with_cuda)
     )
     assert done.stdout.splitlines() == [
         "dense_decode: query.device is cpu; allowed: cuda",
+        "score_blocks: query.device is cpu; allowed: cuda",
         "sparse_decode: query.device is cpu; allowed: cuda",
         "select_blocks: seq_lens.device is cpu; allowed: cuda",
     ], done.stderr

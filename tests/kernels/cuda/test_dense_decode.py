@@ -1,3 +1,5 @@
+"""dense_decode, and score_blocks, which is its scores without the attending."""
+
 from dataclasses import replace
 
 import pytest
@@ -12,19 +14,17 @@ from .cases import (
     dense_oracle,
     in_low_precision,
     run_dense,
+    run_score,
 )
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_it_means_what_the_reference_says(kernels, name):
-    case = CASES[name]
-    batch = case.make()
-    got = run_dense(kernels, batch, case)
-    output, lse, block_lse = dense_oracle(batch, case)
-    assert_output(got["output"], output, in_low_precision(batch, case))
-    assert_lse(got["lse"], lse, batch)
-    for row, seq_len in enumerate(case.lens):
-        used = -(-seq_len // case.select_block_size)
+def check_scores(got, batch, case):
+    """Where rows are left out, `run` has checked them."""
+    _, lse, block_lse = dense_oracle(batch, case)
+    rows = batch.seq_lens >= 0
+    assert_lse(got["lse"][rows], lse[rows], batch)
+    for row in rows.nonzero().flatten().tolist():
+        used = -(-case.lens[row] // case.select_block_size)
         assert_lse(
             got["block_lse"][row, :, :used],
             block_lse[row, :, :used],
@@ -32,8 +32,34 @@ def test_it_means_what_the_reference_says(kernels, name):
             f"block_lse of row {row}",
         )
         assert got["block_lse"][row, :, used:].isnan().all(), "written past the row"
-        if seq_len == 0:
-            assert (got["output"][row] == 0).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_means_what_the_reference_says(kernels, name):
+    case = CASES[name]
+    batch = case.make()
+    got = run_dense(kernels, batch, case)
+    check_scores(got, batch, case)
+    output, _, _ = dense_oracle(batch, case)
+    rows, low = batch.seq_lens >= 0, in_low_precision(batch, case)
+    assert_output(got["output"][rows], output[rows], low[rows])
+    assert (got["output"][batch.seq_lens == 0] == 0).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scores_are_those_of_the_reference_whatever_v_holds(kernels, name):
+    case = CASES[name]
+    batch = case.make()
+    check_scores(run_score(kernels, batch, case), batch, case)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_scores_are_the_bits_of_dense_decode(kernels, name):
+    case = CASES[name]
+    batch = case.make()
+    dense, scored = run_dense(kernels, batch, case), run_score(kernels, batch, case)
+    for name in ("lse", "block_lse"):
+        assert torch.equal(scored[name].nan_to_num(7.0), dense[name].nan_to_num(7.0))
 
 
 def test_nothing_else_is_written(kernels):
@@ -71,11 +97,10 @@ def test_any_number_of_splits(kernels, splits, size):
     )
     batch = case.make()
     got = run_dense(kernels, batch, case)
-    output, lse, block_lse = dense_oracle(batch, case)
+    check_scores(got, batch, case)
+    output, _, _ = dense_oracle(batch, case)
     assert_output(got["output"], output, in_low_precision(batch, case))
-    assert_lse(got["lse"], lse, batch)
-    used = -(-3000 // size)
-    assert_lse(got["block_lse"][0, :, :used], block_lse[0], batch, "block_lse")
+    check_scores(run_score(kernels, batch, case), batch, case)
 
 
 def test_a_batch_permuted_gives_the_results_permuted_bit_for_bit(kernels):

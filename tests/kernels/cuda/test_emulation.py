@@ -2,11 +2,12 @@
 
 import re
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
 
-from .cases import Case, make_sets, run_dense, run_sparse
+from .cases import Case, assert_lse, make_sets, run_dense, run_score, run_sparse
 from .emulator import (
     CSRC,
     FLAGS,
@@ -51,6 +52,24 @@ def test_it_says(self_test, name):
     assert re.search(SAYS[name], done.stdout + done.stderr), done.stdout + done.stderr
 
 
+def test_score_blocks_reads_no_byte_of_v(runner):
+    """V of the last token lies behind the memory; dense_decode shows that it does."""
+    case = Case(2, 1, 64, lens=(64,))
+    batch = case.make()
+    keys = batch.keys[0][:, 0].contiguous()
+    overlapping = keys.new_zeros(65, 64).as_strided((4, 1, 16, 128), (1024, 64, 64, 1))
+    overlapping.as_strided((64, 64), (64, 1)).copy_(keys)
+    overlapping.untyped_storage().resize_(keys.nbytes)
+    in_order = torch.arange(4, dtype=torch.int32)[None]
+    batch = replace(batch, kv_cache=overlapping, block_table=in_order)
+    kernels = Emulator(runner)
+    got = run_score(kernels, batch, case, poison=False)
+    scores = batch.scale * batch.query[0].float() @ keys.float().T
+    assert_lse(got["lse"][0], scores.logsumexp(1), batch)
+    with pytest.raises(AssertionError, match="AddressSanitizer: heap-buffer-overflow"):
+        run_dense(kernels, batch, case)
+
+
 # In order, reversed, and three random orders, new in each round.
 SCHEDULES = (0, 1, 2, 3, 4)
 
@@ -67,7 +86,7 @@ def each_order(runner, results):
 
 @pytest.mark.parametrize("size", [1, 8, 16, 32])
 def test_dense_decode_in_any_order_of_threads(runner, size):
-    case = Case(4, 2, 64, lens=(300, 33), select_block_size=size, block_size=32)
+    case = Case(4, 2, 64, lens=(300, -1, 33), select_block_size=size, block_size=32)
     batch = case.make()
 
     def results(kernels):
@@ -77,11 +96,23 @@ def test_dense_decode_in_any_order_of_threads(runner, size):
     each_order(runner, results)
 
 
+@pytest.mark.parametrize("case", [Case(4, 2, 64), Case(4, 2, 256, fp8=True)], ids=str)
+def test_score_blocks_in_any_order_of_threads(runner, case):
+    case = Case(**{**vars(case), "lens": (300, -1, 33)})
+    batch = case.make()
+
+    def results(kernels):
+        got = run_score(kernels, batch, case)
+        return got["lse"], got["block_lse"].nan_to_num(7.0)
+
+    each_order(runner, results)
+
+
 @pytest.mark.parametrize(
     "case", [Case(4, 2, 128), Case(4, 2, 256), Case(4, 2, 96, fp8=True)], ids=str
 )
 def test_sparse_decode_in_any_order_of_threads(runner, case):
-    case = Case(**{**vars(case), "lens": (300, 40, 0)})
+    case = Case(**{**vars(case), "lens": (300, 40, 0, -1)})
     batch = case.make()
     blocks, lens = make_sets(batch, case, "kv_head")
 
@@ -97,6 +128,6 @@ def test_select_blocks_in_any_order_of_threads(runner):
     each_order(
         runner,
         lambda kernels: select(
-            kernels, masses(2, 2, 1500, levels=50), [1500, 900], rule, num_sets=2
+            kernels, masses(3, 2, 1500, levels=50), [1500, -1, 900], rule, num_sets=2
         )[1:],
     )

@@ -18,6 +18,7 @@ from .bad_inputs import BAD_INPUTS
 from .emulator import CSRC, FLAGS, HERE, ROOT
 
 TORCH = Path(torch.__file__).parent
+OPS = ("dense_decode", "score_blocks", "sparse_decode", "select_blocks")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_it_refuses(child, name):
     ][name]
 
 
-@pytest.mark.parametrize("op", ["dense_decode", "sparse_decode", "select_blocks"])
+@pytest.mark.parametrize("op", OPS)
 def test_opcheck(child, op):
     """Schema, fake tensors and autograd registration, by torch itself."""
     found = child["opchecks"][op]
@@ -73,11 +74,11 @@ def test_one_step_agrees_with_the_reference(child):
     assert found["sparse output"] <= 2**-7
     assert found["lse"] <= 1e-5
     assert found["block_lse"] <= 1e-5
-    assert found["chosen blocks"] == found["padded row"] == 0
+    assert found["scores"] == found["chosen blocks"] == found["padded row"] == 0
 
 
 def test_a_cache_beyond_32_bit_offsets(child):
-    assert child["far_blocks"] == {"dense_decode": True, "sparse_decode": True}
+    assert child["far_blocks"] == dict.fromkeys(OPS[:3], True)
 
 
 def test_schemas_name_what_is_written(child):
@@ -88,6 +89,7 @@ def test_schemas_name_what_is_written(child):
     partial = ["partial_out", "partial_lse"]
     assert writes == {
         "dense_decode": ["output", "lse", "block_lse", *partial],
+        "score_blocks": ["lse", "block_lse", "partial_lse"],
         "sparse_decode": ["output", "lse", *partial],
         "select_blocks": ["topk_blocks", "topk_lens", "mass"],
     }
@@ -124,7 +126,7 @@ def test_without_the_extension_the_import_says_so():
 def test_the_python_functions_take_the_inputs_of_the_reference():
     """In the same order, before what the kernels add."""
     tree = (ROOT / "tidal_vllm/ops/cuda.py").read_text()
-    for op in ("dense_decode", "sparse_decode", "select_blocks"):
+    for op in OPS:
         wanted = [
             name
             for name, p in inspect.signature(getattr(reference, op)).parameters.items()

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from .bad_inputs import good_arguments
-from .cases import CASES, SMALL, make_sets, run_dense, run_sparse
+from .cases import CASES, SMALL, make_sets, run_dense, run_score, run_sparse
 from .gpu import Gpu
 from .test_select_blocks import masses, rule_of, select
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU and the extension built for it"
 )
-OPS = ("dense_decode", "sparse_decode", "select_blocks")
+OPS = ("dense_decode", "score_blocks", "sparse_decode", "select_blocks")
 
 
 def on_gpu(op: str) -> dict:
@@ -25,12 +25,13 @@ def results(name: str) -> list[torch.Tensor]:
     case = CASES[name]
     batch = case.make()
     dense = run_dense(Gpu(), batch, case)
+    scored = run_score(Gpu(), batch, case)
     sets = make_sets(batch, case, "kv_head")
     sparse = run_sparse(Gpu(), batch, case, *sets)
-    chosen, _, _ = select(
-        Gpu(), masses(2, 8, 9000, levels=50), [9000, 8999], rule_of(500, 1), num_sets=2
-    )
+    mass, lens = masses(3, 8, 9000, levels=50), [9000, -1, 8999]
+    chosen, _, _ = select(Gpu(), mass, lens, rule_of(500, 1), num_sets=2)
     found = [dense[n] for n in ("output", "lse", "block_lse")]
+    found += [scored[n] for n in ("lse", "block_lse")]
     return [*found, sparse["output"], sparse["lse"], chosen["topk_blocks"]]
 
 
@@ -42,7 +43,7 @@ def test_two_runs_give_the_same_bits(name):
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_graph_replayed_gives_the_bits_of_an_eager_call(op):
-    """Replayed over other lengths than it was captured with."""
+    """Replayed over other lengths than it was captured with, a row left out."""
     import tidal_vllm.ops.cuda as cuda
 
     arguments = on_gpu(op)
@@ -51,7 +52,7 @@ def test_a_graph_replayed_gives_the_bits_of_an_eager_call(op):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function(**arguments)
-    arguments["seq_lens"].copy_(torch.tensor([5, 17, 0]))
+    arguments["seq_lens"].copy_(torch.tensor([0, 17, -1]))
     graph.replay()
     torch.cuda.synchronize()
     replayed = {n: t.clone() for n, t in arguments.items() if hasattr(t, "clone")}

@@ -36,7 +36,7 @@ def select(kernels, mass, seq_lens, rule, *, num_sets=1, max_blocks=None, stride
     block_lse = wide[..., :used]
     block_lse.copy_(mass.log())
     for row, seq_len in enumerate(seq_lens):
-        block_lse[row, :, -(-seq_len // rule.select_block_size) :] = math.nan
+        block_lse[row, :, -(-max(seq_len, 0) // rule.select_block_size) :] = math.nan
     blocks = torch.full((rows + 1, num_sets, max_blocks + stride), 7, dtype=torch.int32)
     lens = torch.full((rows + 1, num_sets + stride), 7, dtype=torch.int32)
     tensors = {
@@ -75,6 +75,8 @@ CASES = {
     "single tokens": (3000, [3000, 2999, 1025, 17], 1024, 1),
     "selection blocks of 64": (400, [25600, 25599, 700], 2048, 64),
     "tiny": (9, [9, 8, 5, 4, 3, 0], 4, 1),
+    "rows left out": (40, [-1, 40, 0, -(2**31), 3, -40], 4, 1),
+    "all rows left out": (9, [-1, -9], 4, 1),
 }
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from reference.cases import Batch, make_batch
+from reference.cases import Batch, make_batch, without_values
 
 from tidal_vllm.ops import reference
 from tidal_vllm.ops.dispatch import Case
@@ -13,6 +13,7 @@ from tidal_vllm.ops.dispatch import Case
 from ..conftest import INTERPRETED
 
 FP8 = torch.float8_e4m3fn
+KEPT = 42.0  # what rows that are left out hold, and must still hold after an op
 
 
 def relaid(tensor: torch.Tensor, dtype: torch.dtype, device) -> torch.Tensor:
@@ -45,8 +46,13 @@ class Paged:
         return self.query.device
 
     @property
+    def rows(self) -> list[int]:
+        """Those that are not left out."""
+        return (self.batch.seq_lens >= 0).nonzero().flatten().tolist()
+
+    @property
     def longest(self) -> int:
-        return int(self.cpu[3].max())
+        return int(self.cpu[3].clamp(min=0).max())
 
 
 def make_paged(
@@ -112,15 +118,29 @@ def _buffers(paged: Paged, splits: int, poison: float, strided: bool):
     )
 
 
+def _block_lse(paged: Paged, size: int, poison: float) -> torch.Tensor:
+    shape = (*paged.query.shape[:2], -(-paged.longest // size) + 1)
+    return torch.full(shape, poison, device=paged.device)
+
+
+def _call(op, paged: Paged, written, *arguments) -> None:
+    """Run an op, which must not write a row that is left out."""
+    left_out = paged.seq_lens < 0
+    written = [tensor for tensor in written if tensor is not None]
+    for tensor in written:
+        tensor[left_out] = KEPT
+    op(*arguments)
+    for tensor in written:
+        assert (tensor[left_out] == KEPT).all(), "wrote a row that is left out"
+
+
 def dense(kernels, paged, size=None, splits=4, poison=math.nan, strided=False):
     """dense_decode; block_lse holds `poison` where nothing was written."""
     _skip_uncovered(kernels, paged, size)
     output, lse, *partials = _buffers(paged, splits, poison, strided)
-    block_lse = None
-    if size is not None:
-        shape = (*lse.shape, -(-paged.longest // size) + 1)
-        block_lse = torch.full(shape, poison, device=paged.device)
-    kernels.dense_decode(
+    block_lse = None if size is None else _block_lse(paged, size, poison)
+    _call(
+        *(kernels.dense_decode, paged, (output, lse, block_lse)),
         *(paged.query, paged.kv_cache, paged.block_table, paged.seq_lens),
         *(output, lse, block_lse, *partials),
         *(paged.batch.scale, paged.k_scale, paged.v_scale, size or 1),
@@ -128,12 +148,26 @@ def dense(kernels, paged, size=None, splits=4, poison=math.nan, strided=False):
     return output, lse, block_lse
 
 
+def score(kernels, paged, size, splits=4, poison=math.nan):
+    """score_blocks over a cache whose values are all NaN."""
+    _skip_uncovered(kernels, paged, size)
+    _, lse, _, partial_lse = _buffers(paged, splits, poison, strided=False)
+    block_lse, cache = _block_lse(paged, size, poison), without_values(paged.kv_cache)
+    _call(
+        *(kernels.score_blocks, paged, (lse, block_lse)),
+        *(paged.query, cache, paged.block_table, paged.seq_lens),
+        *(lse, block_lse, partial_lse, paged.batch.scale, paged.k_scale, size),
+    )
+    return lse, block_lse
+
+
 def sparse(kernels, paged, sets, size, splits=4, poison=math.nan, strided=False):
     """sparse_decode over `sets`, [num_seqs][num_sets] lists of blocks."""
     _skip_uncovered(kernels, paged, size)
     output, lse, *partials = _buffers(paged, splits, poison, strided)
     topk_blocks, topk_lens = as_tensors(sets)
-    kernels.sparse_decode(
+    _call(
+        *(kernels.sparse_decode, paged, (output, lse)),
         *(paged.query, paged.kv_cache, paged.block_table),
         *(topk_blocks.to(paged.device), topk_lens.to(paged.device), paged.seq_lens),
         *(output, lse, *partials),
@@ -152,10 +186,16 @@ def as_tensors(sets) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def some_blocks(paged, num_sets, size, seed=0):
-    """For each row and set some of its blocks, the last one often, in any order."""
+    """For each row and set some of its blocks, the last one often, in any order.
+
+    A row that is left out has what are no blocks.
+    """
     rng = torch.Generator().manual_seed(seed)
     sets = []
     for seq_len in paged.batch.seq_lens.tolist():
+        if seq_len < 0:
+            sets.append([[2**30, 2**31 - 1]] * num_sets)
+            continue
         total = -(-seq_len // size)
         row = []
         for _ in range(num_sets):
@@ -180,10 +220,11 @@ def reference_sparse(paged, sets, size):
     )
 
 
-def low_precision(paged, positions_of) -> torch.Tensor:
-    """Attention as it is without care: every step rounded to the query's dtype."""
+def low_precision(paged, positions_of, dtype=None) -> torch.Tensor:
+    """Attention as it is without care: every step rounded to `dtype`, the query's."""
     query, cache, table, _ = paged.cpu
-    dtype = paged.query.dtype
+    dtype = dtype or paged.query.dtype
+    wide = torch.promote_types(dtype, torch.float32)
     num_seqs, num_heads, head_size = query.shape
     group = num_heads // cache.shape[1]
     output = torch.zeros(query.shape)
@@ -195,9 +236,9 @@ def low_precision(paged, positions_of) -> torch.Tensor:
             blocks = table[row][at // cache.shape[2]].long()
             kv = cache[blocks, head // group, at % cache.shape[2]].to(dtype)
             scores = kv[:, :head_size] @ query[row, head].to(dtype)
-            scores = (scores * paged.batch.scale).float()
+            scores = (scores * paged.batch.scale).to(wide)
             weights = _rounded(scores.softmax(0), dtype)
-            values = kv[:, head_size:].float()
+            values = kv[:, head_size:].to(wide)
             output[row, head] = _rounded(weights @ values, dtype)
     return output
 
@@ -206,7 +247,7 @@ def _rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """To the precision of dtype; Triton's interpreter cuts a bf16 off."""
     if dtype is torch.bfloat16 and INTERPRETED:
         return (exact.view(torch.int32) & -(2**16)).view(torch.float32)
-    return exact.to(dtype).float()
+    return exact.to(dtype).to(exact.dtype)
 
 
 def assert_attends(actual, exact, careless) -> None:
@@ -228,7 +269,7 @@ def assert_same_lse(actual, exact, paged) -> None:
 
 
 def all_tokens(paged):
-    lens = paged.batch.seq_lens.tolist()
+    lens = paged.batch.seq_lens.clamp(min=0).tolist()
     return lambda row, head: torch.arange(lens[row])
 
 

@@ -1,4 +1,4 @@
-"""dense_decode and sparse_decode against the reference, over named set-ups."""
+"""dense_decode, score_blocks and sparse_decode against the reference, over set-ups."""
 
 import math
 from dataclasses import replace
@@ -8,6 +8,7 @@ import torch
 
 from tidal_vllm.ops.reference import merge_states
 
+from ..conftest import INTERPRETED
 from .harness import (
     all_tokens,
     as_tensors,
@@ -19,13 +20,14 @@ from .harness import (
     reference_dense,
     reference_sparse,
     reordered,
+    score,
     some_blocks,
     sparse,
     tokens_of,
 )
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-LENS = (301, 0, 17)
+LENS = (301, 0, 17, -5)
 
 
 def case(name, num_kv_heads, group, head_size, **others):
@@ -59,14 +61,28 @@ SETS = [("sequence", 1), ("sequence", 16), ("kv_head", 16), ("query_head", 1)]
 
 
 def check_dense(kernels, paged, size, **call):
+    """Rows that are left out were checked when the op was called."""
     output, lse, block_lse = dense(kernels, paged, size, **call)
-    exact, exact_lse, exact_block_lse = reference_dense(paged, size)
-    assert_attends(output, exact, low_precision(paged, all_tokens(paged)))
-    assert_same_lse(lse, exact_lse, paged)
+    exact, _, _ = reference_dense(paged)
+    check_output(output, exact, paged, all_tokens(paged))
+    check_scores(lse, block_lse, paged, size)
+
+
+def check_output(output, exact, paged, positions):
+    """The oracle is fp32 too, so what is fp32 is held against float64."""
+    if paged.query.dtype is FP32:
+        exact = low_precision(paged, positions, torch.float64)
+    rows, careless = paged.rows, low_precision(paged, positions)
+    assert_attends(output[rows], exact[rows], careless[rows])
+
+
+def check_scores(lse, block_lse, paged, size):
+    _, exact_lse, exact_block_lse = reference_dense(paged, size)
+    assert_same_lse(lse[paged.rows], exact_lse[paged.rows], paged)
     if size is None:
         return
-    for row, seq_len in enumerate(paged.batch.seq_lens.tolist()):
-        used = -(-seq_len // size)
+    for row in paged.rows:
+        used = -(-int(paged.batch.seq_lens[row]) // size)
         actual = block_lse[row, :, :used]
         assert_same_lse(actual, exact_block_lse[row, :, :used], paged)
         assert block_lse[row, :, used:].isnan().all(), "wrote past a row's blocks"
@@ -75,9 +91,8 @@ def check_dense(kernels, paged, size, **call):
 def check_sparse(kernels, paged, sets, size, **call):
     output, lse = sparse(kernels, paged, sets, size, **call)
     exact, exact_lse = reference_sparse(paged, sets, size)
-    careless = low_precision(paged, tokens_of(paged, sets, size))
-    assert_attends(output, exact, careless)
-    assert_same_lse(lse, exact_lse, paged)
+    check_output(output, exact, paged, tokens_of(paged, sets, size))
+    assert_same_lse(lse[paged.rows], exact_lse[paged.rows], paged)
 
 
 class TestSetUps:
@@ -85,6 +100,12 @@ class TestSetUps:
     @pytest.mark.parametrize("size", SIZES)
     def test_dense(self, kernels, device, setup, size):
         check_dense(kernels, make_paged(device, LENS, **setup), size)
+
+    @pytest.mark.parametrize("setup", CASES)
+    @pytest.mark.parametrize("size", SIZES)
+    def test_scores(self, kernels, device, setup, size):
+        paged = make_paged(device, LENS, **setup)
+        check_scores(*score(kernels, paged, size), paged, size)
 
     @pytest.mark.parametrize("setup", CASES)
     @pytest.mark.parametrize("scope, size", SETS)
@@ -102,11 +123,13 @@ class TestSetUps:
     def test_other_selection_blocks(self, kernels, device, size, block_size):
         paged = make_paged(device, LENS, head_size=64, block_size=block_size)
         check_dense(kernels, paged, size)
+        check_scores(*score(kernels, paged, size), paged, size)
         check_sparse(kernels, paged, some_blocks(paged, 1, size), size)
 
     def test_a_selection_block_larger_than_a_tile(self, kernels, device):
         paged = make_paged(device, [300, 65], head_size=256, block_size=64)
         check_dense(kernels, paged, 64)
+        check_scores(*score(kernels, paged, 64), paged, 64)
         check_sparse(kernels, paged, some_blocks(paged, 1, 64), 64)
 
 
@@ -123,6 +146,7 @@ class TestLengths:
             device, EDGES, num_kv_heads=1, group=2, head_size=head_size, dtype=FP16
         )
         check_dense(kernels, paged, 16, splits=splits)
+        check_scores(*score(kernels, paged, 16, splits=splits), paged, 16)
 
     @pytest.mark.parametrize("splits", [1, 3, 8])
     @pytest.mark.parametrize("size", SIZES)
@@ -140,6 +164,23 @@ class TestLengths:
     def test_more_splits_than_a_merge_takes_at_once(self, kernels, device):
         paged = make_paged(device, [4500], num_kv_heads=1, group=1, head_size=64)
         check_dense(kernels, paged, None, splits=40)
+        check_scores(*score(kernels, paged, 16, splits=40), paged, 16)
+
+    def test_rows_left_out(self, kernels, device):
+        """Of any negative length, between others of one split and several."""
+        lens = (-1, 900, -(2**31), 0, 3, -900)
+        paged = make_paged(device, lens, num_kv_heads=1, group=2, head_size=64)
+        check_dense(kernels, paged, 16)
+        check_scores(*score(kernels, paged, 16), paged, 16)
+        check_sparse(kernels, paged, some_blocks(paged, 2, 16), 16)
+
+    def test_all_rows_left_out(self, kernels, device):
+        """Whatever else they hold; the buffers check themselves."""
+        paged = make_paged(device, (-1, -40), head_size=64)
+        paged.query.fill_(math.nan)
+        dense(kernels, paged, 16)
+        score(kernels, paged, 16)
+        sparse(kernels, paged, some_blocks(paged, 1, 16), 16)
 
     def test_an_empty_batch(self, kernels, device):
         paged = reordered(make_paged(device, LENS, head_size=64), [])
@@ -212,6 +253,14 @@ class TestLaws:
         careless = low_precision(paged, all_tokens(paged))
         assert_attends(output, whole.cpu(), careless)
         assert_same_lse(lse, whole_lse.cpu(), paged)
+
+    @pytest.mark.parametrize("size", SIZES)
+    def test_scores_are_the_bits_of_dense_decode(self, kernels, device, size):
+        if kernels.__name__.endswith(".triton_ops") and not INTERPRETED:
+            pytest.skip("without p.v Triton may lay a tile out in another way")
+        paged = self.paged(device, (900, 0, -5, 17))
+        _, *expected = dense(kernels, paged, size)
+        assert_equal(score(kernels, paged, size), expected)
 
     def test_the_order_of_a_set_does_not_matter(self, kernels, device):
         paged = self.paged(device, dtype=FP32)

@@ -55,15 +55,19 @@ def select_arguments(device) -> dict:
     }
 
 
+UNKNOWN = {
+    "dense_decode": ("topk_blocks", "topk_lens"),
+    "score_blocks": ("topk_blocks", "topk_lens", "output", "partial_out", "v_scale"),
+    "sparse_decode": ("block_lse",),
+}
+
+
 def call(kernels, op, device, **changed) -> None:
     if op == "select_blocks":
         arguments = select_arguments(device)
     else:
         arguments = decode_arguments(device)
-        unknown = (
-            ("topk_blocks", "topk_lens") if op == "dense_decode" else ("block_lse",)
-        )
-        for name in unknown:
+        for name in UNKNOWN[op]:
             del arguments[name]
     for name, change in changed.items():
         arguments[name] = change(arguments[name]) if callable(change) else change
@@ -135,6 +139,15 @@ SETS_BAD = {
     "counts of int64": ("topk_lens", to(torch.int64), "topk_lens"),
     "counts of too few rows": ("topk_lens", narrow(0, 1), "topk_lens"),
 }
+SCORE_BAD = {
+    **{
+        name: case
+        for name, case in DECODE_BAD.items()
+        if case[0] not in UNKNOWN["score_blocks"] and name != "lse of other splits"
+    },
+    "their lse without splits": ("partial_lse", narrow(2, 0), "partial_lse"),
+    "their lse of too few rows": ("partial_lse", narrow(0, 1), "partial_lse"),
+}
 SELECT_BAD = {
     **SETS_BAD,
     "block_lse in bf16": ("block_lse", to(torch.bfloat16), "block_lse"),
@@ -150,12 +163,13 @@ CASES = [
     pytest.param(op, *case, id=f"{op}: {name}")
     for op, table in {
         "dense_decode": DECODE_BAD,
+        "score_blocks": SCORE_BAD,
         "sparse_decode": {**DECODE_BAD, **SETS_BAD},
         "select_blocks": SELECT_BAD,
     }.items()
     for name, case in table.items()
 ]
-OPS = ("dense_decode", "sparse_decode", "select_blocks")
+OPS = ("dense_decode", "score_blocks", "sparse_decode", "select_blocks")
 
 
 @pytest.mark.parametrize("op, argument, change, words", CASES)
@@ -165,10 +179,11 @@ def test_refuses(kernels, device, op, argument, change, words):
     assert words in str(caught.value)
 
 
-def test_refuses_a_block_lse_that_does_not_fit(kernels, device):
+@pytest.mark.parametrize("op", OPS[:2])
+def test_refuses_a_block_lse_that_does_not_fit(kernels, device, op):
     for change in (narrow(1, 3), narrow(0, 1), to(torch.bfloat16), spread):
         with pytest.raises(ValueError, match="block_lse"):
-            call(kernels, "dense_decode", device, block_lse=change)
+            call(kernels, op, device, block_lse=change)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -181,5 +196,5 @@ def test_refuses_tensors_on_two_devices(kernels, device, op):
 @pytest.mark.parametrize("op", OPS)
 def test_takes_what_fits(kernels, device, op):
     call(kernels, op, device)
-    fewer = {"topk_blocks": narrow(2, 4)} if op != "dense_decode" else {}
+    fewer = {"topk_blocks": narrow(2, 4)} if op not in OPS[:2] else {}
     call(kernels, op, device, **fewer, seq_lens=lambda t: t + 40)

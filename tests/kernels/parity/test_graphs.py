@@ -1,6 +1,7 @@
-"""On a GPU: a captured step replays to the bits of an eager one, on other lengths."""
+"""On a GPU: a captured step replays to the bits of an eager one, on other lengths.
 
-import math
+Rows that are left out change too.
+"""
 
 import pytest
 import torch
@@ -26,19 +27,28 @@ def test_replay_equals_eager(device, requested):
     chosen = ops.choose(device, requested=requested, head_size=128, dtype=dtype)
     batches = [
         make_paged(device, lens, num_kv_heads=2, group=4, head_size=128, seed=seed)
-        for seed, lens in enumerate([(3000, 17, 900, 0), (1, 2999, 0, 513)])
+        for seed, lens in enumerate([(3000, 17, 900, 0, -1), (1, -1, 0, 513, 2999)])
     ]
-    work = chosen.allocate_workspace(4, 8, 1, 128, 200, device)
+    work = chosen.allocate_workspace(5, 8, 1, 128, 200, device)
     width = max(paged.block_table.shape[1] for paged in batches)
     blocks = max(len(paged.kv_cache) for paged in batches)
     query = torch.empty_like(batches[0].query)
     cache = torch.empty(blocks, 2, 16, 256, dtype=dtype, device=device)
-    table = torch.zeros(4, width, dtype=torch.int32, device=device)
-    seq_lens = torch.zeros(4, dtype=torch.int32, device=device)
-    topk_blocks = torch.empty(4, 1, 32, dtype=torch.int32, device=device)
-    topk_lens = torch.zeros(4, 1, dtype=torch.int32, device=device)
+    table = torch.zeros(5, width, dtype=torch.int32, device=device)
+    seq_lens = torch.zeros(5, dtype=torch.int32, device=device)
+    topk_blocks = torch.empty(2, 5, 1, 32, dtype=torch.int32, device=device)
+    topk_lens = torch.zeros(2, 5, 1, dtype=torch.int32, device=device)
     outputs = torch.empty(2, *query.shape, dtype=dtype, device=device)
     given = dict(scale=batches[0].batch.scale, workspace=work)
+
+    def select(choice):
+        chosen.select_blocks(
+            seq_lens,
+            rule=RULE,
+            workspace=work,
+            topk_blocks=topk_blocks[choice],
+            topk_lens=topk_lens[choice],
+        )
 
     def step():
         chosen.dense_decode(
@@ -47,15 +57,13 @@ def test_replay_equals_eager(device, requested):
             output=outputs[0],
             select_block_size=16,
         )
-        chosen.select_blocks(
-            seq_lens,
-            rule=RULE,
-            workspace=work,
-            topk_blocks=topk_blocks,
-            topk_lens=topk_lens,
+        select(0)
+        chosen.score_blocks(
+            *(query, cache, table, seq_lens), **given, select_block_size=16
         )
+        select(1)
         chosen.sparse_decode(
-            *(query, cache, table, topk_blocks, topk_lens, seq_lens),
+            *(query, cache, table, topk_blocks[1], topk_lens[1], seq_lens),
             **given,
             output=outputs[1],
             select_block_size=16,
@@ -66,7 +74,8 @@ def test_replay_equals_eager(device, requested):
         cache[: len(paged.kv_cache)] = paged.kv_cache
         table[:, : paged.block_table.shape[1]] = paged.block_table
         seq_lens.copy_(paged.seq_lens)
-        outputs.fill_(math.nan)
+        for written in (outputs, topk_blocks, topk_lens):
+            written.fill_(42)
 
     eager = []
     for paged in batches:

@@ -75,6 +75,52 @@ def test_one_step(chosen, device, monkeypatch):
     assert_same_lse(work.lse[:3], exact_lse, paged)
 
 
+def test_rows_that_choose_beside_rows_that_keep_their_choice(chosen, device):
+    """As a SELECT layer that attends to what it has chosen; two steps of it."""
+    paged = make_paged(device, (300, 90, 0, 170), num_kv_heads=2, group=2, head_size=64)
+    plain = ops.choose("cpu", requested="reference", head_size=64, dtype=DTYPE)
+    found = [
+        steps_of_a_select_layer(kernels, tensors, paged.batch.scale)
+        for kernels, tensors in (
+            (chosen, (paged.query, paged.kv_cache, paged.block_table, paged.seq_lens)),
+            (plain, paged.cpu),
+        )
+    ]
+    careless = low_precision(paged, all_tokens(paged))
+    for output, exact in zip(*found, strict=True):
+        assert_attends(output, exact, careless)
+
+
+def steps_of_a_select_layer(kernels, tensors, scale):
+    """The outputs; in the second step rows 0 and 2 choose, the others were left out."""
+    query, cache, table, seq_lens = tensors
+    work = kernels.allocate_workspace(4, 4, 1, 64, 20, query.device)
+    topk_blocks = torch.full((4, 1, 6), -1, dtype=torch.int32, device=query.device)
+    topk_lens = torch.zeros(4, 1, dtype=torch.int32, device=query.device)
+    given = dict(scale=scale, workspace=work, select_block_size=16)
+    outputs = []
+    for keep in ([], [1, 3]):
+        lens = seq_lens.clone()
+        lens[keep] = -1
+        asked = -query if keep else query
+        kernels.score_blocks(asked, cache, table, lens, **given)
+        kernels.select_blocks(
+            lens,
+            rule=RULE,
+            workspace=work,
+            topk_blocks=topk_blocks,
+            topk_lens=topk_lens,
+        )
+        output = torch.full_like(query, math.nan)
+        kernels.sparse_decode(
+            *(query, cache, table, topk_blocks, topk_lens, seq_lens),
+            **given,
+            output=output,
+        )
+        outputs.append(output)
+    return outputs
+
+
 @pytest.mark.parametrize(
     "case, words",
     [

@@ -24,7 +24,10 @@ def rule(budget, size=1, sinks=0, recent=1, threshold=None) -> SelectionRule:
 
 
 def select(kernels, device, block_lse, lse, lens, rule, num_sets=1, extra=3):
-    """Blocks [rows][sets], checked to be what their lens say, -1 behind."""
+    """Blocks [rows][sets], checked to be what their lens say, -1 behind.
+
+    A row that is left out is None, checked to be as it was.
+    """
     block_lse, lse = block_lse.to(device), lse.to(device)
     num_seqs, _, num_blocks = block_lse.shape
     most = max([rule.num_kept_blocks(n) for n in lens], default=0) + extra
@@ -43,6 +46,10 @@ def select(kernels, device, block_lse, lse, lens, rule, num_sets=1, extra=3):
     assert (topk_blocks[num_seqs:] == 7).all() and (topk_lens[num_seqs:] == 7).all()
     found = []
     for row, seq_len in enumerate(lens):
+        if seq_len < 0:
+            assert (topk_blocks[row] == 7).all() and (topk_lens[row] == 7).all()
+            found.append(None)
+            continue
         assert (topk_lens[row] == rule.num_kept_blocks(seq_len)).all()
         kept = int(topk_lens[row, 0])
         assert (topk_blocks[row, :, kept:] == -1).all()
@@ -70,13 +77,15 @@ def random_masses(lens, num_sets, num_blocks, rule, most=40, seed=0):
     masses = torch.randint(0, most, (len(lens), num_sets, num_blocks), generator=rng)
     masses = masses.float()
     for row, seq_len in enumerate(lens):
-        masses[row, :, rule.num_blocks(seq_len) :] = math.nan
+        masses[row, :, rule.num_blocks(max(seq_len, 0)) :] = math.nan
     return masses
 
 
 def expected(masses, lens, rule):
     return [
-        [
+        None
+        if n < 0
+        else [
             naive.select(one[: rule.num_blocks(n)].tolist(), n, rule)
             for one in masses[row]
         ]
@@ -102,7 +111,8 @@ class TestExactSets:
     @pytest.mark.parametrize("num_sets", [1, 2, 4])
     def test_against_the_definition(self, kernels, device, rule, num_sets):
         budget, size = rule.token_budget, rule.select_block_size
-        lens = [0, 1, size, budget - 1, budget, budget + 1, budget + size, 2 * budget]
+        lens = [-1, 0, 1, size, budget - 1, budget, budget + 1, -(2**31)]
+        lens += [budget + size, 2 * budget]
         lens += [rule.keep_all_len, rule.keep_all_len + 1, 7 * budget + 5]
         num_blocks = rule.num_blocks(max(lens)) + 1
         masses = random_masses(lens, num_sets, num_blocks, rule)
@@ -173,6 +183,10 @@ class TestExactSets:
         lse = torch.tensor([[0.1, 0.1, 90.0]])
         found = select(kernels, device, block_lse, lse, [3], chosen)
         assert found == [[[0, 2]]]
+
+    def test_all_rows_left_out(self, kernels, device):
+        scores = torch.zeros(2, 2, 5), torch.zeros(2, 2)
+        assert select(kernels, device, *scores, [-1, -5], rule(4)) == [None, None]
 
     def test_an_empty_batch(self, kernels, device):
         scores = torch.zeros(0, 2, 5), torch.zeros(0, 2)

@@ -24,6 +24,16 @@ using emulation::Dim;
 
 Dim grid_of(const AttendParams& p) { return {thread_blocks(p), p.splits, p.num_seqs}; }
 
+template <bool kReadValues>
+void launch_densely(const AttendParams& p, const Stream& stream) {
+  for_shape<kReadValues>(p, [&](auto shape) {
+    using S = decltype(shape);
+    emulation::launch(grid_of(p), S::threads, S::shared_bytes,
+                      [&] { dense_decode_kernel<S>(p); });
+  });
+  launch_merge(p, stream);
+}
+
 }  // namespace
 
 void launch_merge(const AttendParams& p, const Stream&) {
@@ -35,16 +45,15 @@ void launch_merge(const AttendParams& p, const Stream&) {
 }
 
 void launch_dense_decode(const AttendParams& p, const Stream& stream) {
-  for_shape(p, [&](auto shape) {
-    using S = decltype(shape);
-    emulation::launch(grid_of(p), S::threads, S::shared_bytes,
-                      [&] { dense_decode_kernel<S>(p); });
-  });
-  launch_merge(p, stream);
+  launch_densely<true>(p, stream);
+}
+
+void launch_score_blocks(const AttendParams& p, const Stream& stream) {
+  launch_densely<false>(p, stream);
 }
 
 void launch_sparse_decode(const AttendParams& p, const Stream& stream) {
-  for_shape(p, [&](auto shape) {
+  for_shape<true>(p, [&](auto shape) {
     using S = decltype(shape);
     emulation::launch(grid_of(p), S::threads, S::shared_bytes,
                       [&] { sparse_decode_kernel<S>(p); });

@@ -59,27 +59,27 @@ tidal::TensorView tensor(const std::string& name) {
   return view;
 }
 
-void attend(bool sparse) {
+void attend(const std::string& op) {
   tidal::AttendArguments a;
   a.query = tensor("query");
   a.kv_cache = tensor("kv_cache");
   a.block_table = tensor("block_table");
   a.seq_lens = tensor("seq_lens");
-  a.output = tensor("output");
   a.lse = tensor("lse");
-  a.partial_out = tensor("partial_out");
   a.partial_lse = tensor("partial_lse");
-  tidal::TensorView block_lse, topk_blocks, topk_lens;
-  if (has("block_lse")) a.block_lse = &(block_lse = tensor("block_lse"));
-  if (sparse) {
-    a.topk_blocks = &(topk_blocks = tensor("topk_blocks"));
-    a.topk_lens = &(topk_lens = tensor("topk_lens"));
-  }
   a.scale = number("scale");
   a.k_scale = number("k_scale");
-  a.v_scale = number("v_scale");
   a.select_block_size = integer("select_block_size");
-  sparse ? tidal::sparse_decode(a) : tidal::dense_decode(a);
+  tidal::TensorView output, partial_out, block_lse, topk_blocks, topk_lens;
+  if (has("block_lse")) a.block_lse = &(block_lse = tensor("block_lse"));
+  if (op == "score_blocks") return tidal::score_blocks(a);
+  a.output = &(output = tensor("output"));
+  a.partial_out = &(partial_out = tensor("partial_out"));
+  a.v_scale = number("v_scale");
+  if (op == "dense_decode") return tidal::dense_decode(a);
+  a.topk_blocks = &(topk_blocks = tensor("topk_blocks"));
+  a.topk_lens = &(topk_lens = tensor("topk_lens"));
+  tidal::sparse_decode(a);
 }
 
 void select() {
@@ -115,7 +115,7 @@ int main() {
     if (op == "select_blocks") {
       select();
     } else {
-      attend(op == "sparse_decode");
+      attend(op);
     }
   } catch (const std::exception& error) {
     std::cout << error.what();

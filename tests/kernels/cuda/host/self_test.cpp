@@ -13,7 +13,7 @@ namespace {
 void copy_16(bool wait, bool barrier, int misalign) {
   alignas(16) static const char source[32] = {};
   char* to = shared_memory() + 16 * thread_index();
-  copy_async_16(to, source + misalign, true);
+  copy_async_16<128>(to, source + misalign, true);
   commit_copies();
   if (wait) wait_copies<0>();
   if (barrier) sync_warp();

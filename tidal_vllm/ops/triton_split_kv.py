@@ -1,0 +1,249 @@
+"""The Triton kernels of `triton_attend`: one pass over K and V in splits, then a merge.
+
+Program (lane, split, row) of `attend_split` reads its share of a row's tokens for the
+query heads of one lane: those that share both KV head and set, so each K and V is
+fetched once for all of them. `merge_splits` joins a row's shares in a fixed order. The
+grid follows from shapes alone; how many splits have work is decided on the device. A
+row that is left out has none, and is not merged either.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+LN_2 = tl.constexpr(math.log(2))
+
+
+@triton.jit
+def _count_blocks(counts, seq_len, row, chosen_by, counts_s, SPARSE, SIZE):
+    """How many selection blocks a lane reads; 0 for a row padded or left out."""
+    count = tl.cdiv(tl.maximum(seq_len, 0), SIZE)
+    if SPARSE:
+        chosen = counts + row * counts_s + chosen_by
+        count = tl.load(chosen, mask=seq_len > 0, other=0)
+    return count
+
+
+@triton.jit
+def _blocks_per_split(count, num_splits, MIN_BLOCKS, TILE_BLOCKS):
+    per_split = tl.maximum(tl.cdiv(count, num_splits), MIN_BLOCKS)
+    return tl.cdiv(per_split, TILE_BLOCKS) * TILE_BLOCKS
+
+
+@triton.jit
+def _finite(top):
+    """What to subtract from scores whose largest is `top`; -inf less -inf is NaN."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def _log2(total):
+    found = tl.log2(tl.where(total == 0.0, 1.0, total))
+    return tl.where(total == 0.0, float("-inf"), found)
+
+
+@triton.jit
+def _read_tile(pointers, mask, DTYPE, FP8_BITS):
+    """Load keys or values, zeros where masked."""
+    found = tl.load(pointers, mask=mask, other=0.0)
+    if FP8_BITS:
+        bits = found.to(tl.uint16)
+        magnitude = bits & 0x7F
+        shifted = tl.where(magnitude == 0x7F, 0x7E00, magnitude << 7)  # NaN
+        bits = ((bits & 0x80) << 8) | shifted
+        found = bits.to(tl.uint16).to(tl.float16, bitcast=True)
+    return found.to(DTYPE)
+
+
+@triton.jit
+def _dot(a, b, IN_FP32):
+    if IN_FP32:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["num_splits", "partial_splits"])
+def attend_split(
+    query,
+    kv_cache,
+    block_table,
+    topk_blocks,
+    counts,
+    seq_lens,
+    block_lse,
+    partial_out,
+    partial_lse,
+    score_scale,  # of a dot product, to a score in units of log 2
+    num_splits,
+    query_s,
+    query_h,
+    kv_b,
+    kv_h,
+    kv_t,
+    table_s,
+    topk_s,
+    topk_g,
+    counts_s,
+    block_lse_s,
+    block_lse_h,
+    partial_splits,
+    SPARSE: tl.constexpr,
+    READ_VALUES: tl.constexpr,
+    SIZE: tl.constexpr,
+    MIN_BLOCKS: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr,
+    KEEP_BLOCK_LSE: tl.constexpr,
+    FP8_BITS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    HEADS: tl.constexpr,  # query heads of a lane
+    ROWS: tl.constexpr,  # of them in one tile, padded to what tl.dot takes
+    HEAD_TILES: tl.constexpr,
+    LANES_PER_KV_HEAD: tl.constexpr,
+    LANES_PER_SET: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SIZE_PADDED: tl.constexpr,
+    IN_FP32: tl.constexpr,
+):
+    lane = tl.program_id(0) // HEAD_TILES
+    head_tile = tl.program_id(0) % HEAD_TILES
+    split = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
+    chosen_by = lane // LANES_PER_SET
+
+    seq_len = tl.load(seq_lens + row)
+    count = _count_blocks(counts, seq_len, row, chosen_by, counts_s, SPARSE, SIZE)
+    per_split = _blocks_per_split(count, num_splits, MIN_BLOCKS, TILE_BLOCKS)
+    first = split * per_split
+    if first >= count:
+        return
+    end = tl.minimum(first + per_split, count)
+
+    dims = tl.arange(0, WIDTH)
+    in_tile = head_tile * ROWS + tl.arange(0, ROWS)
+    heads = lane * HEADS + in_tile
+    q_mask = (in_tile < HEADS)[:, None] & (dims < HEAD_SIZE)[None, :]
+    q_at = query + row * query_s + heads[:, None] * query_h + dims[None, :]
+    q = tl.load(q_at, mask=q_mask, other=0.0)
+
+    slots = tl.arange(0, TILE_BLOCKS * SIZE_PADDED)
+    nth_of_slot, offset_of_slot = slots // SIZE_PADDED, slots % SIZE_PADDED
+    kv_of_head = kv_cache + (lane // LANES_PER_KV_HEAD).to(tl.int64) * kv_h
+    table = block_table + row * table_s
+    chosen = topk_blocks + row * topk_s + chosen_by.to(tl.int64) * topk_g
+
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    if READ_VALUES:
+        acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    for start in tl.range(first, end, TILE_BLOCKS):
+        nth = start + nth_of_slot
+        used = nth < end
+        blocks = nth
+        if SPARSE:
+            blocks = tl.load(chosen + nth, mask=used, other=0)
+        tokens = blocks * SIZE + offset_of_slot
+        used = used & (tokens < seq_len)
+        if SIZE != SIZE_PADDED:
+            used = used & (offset_of_slot < SIZE)
+        physical = tl.load(table + tokens // BLOCK_SIZE, mask=used, other=0)
+        in_block = (tokens % BLOCK_SIZE).to(tl.int64)
+        slot_at = kv_of_head + physical.to(tl.int64) * kv_b + in_block * kv_t
+        kv_at = slot_at[:, None] + dims[None, :]
+        kv_mask = used[:, None] & (dims < HEAD_SIZE)[None, :]
+        keys = _read_tile(kv_at, kv_mask, q.dtype, FP8_BITS)
+        if READ_VALUES:
+            values = _read_tile(kv_at + HEAD_SIZE, kv_mask, q.dtype, FP8_BITS)
+
+        scores = _dot(q, tl.trans(keys), IN_FP32) * score_scale
+        scores = tl.where(used[None, :], scores, float("-inf"))
+        if KEEP_BLOCK_LSE:
+            if SIZE_PADDED == 1:
+                kept = scores
+            else:
+                by_block = tl.reshape(scores, (ROWS, TILE_BLOCKS, SIZE_PADDED))
+                tops = _finite(tl.max(by_block, 2))
+                kept = tops + _log2(tl.sum(tl.exp2(by_block - tops[:, :, None]), 2))
+            at = start + tl.arange(0, TILE_BLOCKS)
+            kept_mask = (in_tile < HEADS)[:, None] & (at < end)[None, :]
+            sums = block_lse + row * block_lse_s + heads[:, None] * block_lse_h
+            tl.store(sums + at[None, :], kept * LN_2, mask=kept_mask)
+
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - _finite(new_top)[:, None])
+        rescale = tl.exp2(top - _finite(new_top))
+        total = total * rescale + tl.sum(weights, 1)
+        if READ_VALUES:
+            added = _dot(weights.to(q.dtype), values, IN_FP32)
+            acc = acc * rescale[:, None] + added
+        top = new_top
+
+    parts = (row * NUM_HEADS + heads) * partial_splits + split
+    tl.store(partial_lse + parts, _finite(top) + _log2(total), mask=in_tile < HEADS)
+    if READ_VALUES:
+        out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        out_at = partial_out + parts[:, None] * HEAD_SIZE + dims[None, :]
+        tl.store(out_at, out, mask=q_mask)
+
+
+@triton.jit(do_not_specialize=["num_splits", "partial_splits"])
+def merge_splits(
+    partial_out,
+    partial_lse,
+    counts,
+    seq_lens,
+    output,
+    lse,
+    value_scale,
+    num_splits,
+    counts_s,
+    output_s,
+    output_h,
+    partial_splits,
+    SPARSE: tl.constexpr,
+    READ_VALUES: tl.constexpr,
+    SIZE: tl.constexpr,
+    MIN_BLOCKS: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    HEADS_PER_SET: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    head = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    seq_len = tl.load(seq_lens + row)
+    if seq_len < 0:
+        return
+    chosen_by = head // HEADS_PER_SET
+    count = _count_blocks(counts, seq_len, row, chosen_by, counts_s, SPARSE, SIZE)
+    per_split = _blocks_per_split(count, num_splits, MIN_BLOCKS, TILE_BLOCKS)
+    used = tl.cdiv(count, per_split)
+
+    first_part = (row * NUM_HEADS + head) * partial_splits
+    splits = tl.arange(0, MAX_SPLITS)
+    lses = tl.load(
+        partial_lse + first_part + splits, mask=splits < used, other=float("-inf")
+    )
+    top = _finite(tl.max(lses, 0))
+    total = tl.sum(tl.exp2(lses - top), 0)
+    tl.store(lse + row * NUM_HEADS + head, (top + _log2(total)) * LN_2)
+    if READ_VALUES:
+        dims = tl.arange(0, WIDTH)
+        acc = tl.zeros([WIDTH], tl.float32)
+        for start in tl.range(0, used, CHUNK):
+            some = start + tl.arange(0, CHUNK)
+            part_lse = tl.load(
+                partial_lse + first_part + some, mask=some < used, other=float("-inf")
+            )
+            mask = (some < used)[:, None] & (dims < HEAD_SIZE)[None, :]
+            at = partial_out + (first_part + some)[:, None] * HEAD_SIZE + dims[None, :]
+            parts = tl.load(at, mask=mask, other=0.0)
+            acc += tl.sum(tl.exp2(part_lse - top)[:, None] * parts, 0)
+        out = acc / tl.where(total == 0.0, 1.0, total) * value_scale
+        out_at = output + row * output_s + head * output_h + dims
+        tl.store(out_at, out.to(output.dtype.element_ty), mask=dims < HEAD_SIZE)
