@@ -158,7 +158,10 @@ def rule_of(
 
 @dataclass
 class Decoder:
-    """Our ops on one case, with the buffers that they need."""
+    """Our ops on one case, with the buffers that they need.
+
+    The ops take other lengths than the case's, to leave rows out.
+    """
 
     case: Case
     rule: SelectionRule
@@ -177,6 +180,8 @@ class Decoder:
         self.topk_blocks = blocks.to(device)
         self.topk_lens = torch.zeros(case.batch, sets, dtype=torch.int32, device=device)
         self.output = torch.empty_like(case.query)
+        self.nobody = torch.full_like(case.seq_lens, -1)
+        """Lengths that leave all rows out."""
 
     def over(self, case: Case) -> "Decoder":
         """The same buffers, selection included, over another KV cache."""
@@ -184,31 +189,27 @@ class Decoder:
         other.case = case
         return other
 
-    def dense(self, keep: bool = False) -> None:
+    def dense(self, keep: bool = False, lens: torch.Tensor | None = None) -> None:
         """`dense_decode`; with `keep`, also block_lse, as a SELECT layer does."""
         size = self.rule.select_block_size if keep else None
-        self.kernels.dense_decode(*self._sequences(), **self._more(size))
+        self.kernels.dense_decode(*self._sequences(lens), **self._more(size))
 
-    def score(self) -> None:
-        query, cache, table, lens = self._sequences()
-        self.kernels.score_blocks(
-            *(query, cache, table, lens),
-            scale=self.case.scale,
-            workspace=self.workspace,
-            select_block_size=self.rule.select_block_size,
-        )
+    def score(self, lens: torch.Tensor | None = None) -> None:
+        more = self._more(self.rule.select_block_size)
+        del more["output"]
+        self.kernels.score_blocks(*self._sequences(lens), **more)
 
-    def select(self) -> None:
+    def select(self, lens: torch.Tensor | None = None) -> None:
         self.kernels.select_blocks(
-            self.case.seq_lens,
+            self.case.seq_lens if lens is None else lens,
             rule=self.rule,
             workspace=self.workspace,
             topk_blocks=self.topk_blocks,
             topk_lens=self.topk_lens,
         )
 
-    def sparse(self) -> None:
-        query, cache, table, lens = self._sequences()
+    def sparse(self, lens: torch.Tensor | None = None) -> None:
+        query, cache, table, lens = self._sequences(lens)
         chosen = (self.topk_blocks, self.topk_lens)
         more = self._more(self.rule.select_block_size)
         self.kernels.sparse_decode(query, cache, table, *chosen, lens, **more)
@@ -254,9 +255,10 @@ class Decoder:
             return
         _require_same_sets(self.topk_blocks, wanted, block_lse, lse)
 
-    def _sequences(self):
+    def _sequences(self, lens: torch.Tensor | None):
         case = self.case
-        return case.query, case.kv_cache, case.block_table, case.seq_lens
+        lens = case.seq_lens if lens is None else lens
+        return case.query, case.kv_cache, case.block_table, lens
 
     def _more(self, select_block_size: int | None) -> dict:
         return {

@@ -59,11 +59,11 @@ class Bench:
             call: Only launches work on tensors that exist.
             graph: Capture it in a CUDA graph first, so that launches cost nothing.
         """
-        call()
         if self.device.type == "cpu":
             start = time.perf_counter()
             call()
             return [1e6 * (time.perf_counter() - start)]
+        call()
         run = _capture(call) if graph else call
         flushed = torch.empty(L2_BYTES, dtype=torch.uint8, device=self.device)
         times = []

@@ -26,7 +26,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     ("script", "ours"),
-    [("dense_decode", 2), ("sparse_decode", 3), ("select", 2), ("stack", 1)],
+    [("dense_decode", 2), ("sparse_decode", 3), ("select", 2), ("stack", 4)],
 )
 def test_smoke(script, ours, tmp_path):
     out = tmp_path / "out.jsonl"
