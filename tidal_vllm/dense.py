@@ -171,7 +171,7 @@ class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
         attn_type: str = "decoder",
         kv_sharing_target_layer_name: str | None = None,
     ) -> None:
-        self.scale = scale
+        self.scale, self.sliding_window = scale, sliding_window
 
     def do_kv_cache_update(
         self,
@@ -197,6 +197,8 @@ class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
     ) -> torch.Tensor:
         batch = attn_metadata
         first, end = batch.num_decodes, batch.num_actual_tokens
+        if self.sliding_window is not None:
+            first = 0  # a decode is an extend by one token
         if first:
             output[:first], _, _ = ops.dense_decode(
                 query[:first],
@@ -213,6 +215,7 @@ class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
                 batch.seq_lens[first:],
                 batch.query_start_loc[first:] - first,
                 scale=self.scale,
+                sliding_window=self.sliding_window,
             )
         return output
 

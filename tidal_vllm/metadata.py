@@ -1,10 +1,17 @@
 """What all layers share in one step: the batch, the roles and the selection."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig
+from vllm.config import (
+    CompilationConfig,
+    CUDAGraphMode,
+    VllmConfig,
+    get_layers_from_vllm_config,
+)
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -13,12 +20,13 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 
 from tidal_vllm.dense import count_decodes, rows_from
 from tidal_vllm.metrics import DecodeCounters
 from tidal_vllm.plan_table import format_plan
-from tidal_vllm.policy import Role, SelectionRule, runs_sparse
+from tidal_vllm.plugin import NAME
+from tidal_vllm.policy import Role, SelectionRule, check_full_layers, runs_sparse
 from tidal_vllm.sparse_state import SparseState, choose_implementations
 from tidal_vllm.startup import resolve
 
@@ -27,7 +35,7 @@ logger = init_logger("vllm.tidal.metadata")
 
 @dataclass
 class TidalMetadata(AttentionMetadata):
-    """One step's batch, decodes first; one object for all layers of the model."""
+    """One step's batch, decodes first; one object for all layers of a group."""
 
     num_decodes: int
     """Rows of the batch that decode: one query token each, its prompt done. Padded
@@ -60,7 +68,11 @@ class TidalMetadata(AttentionMetadata):
 
 
 class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
-    """Splits each batch into decodes and prefills, and decides if it runs sparse."""
+    """Splits each batch into decodes and prefills, and decides if it runs sparse.
+
+    There is one for each KV cache group, and all see the same batch. What happens once
+    per step is done by the one that leads.
+    """
 
     reorder_batch_threshold: int = 1
 
@@ -73,34 +85,33 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         startup = resolve(vllm_config)
-        startup.config.check_kv_block_size(kv_cache_spec.block_size)
         self.plan, self.rule = startup.plan, startup.rule
-        # Where nothing is sparse there may be a draft model's layers, too.
-        self.roles = dict.fromkeys(layer_names, Role.DENSE)
-        if self.plan.sparse:
-            for name in layer_names:
-                self.roles[name] = self.plan.roles[extract_layer_index(name)]
-        self._require_one_group(layer_names)
+        impls = _tidal_impls(vllm_config)
+        roles = self._roles_of(impls)
+        self.roles = {name: roles[name] for name in layer_names}
+        choosing = [n for n, r in roles.items() if r in (Role.SELECT, Role.SPARSE)]
+        ours = [name for name in choosing if name in self.roles]
+        self.leads = next(iter(choosing or impls)) in self.roles
         self.counters = DecodeCounters()
-        layers = vllm_config.compilation_config.static_forward_context
-        impl = layers[layer_names[0]].impl
-        self.state: SparseState | None = impl.state
+        self.state: SparseState | None = None
         self.choices: dict[str, int] = {}
-        if self.state is not None:
-            of_layers = self.state.choices
-            indices = {name: extract_layer_index(name) for name in layer_names}
+        if ours:
+            startup.config.check_kv_block_size(kv_cache_spec.block_size)
+            self.state = impls[ours[0]].state
             self.choices = {
-                name: of_layers[i] for name, i in indices.items() if i in of_layers
+                name: self.state.choices[extract_layer_index(name)] for name in ours
             }
         self.num_steps = 0
         # Two, for a builder keeps what its last metadata points to.
+        impl = impls[layer_names[0]]
         made = (kv_cache_spec, layer_names, vllm_config, device)
         builder_cls = impl.dense_backend.get_builder_cls()
         self.dense_builder, self.prefill_builder = (
             builder_cls(*made),
             builder_cls(*made),
         )
-        self._print_plan(startup.config, impl.dense_backend)
+        if self.leads:
+            self._print_plan(startup.config, impl.dense_backend)
 
     @classmethod
     def get_cudagraph_support(
@@ -110,15 +121,17 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
 
         Where no layer is sparse, whatever the dense backend supports.
         """
+        slides = isinstance(kv_cache_spec, SlidingWindowSpec)
         kernels, backend = choose_implementations(
             vllm_config,
             vllm_config.model_config.get_head_size(),
             vllm_config.cache_config.cache_dtype,
+            slides,
         )
         support = backend.get_builder_cls().get_cudagraph_support(
             vllm_config, kv_cache_spec
         )
-        if kernels is None:
+        if kernels is None or slides:
             return support
         if not kernels.capturable:
             return AttentionCGSupport.NEVER
@@ -133,18 +146,18 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
     ) -> TidalMetadata:
         common, args = common_attn_metadata, (common_prefix_len, fast_build)
         # What a captured graph does is fixed: every row decodes, and runs sparse.
+        chooses = self.state is not None
         captured = is_captured(self.vllm_config.compilation_config, common)
         num_decodes = common.num_reqs if captured else count_decodes(common)
         decode_lens = common.seq_lens_cpu_upper_bound[:num_decodes].tolist()
         # A decode has its prompt behind it: 0 is padding, 1 a row of a warm-up.
         decode_lens = [length for length in decode_lens if length > 1]
         longest = max(decode_lens, default=0)
-        sparse = self.plan.sparse and (
-            captured or runs_sparse(self.plan, self.rule, longest)
-        )
-        self.counters.count_step(self.rule, decode_lens, sparse)
-        self.num_steps += 1
-        if sparse and self.state.reuse is not None:
+        sparse = chooses and (captured or runs_sparse(self.plan, self.rule, longest))
+        if self.leads:
+            self.counters.count_step(self.rule, decode_lens, sparse)
+            self.num_steps += 1
+        if sparse and self.leads and self.state.reuse is not None:
             self.state.reuse.advance(
                 self.num_steps,
                 common.seq_lens[:num_decodes],
@@ -164,17 +177,17 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> TidalMetadata:
         """The batch of a full graph: decodes only, through the sparse path."""
-        common = common_attn_metadata
-        if self.plan.sparse and common.max_query_len != 1:
+        common, chooses = common_attn_metadata, self.state is not None
+        if chooses and common.max_query_len != 1:
             raise ValueError(
                 f"max_query_len = {common.max_query_len} in a full CUDA graph: only "
                 "decodes of one token can be captured; allowed cudagraph_mode "
                 "FULL_DECODE_ONLY, FULL_AND_PIECEWISE, PIECEWISE or NONE"
             )
-        if self.plan.sparse and self.state.reuse is not None:
+        if chooses and self.state.reuse is not None:
             self.state.reuse.choose_anew(common.seq_lens[: common.num_reqs])
         dense = self.dense_builder.build_for_cudagraph_capture(common)
-        return self._metadata(common, common.num_reqs, self.plan.sparse, dense, None)
+        return self._metadata(common, common.num_reqs, chooses, dense, None)
 
     def _metadata(
         self, common: CommonAttentionMetadata, num_decodes: int, sparse, dense, prefills
@@ -203,15 +216,16 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
             rule=self.rule,
         )
 
-    def _require_one_group(self, layer_names: list[str]) -> None:
-        """SPARSE layers need the selection of SELECT layers: one group for all."""
-        indices = sorted(extract_layer_index(name) for name in layer_names)
-        if self.plan.sparse and indices != list(range(indices[0], indices[-1] + 1)):
-            raise ValueError(
-                f"layers {indices} form one KV cache group of several: TIDAL needs "
-                "all attention layers of a pipeline stage in one group; allowed are "
-                "models whose layers all attend to the whole sequence"
-            )
+    def _roles_of(self, impls: dict[str, Any]) -> dict[str, Role]:
+        """The role of each layer of this worker, once they are what they should be."""
+        if not self.plan.sparse:  # there may be a draft model's layers, too
+            return dict.fromkeys(impls, Role.DENSE)
+        indices = {name: extract_layer_index(name) for name in impls}
+        config = self.vllm_config
+        stage = config.model_config.get_layers_start_end_indices(config.parallel_config)
+        full = [i for name, i in indices.items() if impls[name].sliding_window is None]
+        check_full_layers(self.plan, range(*stage), full)
+        return {name: self.plan.roles[i] for name, i in indices.items()}
 
     def _print_plan(self, config, dense_backend: type[AttentionBackend]) -> None:
         from vllm.distributed.parallel_state import is_global_first_rank
@@ -223,6 +237,16 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
                 lines += [f"kernels: {self.state.kernels.why}", str(self.state)]
             lines.append(f"dense attention: {dense_backend.get_name()}")
             logger.info("%s", "\n".join(lines))
+
+
+def _tidal_impls(vllm_config: VllmConfig) -> dict[str, Any]:
+    """The `TidalImpl` of each layer of this worker that has one, in their order."""
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    return {
+        name: layer.impl
+        for name, layer in layers.items()
+        if layer.attn_backend.get_name() == NAME
+    }
 
 
 def is_captured(
