@@ -64,6 +64,21 @@ def test_each_group_publishes_up_to_the_clean_position(engines, hybrid):
     assert {max(seen) for seen in published} == {len(PROMPT) // BLOCK_SIZE - 1}
 
 
+def test_nothing_is_published_again_in_sparse_steps(engines, hybrid, monkeypatch):
+    """By then a running state is past the length that it would be published under."""
+    llm = engines(TIDAL, folder=hybrid)
+    lengths = []
+    for manager in scheduler(llm).kv_cache_manager.coordinator.single_type_managers:
+
+        def seen(request, num_tokens, *args, publish=manager.cache_blocks, **kwargs):
+            lengths.append(num_tokens)
+            publish(request, num_tokens, *args, **kwargs)
+
+        monkeypatch.setattr(manager, "cache_blocks", seen)
+    generate(llm, [PROMPT], MAX_TOKENS)
+    assert lengths == 3 * [len(PROMPT)]
+
+
 def test_a_shared_prefix_is_dense(engines, hybrid):
     """The second conversation continues the first one's answer."""
     llm = engines(TIDAL, folder=hybrid, **ALL_WINDOWS)
