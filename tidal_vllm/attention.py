@@ -30,7 +30,6 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
     ) -> None:
         refused = {
             "alibi_slopes": alibi_slopes,
-            "sliding_window": sliding_window,
             "logits_soft_cap": logits_soft_cap or None,
             "kv_sharing_target_layer_name": kv_sharing_target_layer_name,
         }
@@ -45,9 +44,10 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
+        self.sliding_window = sliding_window
         config = get_current_vllm_config()
         self.kernels, self.dense_backend = choose_implementations(
-            config, head_size, kv_cache_dtype
+            config, head_size, kv_cache_dtype, sliding_window is not None
         )
         self.dense = self.dense_backend.get_impl_cls()(
             num_heads,
@@ -55,7 +55,7 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
             scale,
             self.num_kv_heads,
             None,
-            None,
+            sliding_window,
             kv_cache_dtype,
             None,
             attn_type,
@@ -67,13 +67,16 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
             and is_quantized_kv_cache(kv_cache_dtype)
             and self.dense.supports_quant_query_input
         )
-        self.state = self._find_state(config) or self.make_state(config)
+        self.state: SparseState | None = None
+        if sliding_window is None:
+            self.state = self._find_state(config) or self.make_state(config)
 
     def _find_state(self, vllm_config: VllmConfig) -> SparseState | None:
         """That of a layer made before, if it fits this one."""
         for layer in vllm_config.compilation_config.static_forward_context.values():
             other = getattr(layer, "impl", None)
-            if isinstance(other, TidalImpl) and other._kind == self._kind:
+            alike = isinstance(other, TidalImpl) and other._kind == self._kind
+            if alike and other.state is not None:
                 return other.state
         return None
 
@@ -142,7 +145,7 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
             return output.zero_()
         tokens = (query, key, value)
         role = batch.roles[layer.layer_name] if batch.sparse else Role.DENSE
-        if role is Role.DENSE:
+        if role in (Role.DENSE, Role.OTHER):
             self._dense(layer, tokens, kv_cache, batch.dense, output)
             return output
         if batch.num_prefills:

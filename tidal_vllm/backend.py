@@ -13,12 +13,19 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from tidal_vllm.attention import TidalImpl
+from tidal_vllm.config import TidalConfigError
 from tidal_vllm.dense import choose_dense_backend
 from tidal_vllm.metadata import TidalMetadataBuilder
 from tidal_vllm.plugin import NAME
 from tidal_vllm.policy import check_pipeline_stage
 from tidal_vllm.sparse_state import choose_implementations
-from tidal_vllm.startup import Startup, has_settings, is_selected, resolve
+from tidal_vllm.startup import (
+    Startup,
+    has_settings,
+    is_selected,
+    resolve,
+    uncorrectable,
+)
 from tidal_vllm.versions import unsupported_vllm
 
 if TYPE_CHECKING:
@@ -36,10 +43,6 @@ ASYNC_SCHEDULER = "tidal_vllm.scheduler.TidalAsyncScheduler"
 _EXPLAINED = {
     "MLA not supported": (
         "use_mla = True: allowed are models with separate K and V heads (MHA, GQA, MQA)"
-    ),
-    "sliding window not supported": (
-        "has_sliding_window = True: allowed are models whose layers all attend to the "
-        "whole sequence"
     ),
     "attention sinks not supported": (
         "has_sink = True: allowed are models without attention sinks"
@@ -131,6 +134,10 @@ class TidalBackend(AttentionBackend):
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
         return [*supported_here().head_sizes]
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
 
     @classmethod
     def supports_dtype(cls, dtype: torch.dtype) -> bool:
@@ -255,7 +262,8 @@ def _selector_config(vllm_config: "VllmConfig") -> AttentionSelectorConfig:
         block_size=None,  # vLLM aligns it with what the backend supports
         use_mla=model.use_mla,
         use_mm_prefix=model.is_mm_prefix_lm,
-        attn_type=model.attn_type,
+        # A hybrid model's attention layers are decoders; others do not ask.
+        attn_type="decoder" if model.is_hybrid else model.attn_type,
         has_sliding_window=cache.sliding_window is not None or some_slide,
         use_batch_invariant=envs.VLLM_BATCH_INVARIANT,
         use_pcp=parallel.prefill_context_parallel_size > 1,
@@ -310,6 +318,9 @@ def _needs_scheduler(vllm_config: "VllmConfig", startup: Startup) -> str:
 def _check_correction(vllm_config: "VllmConfig", startup: Startup) -> None:
     config, scheduler = startup.config, vllm_config.scheduler_config
     correcting = config.correction_interval is not None
+    if correcting and (reason := uncorrectable(vllm_config)):
+        key = "tidal.correction_interval"
+        raise TidalConfigError(key, config.correction_interval, reason)
     transfer = vllm_config.kv_transfer_config
     if transfer is not None and (correcting or not config.publish_polluted):
         raise ValueError(

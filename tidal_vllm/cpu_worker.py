@@ -5,6 +5,10 @@ from contextlib import AbstractContextManager, nullcontext
 import psutil
 import torch
 import vllm.v1.worker.cpu_worker as stock
+from vllm.model_executor.layers.mamba.ops.cpu.causal_conv1d import (
+    causal_conv1d_update_torch,
+)
+from vllm.model_executor.layers.mamba.short_conv import ShortConv
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 
@@ -42,11 +46,47 @@ class TidalCpuModelRunner(CPUModelRunner):
 # NOTE: the stock worker's init_device builds its V1 runner by this name.
 stock.CPUModelRunner = TidalCpuModelRunner
 
+# NOTE: what vLLM has for its own CPU platform; elsewhere it takes Triton kernels.
+ShortConv.forward_cuda = ShortConv.forward_native
+
+
+def update_short_conv(
+    x: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    conv_state_indices: torch.Tensor,
+    query_start_loc: torch.Tensor | None,
+    pad_slot_id: int,
+) -> torch.Tensor:
+    """One token per sequence through a short convolution.
+
+    Args:
+        x: `[num_seqs, dim]`.
+        conv_state: `[num_states, dim, width - 1]`, written.
+        conv_state_indices: `[num_seqs]`, the state of each.
+    """
+    states = conv_state[conv_state_indices]
+    output = causal_conv1d_update_torch(x[..., None], states, weight, bias, activation)
+    conv_state[conv_state_indices] = states
+    return output[..., 0]
+
+
+_c_ops = torch.library.Library("_C", "FRAGMENT")
 if not hasattr(torch.ops._C, "init_cpu_memory_env"):
     # The CPU build binds memory to a NUMA node with it; here the system decides.
-    _c_ops = torch.library.Library("_C", "FRAGMENT")
     _c_ops.define("init_cpu_memory_env(int[] nodes) -> ()")
     _c_ops.impl("init_cpu_memory_env", lambda nodes: None, "CompositeExplicitAutograd")
+if not hasattr(torch.ops._C, "causal_conv1d_update_cpu_vec"):
+    _c_ops.define(
+        "causal_conv1d_update_cpu_vec(Tensor x, Tensor(a!) conv_state, Tensor weight, "
+        "Tensor? bias, str? activation, Tensor conv_state_indices, "
+        "Tensor? query_start_loc, int pad_slot_id) -> Tensor"
+    )
+    _c_ops.impl(
+        "causal_conv1d_update_cpu_vec", update_short_conv, "CompositeExplicitAutograd"
+    )
 
 
 class TidalCpuWorker(stock.CPUWorker):

@@ -175,7 +175,7 @@ class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
         attn_type: str = "decoder",
         kv_sharing_target_layer_name: str | None = None,
     ) -> None:
-        self.scale = scale
+        self.scale, self.sliding_window = scale, sliding_window
 
     def do_kv_cache_update(
         self,
@@ -201,6 +201,8 @@ class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
     ) -> torch.Tensor:
         batch = attn_metadata
         first, end = batch.num_decodes, batch.num_actual_tokens
+        if self.sliding_window is not None:
+            first = 0  # a decode is an extend by one token
         if first:
             output[:first], _, _ = ops.dense_decode(
                 query[:first],
@@ -217,6 +219,7 @@ class ReferenceImpl(AttentionImpl[ReferenceMetadata]):
                 batch.seq_lens[first:],
                 batch.query_start_loc[first:] - first,
                 scale=self.scale,
+                sliding_window=self.sliding_window,
             )
         return output
 

@@ -1,10 +1,17 @@
 """What all layers share in one step: the batch, the roles and the selection."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from vllm.config import CompilationConfig, CUDAGraphMode, VllmConfig
+from vllm.config import (
+    CompilationConfig,
+    CUDAGraphMode,
+    VllmConfig,
+    get_layers_from_vllm_config,
+)
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -14,12 +21,13 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     max_decode_query_len,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 
 from tidal_vllm.dense import count_decodes, rows_from
 from tidal_vllm.metrics import DecodeCounters
 from tidal_vllm.plan_table import format_plan
-from tidal_vllm.policy import Role, SelectionRule, runs_sparse
+from tidal_vllm.plugin import NAME
+from tidal_vllm.policy import Role, SelectionRule, check_full_layers, runs_sparse
 from tidal_vllm.query_rows import QueryRows, row_lens
 from tidal_vllm.sparse_state import (
     SparseState,
@@ -33,7 +41,7 @@ logger = init_logger("vllm.tidal.metadata")
 
 @dataclass
 class TidalMetadata(AttentionMetadata):
-    """One step's batch, decodes first; one object for all layers of the model."""
+    """One step's batch, decodes first; one object for all layers of a group."""
 
     num_decodes: int
     """Requests of the batch that decode: their prompt is done. Those that pad a CUDA
@@ -70,7 +78,11 @@ class TidalMetadata(AttentionMetadata):
 
 
 class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
-    """Splits each batch into decodes and prefills, and decides if it runs sparse."""
+    """Splits each batch into decodes and prefills, and decides if it runs sparse.
+
+    There is one for each KV cache group, and all see the same batch. What happens once
+    per step is done by the one that leads.
+    """
 
     reorder_batch_threshold: int = 1
 
@@ -83,27 +95,25 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         startup = resolve(vllm_config)
-        startup.config.check_kv_block_size(kv_cache_spec.block_size)
         self.plan, self.rule = startup.plan, startup.rule
-        layers = vllm_config.compilation_config.static_forward_context
-        impls = {name: layers[name].impl for name in layer_names}
-        # A draft model's layers know their own configuration: they are dense.
-        ours = [name for name, impl in impls.items() if impl.kernels is not None]
-        indices = {name: extract_layer_index(name) for name in ours}
-        self.roles = {name: self.plan.roles[i] for name, i in indices.items()}
-        self._require_one_group(sorted(indices.values()))
+        impls = _tidal_impls(vllm_config)
+        roles = self._roles_of(impls)
+        self.roles = {name: roles[name] for name in layer_names}
+        choosing = [n for n, r in roles.items() if r in (Role.SELECT, Role.SPARSE)]
+        ours = [name for name in choosing if name in self.roles]
+        self.leads = next(iter(choosing or impls)) in self.roles
         self.counters = DecodeCounters()
-        impl = impls[ours[0] if ours else layer_names[0]]
-        self.state: SparseState | None = impl.state
+        self.state: SparseState | None = None
         self.choices: dict[str, int] = {}
-        if self.state is not None:
-            of_layers = self.state.choices
+        if ours:
+            startup.config.check_kv_block_size(kv_cache_spec.block_size)
+            self.state = impls[ours[0]].state
             self.choices = {
-                name: of_layers[i] for name, i in indices.items() if i in of_layers
+                name: self.state.choices[extract_layer_index(name)] for name in ours
             }
         self.num_steps = 0
         self.longest_query = max_decode_query_len(vllm_config)
-        if self.state is not None:
+        if self.plan.sparse:
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.query_rows: QueryRows | None = None
         if self.state is not None and self.longest_query > 1:
@@ -114,13 +124,15 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
                 device,
             )
         # Two, for a builder keeps what its last metadata points to.
+        impl = impls[layer_names[0]]
         made = (kv_cache_spec, layer_names, vllm_config, device)
         builder_cls = impl.dense_backend.get_builder_cls()
         self.dense_builder, self.prefill_builder = (
             builder_cls(*made),
             builder_cls(*made),
         )
-        self._print_plan(startup.config, impl.dense_backend)
+        if self.leads:
+            self._print_plan(startup.config, impl.dense_backend)
 
     @classmethod
     def get_cudagraph_support(
@@ -130,15 +142,17 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
 
         Where no layer is sparse, whatever the dense backend supports.
         """
+        slides = isinstance(kv_cache_spec, SlidingWindowSpec)
         kernels, backend = choose_implementations(
             vllm_config,
             vllm_config.model_config.get_head_size(),
             vllm_config.cache_config.cache_dtype,
+            slides,
         )
         support = backend.get_builder_cls().get_cudagraph_support(
             vllm_config, kv_cache_spec
         )
-        if kernels is None:
+        if kernels is None or slides:
             return support
         if not kernels.capturable:
             return AttentionCGSupport.NEVER
@@ -157,6 +171,7 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         captured = is_captured(compilation, common, most)
         num_decodes = common.num_reqs if captured else count_decodes(common, most)
         starts = common.query_start_loc_cpu
+        num_rows = common.num_actual_tokens if captured else int(starts[num_decodes])
         decode_lens = row_lens(
             (starts[1:] - starts[:-1])[:num_decodes].tolist(),
             common.seq_lens_cpu_upper_bound[:num_decodes].tolist(),
@@ -167,10 +182,10 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         sparse = self.state is not None and (
             captured or runs_sparse(self.plan, self.rule, longest)
         )
-        self.counters.count_step(self.rule, decode_lens, sparse)
-        self.num_steps += 1
-        num_rows = common.num_actual_tokens if captured else int(starts[num_decodes])
-        if sparse and self.state.reuse is not None:
+        if self.leads:
+            self.counters.count_step(self.rule, decode_lens, sparse)
+            self.num_steps += 1
+        if sparse and self.leads and self.state.reuse is not None:
             self.state.reuse.advance(
                 self.num_steps,
                 common.seq_lens[:num_decodes],
@@ -191,8 +206,7 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> TidalMetadata:
         """The batch of a full graph: decodes only, through the sparse path."""
-        common = common_attn_metadata
-        sparse = self.state is not None
+        common, sparse = common_attn_metadata, self.state is not None
         if sparse and common.max_query_len > self.longest_query:
             raise ValueError(
                 f"max_query_len = {common.max_query_len} in a full CUDA graph: only "
@@ -256,26 +270,43 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
             rule=self.rule,
         )
 
-    def _require_one_group(self, indices: list[int]) -> None:
-        """SPARSE layers need the selection of SELECT layers: one group for all."""
-        if indices and indices != list(range(indices[0], indices[-1] + 1)):
-            raise ValueError(
-                f"layers {indices} form one KV cache group of several: TIDAL needs "
-                "all attention layers of a pipeline stage in one group; allowed are "
-                "models whose layers all attend to the whole sequence"
-            )
+    def _roles_of(self, impls: dict[str, Any]) -> dict[str, Role]:
+        """The role of each layer of this worker, once they are what they should be."""
+        roles = dict.fromkeys(impls, Role.DENSE)
+        # A draft model's layers know their own configuration: none of them is sparse.
+        indices = {
+            name: extract_layer_index(name)
+            for name, impl in impls.items()
+            if impl.kernels is not None
+        }
+        if not indices:
+            return roles
+        config = self.vllm_config
+        stage = config.model_config.get_layers_start_end_indices(config.parallel_config)
+        full = [i for name, i in indices.items() if impls[name].sliding_window is None]
+        check_full_layers(self.plan, range(*stage), full)
+        return roles | {name: self.plan.roles[i] for name, i in indices.items()}
 
     def _print_plan(self, config, dense_backend: type[AttentionBackend]) -> None:
         from vllm.distributed.parallel_state import is_global_first_rank
 
-        draft = self.plan.sparse and self.state is None
-        if is_global_first_rank() and not draft:
+        if is_global_first_rank():
             model = self.vllm_config.model_config.model
             lines = [format_plan(self.plan, config, model_name=model)]
             if self.state is not None:
                 lines += [f"kernels: {self.state.kernels.why}", str(self.state)]
             lines.append(f"dense attention: {dense_backend.get_name()}")
             logger.info("%s", "\n".join(lines))
+
+
+def _tidal_impls(vllm_config: VllmConfig) -> dict[str, Any]:
+    """The `TidalImpl` of each layer of this worker that has one, in their order."""
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    return {
+        name: layer.impl
+        for name, layer in layers.items()
+        if layer.attn_backend.get_name() == NAME
+    }
 
 
 def is_captured(

@@ -73,6 +73,8 @@ def worker_counters(worker: Any) -> dict[str, int]:
     for groups in worker.model_runner.attn_groups:
         for group in groups:
             for builder in group.metadata_builders:
-                for name, count in asdict(builder.counters).items():
-                    total[name] += count
+                counters = getattr(builder, "counters", None)
+                if isinstance(counters, DecodeCounters):
+                    for name, count in asdict(counters).items():
+                        total[name] += count
     return total

@@ -25,8 +25,11 @@ def format_plan(
     title = f"TIDAL sparse decoding of {model_name}, {plan.num_layers} layers"
     rows = [
         (f"{role.name} {plan.count(role)}", format_layers(plan.layers(role)))
-        for role in Role
+        for role in (Role.DENSE, Role.SELECT, Role.SPARSE)
     ]
+    if others := plan.layers(Role.OTHER):
+        what = f"{format_layers(others)}: as the model has them, a window or a state"
+        rows.append((f"{Role.OTHER.name} {len(others)}", what))
     if plan.source:
         rows.append(("roles from", plan.source))
     if plan.sparse:
@@ -52,13 +55,16 @@ def _budget_rows(plan: LayerPlan, config: TidalConfig) -> list[tuple[str, str]]:
         threshold += f" (up to {rule.keep_all_len} every block is kept)"
     at_least = "at least " if config.scope == "query_head" else ""
     share_32k, share_128k = (kv_read_share(plan, config, n * 1024) for n in (32, 128))
+    alone = plan.num_full_layers < plan.num_layers
+    whose = ", of the full-attention layers" if alone else ""
     return [
         ("budget", budget),
         ("forced", f"{sink}{recent}, within the budget"),
         ("sparse above", threshold),
         (
             "KV read",
-            f"{at_least}{share_32k:.1%} of dense at 32K, {share_128k:.1%} at 128K",
+            f"{at_least}{share_32k:.1%} of dense at 32K, {share_128k:.1%} at 128K"
+            f"{whose}",
         ),
         ("selection", _selection_text(config)),
         ("correction", _correction_text(config)),

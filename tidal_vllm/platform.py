@@ -107,6 +107,7 @@ class TidalCpuPlatform(CpuPlatform):
     def register_triton_kernel_overrides(cls) -> None:
         from vllm.triton_utils import HAS_TRITON
         from vllm.triton_utils.dispatcher import register_kernels
+        from vllm.utils.cpu_triton_utils import _batch_memcpy_impl
 
         from tidal_vllm.cpu_worker import compute_slot_mapping
 
@@ -119,7 +120,10 @@ class TidalCpuPlatform(CpuPlatform):
                 {
                     "vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": (
                         compute_slot_mapping
-                    )
+                    ),
+                    "vllm.v1.worker.mamba_utils.batch_memcpy_kernel": (
+                        _batch_memcpy_impl
+                    ),
                 }
             )
 

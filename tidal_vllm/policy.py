@@ -17,8 +17,9 @@ FALLBACK_STRIDE = 4  # an unknown model selects again at every 4th layer
 MIN_REMAINING = 4  # output tokens; a request this close to its end is not corrected
 
 FALLBACK_WARNING = (
-    "no profile knows this model: starting with the safest roles (DENSE 0-1, SELECT 2 "
-    "and every 4th layer after), which read more of the KV cache than tuned ones. Set "
+    "no profile knows this model: starting with the safest roles (of its full-"
+    "attention layers the first two DENSE, the third and every 4th after it SELECT), "
+    "which read more of the KV cache than tuned ones. Set "
     "tidal.dense_layers and tidal.select_layers, or tidal.profile. Do not guess one "
     "re-selection layer: Llama-3.1-8B at a budget of 256 tokens finds 40 % of the "
     "needles with layer 12 and 100 % with layer 13 (arXiv 2410.05076)"
@@ -31,6 +32,7 @@ class Role(enum.Enum):
     DENSE = "dense"  # attends to everything
     SELECT = "select"  # attends to everything, and chooses
     SPARSE = "sparse"  # attends to what was chosen
+    OTHER = "other"  # does as the model has it: a sliding window, a state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ class LayerPlan:
     """The role of every layer, and why.
 
     Attributes:
-        roles: One per layer of the model. All DENSE where sparse decoding is off.
+        roles: One per layer of the model. DENSE or OTHER where sparse decoding is off.
         source: Where the roles come from, for the log; empty if nobody gave any.
         off_reason: Why no layer decodes sparsely; None where some do.
         warning: What the user should know before relying on the roles, or None.
@@ -117,14 +119,24 @@ class LayerPlan:
     def count(self, role: Role) -> int:
         return self.roles.count(role)
 
+    @property
+    def num_full_layers(self) -> int:
+        """Layers with full attention: all but the OTHER ones."""
+        return self.num_layers - self.count(Role.OTHER)
 
-def safest_roles(num_layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+
+def safest_roles(
+    full_layers: Sequence[int],
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """DENSE and SELECT layers for a model nobody has measured."""
-    return (0, 1), tuple(range(2, num_layers, FALLBACK_STRIDE))
+    return tuple(full_layers[:2]), tuple(full_layers[2::FALLBACK_STRIDE])
 
 
 def plan_layers(
-    config: TidalConfig, num_layers: int, profile: Profile | None
+    config: TidalConfig,
+    num_layers: int,
+    profile: Profile | None,
+    full_layers: Sequence[int] | None = None,
 ) -> LayerPlan:
     """Give each layer its role: explicit layers, else the profile's, else the safest.
 
@@ -133,29 +145,35 @@ def plan_layers(
             ``select_layers`` alone makes all layers before the first of them DENSE.
         num_layers: The model's layer count, over all pipeline stages.
         profile: What ``profiles.find_profile`` found for this model.
+        full_layers: The layers with full attention, ascending; the others are OTHER.
+            None: all.
 
     Raises:
-        TidalConfigError: A layer outside the model, overlapping roles, or a SPARSE
-            layer before any SELECT layer.
+        TidalConfigError: A layer outside the model or without full attention,
+            overlapping roles, or a SPARSE layer before any SELECT layer.
     """
+    full = range(num_layers) if full_layers is None else full_layers
     explicit = config.dense_layers is not None or config.select_layers is not None
-    if not explicit and profile is None and num_layers < MIN_LAYERS:
+    if not explicit and profile is None and len(full) < MIN_LAYERS:
         reason = (
-            f"the model has {num_layers} layers, fewer than {MIN_LAYERS}, and neither "
-            "tidal.select_layers nor a profile gives them roles"
+            f"the model has {len(full)}{_full(full, num_layers)} layers, fewer than "
+            f"{MIN_LAYERS}, and neither tidal.select_layers nor a profile gives them "
+            "roles"
         )
-        return all_dense(num_layers, "", reason)
-    dense, select, source = _choose_layers(config, num_layers, profile)
+        return all_dense(num_layers, "", reason, full)
+    dense, select, source = _choose_layers(config, num_layers, profile, full)
     if not select:
         reason = f"no SELECT layer ({source}), so nothing chooses what to read"
-        return all_dense(num_layers, source, reason)
-    roles = tuple(
-        Role.SELECT if i in select else Role.DENSE if i in dense else Role.SPARSE
-        for i in range(num_layers)
-    )
+        return all_dense(num_layers, source, reason, full)
+    given = dict.fromkeys(full, Role.SPARSE)
+    given |= dict.fromkeys(dense, Role.DENSE) | dict.fromkeys(select, Role.SELECT)
+    roles = tuple(given.get(i, Role.OTHER) for i in range(num_layers))
     if Role.SPARSE not in roles:
-        reason = f"every layer is DENSE or SELECT ({source}), none is left to be SPARSE"
-        return all_dense(num_layers, source, reason)
+        reason = (
+            f"every{_full(full, num_layers)} layer is DENSE or SELECT ({source}), none "
+            "is left to be SPARSE"
+        )
+        return all_dense(num_layers, source, reason, full)
     early = [i for i in range(min(select)) if roles[i] is Role.SPARSE]
     if early:
         allowed = (
@@ -169,9 +187,16 @@ def plan_layers(
     return LayerPlan(roles, source, warning=FALLBACK_WARNING if unknown else None)
 
 
-def all_dense(num_layers: int, source: str, reason: str) -> LayerPlan:
+def all_dense(
+    num_layers: int,
+    source: str,
+    reason: str,
+    full_layers: Sequence[int] | None = None,
+) -> LayerPlan:
     """Sparse decoding is off, for a reason that the start-up table states."""
-    return LayerPlan((Role.DENSE,) * num_layers, source, off_reason=reason)
+    full = range(num_layers) if full_layers is None else full_layers
+    roles = (Role.DENSE if i in full else Role.OTHER for i in range(num_layers))
+    return LayerPlan(tuple(roles), source, off_reason=reason)
 
 
 def num_sets(scope: str, num_heads: int, num_kv_heads: int) -> int:
@@ -183,12 +208,13 @@ def check_pipeline_stage(plan: LayerPlan, first_layer: int, end_layer: int) -> N
     """Raise unless a pipeline stage can choose for itself.
 
     A selection does not travel between stages, so the first layer of the stage
-    ``[first_layer, end_layer)`` that is not DENSE must be a SELECT layer.
+    ``[first_layer, end_layer)`` that is SELECT or SPARSE must be a SELECT layer.
     """
     stage = range(first_layer, end_layer)
+    choosing = (Role.SELECT, Role.SPARSE)
     if not plan.sparse:
         return
-    first = next((i for i in stage if plan.roles[i] is not Role.DENSE), None)
+    first = next((i for i in stage if plan.roles[i] in choosing), None)
     if first is None or plan.roles[first] is Role.SELECT:
         return
     select = plan.layers(Role.SELECT)
@@ -198,6 +224,22 @@ def check_pipeline_stage(plan: LayerPlan, first_layer: int, end_layer: int) -> N
         f"{first}, e.g. {sorted({*select, first})}"
     )
     raise TidalConfigError("tidal.select_layers", list(select), allowed)
+
+
+def check_full_layers(plan: LayerPlan, stage: range, built: Iterable[int]) -> None:
+    """Raise unless the layers of a stage are what the model's config says.
+
+    Args:
+        built: Layers of the stage that vLLM built with full attention, on TIDAL.
+    """
+    expected = [i for i in stage if plan.roles[i] is not Role.OTHER]
+    if plan.sparse and expected != sorted(built):
+        raise ValueError(
+            f"TIDAL runs full attention in layers {format_layers(sorted(built))}, but "
+            f"by the model's config the full-attention layers are "
+            f"{format_layers(expected)}: allowed are models of which both agree, or "
+            "tidal.select_layers = []"
+        )
 
 
 def runs_sparse(plan: LayerPlan, rule: SelectionRule, max_decode_seq_len: int) -> bool:
@@ -310,6 +352,7 @@ def choose_corrections(
 def kv_read_share(plan: LayerPlan, config: TidalConfig, seq_len: int) -> float:
     """KV bytes that a decode step reads, as a share of dense, on average over steps.
 
+    Of the full-attention layers alone: what OTHER layers read is the same either way.
     Exact for scopes "sequence" and "kv_head"; with "query_head" the heads of a group
     may keep different tokens, so under GQA up to group-size times the sparse part.
     """
@@ -323,7 +366,7 @@ def kv_read_share(plan: LayerPlan, config: TidalConfig, seq_len: int) -> float:
         selecting = (seq_len + (interval - 1) * kept) / interval
     read = {Role.DENSE: seq_len, Role.SELECT: selecting, Role.SPARSE: kept}
     total = sum(plan.count(role) * tokens for role, tokens in read.items())
-    return total / (plan.num_layers * seq_len)
+    return total / (plan.num_full_layers * seq_len)
 
 
 def choices_of_layers(
@@ -358,36 +401,57 @@ def format_layers(layers: Iterable[int]) -> str:
 
 
 def _choose_layers(
-    config: TidalConfig, num_layers: int, profile: Profile | None
+    config: TidalConfig,
+    num_layers: int,
+    profile: Profile | None,
+    full_layers: Sequence[int],
 ) -> tuple[tuple[int, ...], tuple[int, ...], str]:
     """DENSE and SELECT layers, and where they come from."""
     dense, select = config.dense_layers, config.select_layers
-    _check_range("tidal.dense_layers", dense, num_layers)
-    _check_range("tidal.select_layers", select, num_layers)
+    _check_layers("tidal.dense_layers", dense, num_layers, full_layers)
+    _check_layers("tidal.select_layers", select, num_layers, full_layers)
     if select is not None:
         if dense is not None:
             return dense, select, "tidal.dense_layers and tidal.select_layers"
-        return tuple(range(min(select, default=0))), select, "tidal.select_layers"
+        first = min(select, default=0)
+        before = tuple(i for i in full_layers if i < first)
+        return before, select, "tidal.select_layers"
     if profile is not None:
         origin = f"profile {profile.label}"
         base_dense, select = profile.dense_layers, profile.select_layers
+        for key, layers in (("dense_layers", base_dense), ("select_layers", select)):
+            key = f"tidal.profile {profile.label}: {key}"
+            _check_layers(key, layers, num_layers, full_layers)
     else:
         origin = "the safest roles for an unknown model"
-        base_dense, select = safest_roles(num_layers)
+        base_dense, select = safest_roles(full_layers)
     if dense is None:
         return base_dense, select, origin
     _check_overlap(dense, select, origin)
     return dense, select, f"tidal.dense_layers and {origin}"
 
 
-def _check_range(key: str, layers: tuple[int, ...] | None, num_layers: int) -> None:
-    outside = [i for i in layers or () if i >= num_layers]
-    if outside:
+def _check_layers(
+    key: str,
+    layers: tuple[int, ...] | None,
+    num_layers: int,
+    full_layers: Sequence[int],
+) -> None:
+    outside = [i for i in layers or () if i not in full_layers]
+    if not outside:
+        return
+    allowed = f"this model has {num_layers} layers: must be in 0..{num_layers - 1}"
+    if len(full_layers) < num_layers:
         allowed = (
-            f"this model has {num_layers} layers: must be in 0..{num_layers - 1}, "
-            f"{outside} not"
+            f"of this model's {num_layers} layers these have full attention: "
+            f"{format_layers(full_layers)}; must be among them"
         )
-        raise TidalConfigError(key, list(layers or ()), allowed)
+    raise TidalConfigError(key, list(layers or ()), f"{allowed}, {outside} not")
+
+
+def _full(full_layers: Sequence[int], num_layers: int) -> str:
+    """An adjective, where a model has other layers too."""
+    return " full-attention" if len(full_layers) < num_layers else ""
 
 
 def _check_overlap(

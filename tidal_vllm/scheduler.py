@@ -206,6 +206,9 @@ class CorrectionMixin:
 
         vLLM publishes blocks where it allocates the slots of a step, and, under
         asynchronous scheduling, where it learns the step's tokens.
+
+        NOTE: it does so for all KV cache groups, and for a state (Mamba) by a length
+        that the running state may be past: so only in steps that make KV clean.
         """
         manager = self.kv_cache_manager
         allocate, publish = manager.allocate_slots, manager.coordinator.cache_blocks
@@ -231,12 +234,14 @@ class CorrectionMixin:
                 start = request.num_computed_tokens
                 start += num_new_computed_tokens + num_external_computed_tokens
                 clean = self._clean_position_after(request, start, num_new_tokens)
-                publish(request, min(clean, request.num_tokens))
+                if clean > start:
+                    publish(request, min(clean, request.num_tokens))
             return blocks
 
         def cache_blocks(request: Request, num_computed_tokens: int) -> None:
             clean = self._clean_positions.get(request.request_id, num_computed_tokens)
-            publish(request, min(clean, num_computed_tokens))
+            if clean >= num_computed_tokens:
+                publish(request, num_computed_tokens)
 
         manager.allocate_slots = allocate_slots
         manager.coordinator.cache_blocks = cache_blocks

@@ -96,7 +96,10 @@ def max_decode_rows(vllm_config: VllmConfig) -> int:
 
 
 def choose_implementations(
-    vllm_config: VllmConfig, head_size: int, kv_cache_dtype: str
+    vllm_config: VllmConfig,
+    head_size: int,
+    kv_cache_dtype: str,
+    has_sliding_window: bool = False,
 ) -> tuple[ops.Kernels | None, type[AttentionBackend]]:
     """The kernels of SELECT and SPARSE layers, and the backend of everything else.
 
@@ -119,5 +122,11 @@ def choose_implementations(
             kv_cache_dtype=kv_cache_dtype,
             select_block_size=startup.config.select_block_size,
         )
-    asked = AttentionSelectorConfig(head_size, dtype, kv_cache_dtype, block_size=None)
+    asked = AttentionSelectorConfig(
+        head_size,
+        dtype,
+        kv_cache_dtype,
+        block_size=None,
+        has_sliding_window=has_sliding_window,
+    )
     return kernels, choose_dense_backend(asked, kernels)

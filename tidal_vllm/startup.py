@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tidal_vllm.config import TidalConfig
+from tidal_vllm.layer_kinds import LayerKind, layer_kinds, why_not_correctable
 from tidal_vllm.plugin import NAME
 from tidal_vllm.policy import LayerPlan, SelectionRule, all_dense, plan_layers
 from tidal_vllm.profiles import Profile, find_profile, near_miss
@@ -62,11 +63,39 @@ def resolve(vllm_config: Any) -> Startup:
         profile = find_profile(config.profile, name, num_layers, config_sha256=shape)
         if profile is not None:
             config = _with_settings(config, profile, vllm_config)
-        plan = plan_layers(config, num_layers, profile)
+        full = full_layers(model_config)
+        plan = plan_layers(config, num_layers, profile, full)
         mismatch = near_miss(name, num_layers, config_sha256=shape)
         if profile is None and plan.warning and mismatch:
             plan = replace(plan, warning=f"{mismatch}; {plan.warning}")
     return Startup(config, plan, SelectionRule.from_config(config))
+
+
+def kinds_of_layers(model_config: Any) -> tuple[LayerKind, ...]:
+    """The kind of every layer of vLLM's model, over all pipeline stages."""
+    return layer_kinds(
+        model_config.hf_text_config,
+        model_config.get_total_num_hidden_layers(),
+        model_config.get_sliding_window(),
+        model_config.is_hybrid,
+    )
+
+
+def full_layers(model_config: Any) -> tuple[int, ...]:
+    """Indices of the layers with full attention, ascending."""
+    kinds = kinds_of_layers(model_config)
+    return tuple(i for i, kind in enumerate(kinds) if kind is LayerKind.FULL)
+
+
+def uncorrectable(vllm_config: Any) -> str | None:
+    """Why this model's tokens cannot be corrected; None where they can."""
+    model_config, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+    return why_not_correctable(
+        kinds_of_layers(model_config),
+        has_state=model_config.is_hybrid,
+        # NOTE: None until vLLM's configuration is complete; then mostly False.
+        frees_blocks=not scheduler.disable_hybrid_kv_cache_manager,
+    )
 
 
 def model_sha256(model_config: Any) -> str:

@@ -20,23 +20,28 @@ SPARSE = ROLES | {
 EXACT = ROLES | {"token_budget": MAX_LEN, "min_sparse_len": 0}
 
 
-def build_random_llama(folder: Path) -> Path:
-    """A Llama whose attention is far from uniform, so that sparse layers err."""
+def build_random_llama(folder: Path, **fields) -> Path:
+    """A Llama whose attention is far from uniform, so that sparse layers err.
+
+    Args:
+        fields: Of the configuration, other than usual.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=MAX_LEN,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-        dtype="float32",
-    )
+    usual = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": MAX_LEN,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": False,
+        "dtype": "float32",
+    }
+    config = LlamaConfig(**usual | fields)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)

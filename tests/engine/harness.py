@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from vllm import LLM, SamplingParams, envs
 
+from tidal_vllm.attention import TidalImpl
+from tidal_vllm.backend import TidalBackend
 from tidal_vllm.sparse_state import choose_implementations
 
 MiB = 1 << 20
@@ -102,18 +104,33 @@ def runner(llm: LLM) -> Any:
     return executor.driver_worker.worker.model_runner
 
 
+def impls(llm: LLM) -> list[TidalImpl]:
+    """Those of the layers that TIDAL runs."""
+    layers = runner(llm).compilation_config.static_forward_context.values()
+    found = [getattr(layer, "impl", None) for layer in layers]
+    return [impl for impl in found if isinstance(impl, TidalImpl)]
+
+
 @contextmanager
 def reconfigured(llm: LLM, **tidal: Any) -> Iterator[LLM]:
     """The engine under other settings: its real builders and state are made anew.
 
     Prompts stay in the prefix cache, for their KV is dense under all settings.
     """
-    groups = [group for groups in runner(llm).attn_groups for group in groups]
+    groups = [
+        group
+        for groups in runner(llm).attn_groups
+        for group in groups
+        if group.backend is TidalBackend
+    ]
     config = copy.copy(runner(llm).vllm_config)
     config.additional_config = {"tidal": tidal}
     kept = [group.metadata_builders for group in groups]
-    layers = config.compilation_config.static_forward_context.values()
-    states = {layer.impl: (layer.impl.kernels, layer.impl.state) for layer in layers}
+    states = {
+        impl: (impl.kernels, impl.state)
+        for impl in impls(llm)
+        if impl.sliding_window is None
+    }
     try:
         first = next(iter(states))
         first.kernels, _ = choose_implementations(config, first.head_size, "auto")

@@ -1,4 +1,4 @@
-"""Runs the GPU path under Triton's interpreter: arguments FOLDER RESULTS.
+"""Runs the GPU path under Triton's interpreter: arguments FOLDER WINDOWED RESULTS.
 
 In a process of its own, since Triton reads TRITON_INTERPRET when it is imported. The
 decode kernels, vLLM's own Triton attention and the V2 model runner's kernels are all
@@ -24,6 +24,8 @@ SETTINGS = {
 # Chunks of 48 tokens, so that prompts come in parts beside decodes; the last prompt
 # shares two blocks with the first.
 LENGTHS, STEPS, MAX_TOKENS = (62, 9, 36), (0, 1, 2), (9, 8, 5)
+# Of WINDOWED, whose first and last layers slide.
+WINDOWED = {"dense_layers": [], "select_layers": [1]}
 EXACT = {"token_budget": MODEL_LEN, "min_sparse_len": 0}
 
 
@@ -49,15 +51,14 @@ def start(folder: Path, **tidal):
     )
 
 
-def answers(folder: Path, **tidal) -> dict:
-    from .harness import counters, runner, scheduler, serve
-    from .replay import impls
+def answers(folder: Path, requests: int = 4, **tidal) -> dict:
+    from .harness import counters, impls, runner, scheduler, serve
 
     llm = start(folder, **tidal)
     # Where all blocks are kept nothing is polluted: correct as if it were.
     core, low = scheduler(llm), {"token_budget": 24, "sparse_threshold": 24}
     core.selection_rule = dataclasses.replace(core.selection_rule, **low)
-    found = serve(llm, arrivals(), logprobs=3)
+    found = serve(llm, arrivals()[:requests], logprobs=3)
     impl = impls(llm)[0]
     return {
         "answers": [dataclasses.asdict(answer) for answer in found],
@@ -71,8 +72,8 @@ def answers(folder: Path, **tidal) -> dict:
 
 def replays(folder: Path, **tidal) -> dict:
     """A replayed step of four rows, the last of them padding, and the same eagerly."""
-    from .harness import reconfigured, runner
-    from .replay import Graph, common_metadata, impls, random_table, run_layers
+    from .harness import impls, reconfigured, runner
+    from .replay import Graph, common_metadata, random_table, run_layers
 
     llm = start(folder, **tidal)
     generator = torch.Generator().manual_seed(1)
@@ -104,7 +105,7 @@ def replays(folder: Path, **tidal) -> dict:
 
 
 def main() -> None:
-    folder, results = Path(sys.argv[1]), Path(sys.argv[2])
+    folder, windowed, results = map(Path, sys.argv[1:])
     # The interpreter runs one program after the other: fewer of them.
     workspace.MAX_SPLITS, workspace.MIN_SPLITS = 4, 2
     # NOTE: vLLM's Triton code asks the GPU for its age before it writes KV.
@@ -116,6 +117,8 @@ def main() -> None:
         "exact triton": answers(
             folder, kernels="triton", correction_interval=2, **EXACT
         ),
+        "windowed reference": answers(windowed, 2, kernels="reference", **WINDOWED),
+        "windowed triton": answers(windowed, 2, kernels="triton", **WINDOWED),
         "replay": replays(folder, kernels="triton"),
     }
     results.write_text(json.dumps(found))

@@ -1,14 +1,31 @@
 """The small models under test, written as Hugging Face folders."""
 
+import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
+
+from tidal_vllm.planted import PlantedSpec
+from tidal_vllm.planted.build import MARKER
 
 VOCAB_SIZE = 512
 NUM_LAYERS = 6
 MAX_LEN = 2048
 # Where the random models select in the tests that do not say otherwise.
 ROLES = {"dense_layers": [0], "select_layers": [1, 3]}
+
+# What an LFM2 says besides: vLLM's reads more fields than transformers' has.
+LFM2 = {
+    "conv_dim": 192,
+    "block_dim": 192,
+    "block_ff_dim": 256,
+    "block_multiple_of": 64,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_auto_adjust_ff_dim": False,
+    "tie_word_embeddings": True,
+}
 
 _SHAPE = {
     "vocab_size": VOCAB_SIZE,
@@ -27,24 +44,24 @@ _SHAPE = {
 
 
 def build_random_model(folder: Path, family: str, **fields) -> Path:
-    """A random Llama, or Qwen3 (norms on queries and keys), with 3 heads per KV head.
+    """A random model with 3 heads per KV head.
 
     Args:
         folder: Made; the checkpoint is written there, without a tokenizer.
-        family: "llama" or "qwen3".
+        family: "llama"; "qwen3" (norms on queries and keys); with sliding windows
+            "exaone4" and "gemma3"; with short convolutions "lfm2".
         fields: Of the configuration, other than usual.
     """
-    from transformers import (
-        LlamaConfig,
-        LlamaForCausalLM,
-        Qwen3Config,
-        Qwen3ForCausalLM,
-    )
+    import transformers
 
-    config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    names = {
+        "llama": ("LlamaConfig", "LlamaForCausalLM"),
+        "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
+        "exaone4": ("Exaone4Config", "Exaone4ForCausalLM"),
+        "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
+        "lfm2": ("Lfm2Config", "Lfm2ForCausalLM"),
     }[family]
+    config_class, model_class = (getattr(transformers, name) for name in names)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model_class(config_class(**_SHAPE | fields)).save_pretrained(folder)
@@ -55,3 +72,55 @@ def random_prompt(num_tokens: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     shape = (num_tokens,)
     return torch.randint(8, VOCAB_SIZE, shape, generator=generator).tolist()
+
+
+def hybrid_layers(spec: PlantedSpec, idle_after: Collection[int]) -> list[int]:
+    """Where the layers of a planted model stand in `build_windowed_planted_model`."""
+    before = [sum(idle < i for idle in idle_after) for i in range(spec.num_layers)]
+    return [i + idle for i, idle in enumerate(before)]
+
+
+def build_windowed_planted_model(
+    folder: Path,
+    planted: Path,
+    spec: PlantedSpec,
+    idle_after: Sequence[int],
+    window: int,
+) -> Path:
+    """A planted model between sliding windows, whose answers stay the same.
+
+    Its layer 0 looks at the token before, so it may slide; further layers with a
+    window, which write nothing, stand behind some of its layers.
+
+    Args:
+        folder: Made; the checkpoint is written there.
+        planted: The planted model of the spec.
+        idle_after: Layers of it that another is put behind.
+        window: Tokens, 2 or more.
+    """
+    at = hybrid_layers(spec, idle_after)
+    copies = {at[i]: i for i in range(spec.num_layers)}
+    copies |= {at[i] + 1: 1 for i in idle_after}
+    slides = {at[0], *(at[i] + 1 for i in idle_after)}
+    tensors = load_file(planted / "model.safetensors")
+    made = {k: v for k, v in tensors.items() if not k.startswith("model.layers.")}
+    for new, old in copies.items():
+        prefix = f"model.layers.{old}."
+        found = {k: v for k, v in tensors.items() if k.startswith(prefix)}
+        for name, tensor in found.items():
+            made[f"model.layers.{new}.{name.removeprefix(prefix)}"] = tensor.clone()
+    folder.mkdir(parents=True)
+    save_file(made, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((planted / "config.json").read_text())
+    config |= {
+        "num_hidden_layers": len(copies),
+        "sliding_window": window,
+        "layer_types": [
+            "sliding_attention" if i in slides else "full_attention"
+            for i in range(len(copies))
+        ],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("generation_config.json", MARKER):
+        (folder / name).write_text((planted / name).read_text())
+    return folder

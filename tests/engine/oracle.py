@@ -23,7 +23,8 @@ class Oracle:
 
     Args:
         folder: The checkpoint.
-        dense_layers, select_layers: Roles; the other layers are SPARSE.
+        dense_layers, select_layers: Roles; the other layers are SPARSE, but for those
+            that have a sliding window, or no attention.
         scope: Who shares a selection: "sequence", "kv_head" or "query_head".
         token_budget, select_block_size, sink_tokens, recent_fraction: As configured.
         reselect_interval, select_attends: Likewise.
@@ -75,9 +76,12 @@ class Oracle:
         num_queries, length = scores.shape[1:]
         visible = torch.ones(num_queries, length, dtype=torch.bool)
         visible = visible.tril(length - num_queries).expand(scores.shape)
+        window = kwargs.get("sliding_window")
+        if window is not None:
+            visible = visible.triu(length - num_queries - window + 1)
         weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
         layer = module.layer_idx
-        if num_queries == 1 and layer not in self.dense:
+        if num_queries == 1 and window is None and layer not in self.dense:
             visible = self._visible(layer, weights[:, 0], group)[:, None]
             weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
         return (weights @ value).transpose(0, 1)[None], weights[None]

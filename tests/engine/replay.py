@@ -38,11 +38,6 @@ def builders(llm):
     ]
 
 
-def impls(llm):
-    layers = runner(llm).vllm_config.compilation_config.static_forward_context
-    return [layer.impl for layer in layers.values()]
-
-
 class Graph:
     """What a full CUDA graph does, without one: it runs captured metadata again.
 

@@ -17,13 +17,20 @@ from tidal_vllm.dense import ReferenceBackend, count_decodes, rows_from
 from tidal_vllm.metadata import TidalMetadataBuilder, is_captured
 from tidal_vllm.sparse_state import choose_implementations
 
-from .harness import counters, generate, reconfigured, runner, scheduler, serve
+from .harness import (
+    counters,
+    generate,
+    impls,
+    reconfigured,
+    runner,
+    scheduler,
+    serve,
+)
 from .models import ROLES, random_prompt
 from .replay import (
     Graph,
     builders,
     common_metadata,
-    impls,
     random_table,
     run_layers,
 )

@@ -19,9 +19,17 @@ pytestmark = pytest.mark.timeout(600)
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("interpreted")
     model = build_random_model(folder / "model", "llama", num_hidden_layers=3)
+    slides, full = "sliding_attention", "full_attention"
+    windowed = build_random_model(
+        folder / "windowed",
+        "llama",
+        num_hidden_layers=4,
+        layer_types=[slides, full, full, slides],
+        sliding_window=24,
+    )
     child = [sys.executable, "-m", "tests.engine.interpreted_child"]
     done = subprocess.run(
-        [*child, model, folder / "results.json"],
+        [*child, model, windowed, folder / "results.json"],
         env=child_environment(
             CUDA_VISIBLE_DEVICES="",
             TRITON_INTERPRET="1",
@@ -62,6 +70,16 @@ def test_sparse_answers_are_those_of_the_reference(results):
     assert found["counters"]["sparse_steps"] >= 6
     compared = sum(map(compare, found["answers"], wanted["answers"]))
     assert compared >= 20
+
+
+def test_sliding_windows_beside_sparse_layers(results):
+    """Two KV cache groups, the windows run by vLLM's Triton attention."""
+    found, wanted = results["windowed triton"], results["windowed reference"]
+    assert found["dense"] == "TRITON_ATTN"
+    assert found["counters"] == wanted["counters"]
+    assert found["counters"]["sparse_steps"] >= 6
+    compared = sum(map(compare, found["answers"], wanted["answers"]))
+    assert compared >= 12
 
 
 def compare(one, other) -> int:

@@ -55,14 +55,15 @@ def block_lse(scores, num_seqs, num_heads, num_blocks, size):
     return result
 
 
-def extend(query, keys: Rows, values: Rows, query_lens, scale):
+def extend(query, keys: Rows, values: Rows, query_lens, scale, window=None):
     """Causal: the last query token of a sequence stands at its last position."""
     outputs, first = [], 0
     for k, v, query_len in zip(keys, values, query_lens, strict=True):
         for i in range(query_len):
             seen = len(k) - query_len + i + 1
             one = query[first + i][None]
-            outputs.append(decode(one, [k[:seen]], [v[:seen]], scale)[0][0])
+            near = slice(0 if window is None else max(seen - window, 0), seen)
+            outputs.append(decode(one, [k[near]], [v[near]], scale)[0][0])
         first += query_len
     return torch.stack(outputs)
 

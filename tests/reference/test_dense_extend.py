@@ -18,18 +18,21 @@ def starts(query_lens):
     return torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
 
 
-def run(batch, query_lens, chunk_rows=8192):
+def run(batch, query_lens, chunk_rows=8192, window=None):
     with mock.patch.object(reference, "EXTEND_CHUNK_ROWS", chunk_rows):
-        return dense_extend(*batch.paged, starts(query_lens), scale=batch.scale)
+        return dense_extend(
+            *batch.paged, starts(query_lens), scale=batch.scale, sliding_window=window
+        )
 
 
-def check(batch, query_lens, chunk_rows=8192):
-    output = run(batch, query_lens, chunk_rows)
+def check(batch, query_lens, chunk_rows=8192, window=None):
+    output = run(batch, query_lens, chunk_rows, window)
     assert output.dtype == batch.query.dtype
     if sum(query_lens) == 0:
         assert output.shape == batch.query.shape
         return
-    exact = naive.extend(batch.query, batch.keys, batch.values, query_lens, batch.scale)
+    kv = (batch.keys, batch.values)
+    exact = naive.extend(batch.query, *kv, query_lens, batch.scale, window)
     assert_close(output[: len(exact)], exact, batch)
 
 
@@ -63,6 +66,35 @@ def test_it_means_what_the_loops_say(case, chunk_rows):
 @pytest.mark.parametrize("chunk_rows", [32, 8192])
 def test_both_kernels(either_kernel, chunk_rows):
     check(make_batch([50, 20, 33], num_queries=43), [7, 20, 16], chunk_rows)
+
+
+@law
+@given(extends(), st.sampled_from((1, 48, 8192)), st.integers(1, 80))
+def test_a_window_means_what_the_loops_say(case, chunk_rows, window):
+    batch, query_lens = case
+    check(batch, query_lens, chunk_rows, window)
+
+
+@pytest.mark.parametrize("window", [1, 9, 16, 17, 64])
+def test_both_kernels_with_a_window(either_kernel, window):
+    check(make_batch([50, 20, 33], num_queries=43), [7, 20, 16], window=window)
+
+
+@pytest.mark.parametrize("window_chunk", [1, 7, 512])
+def test_a_window_does_not_depend_on_the_chunk(monkeypatch, window_chunk):
+    monkeypatch.setattr(reference, "WINDOW_CHUNK", window_chunk)
+    check(make_batch([60, 23], num_queries=41), [29, 12], window=13)
+
+
+def test_what_lies_before_the_window_is_not_read():
+    """vLLM gives the blocks there away; block tables then point to its null block."""
+    batch = make_batch([64], num_queries=1)
+    size = batch.kv_cache.shape[2]
+    expected = run(batch, [1], window=10)
+    gone = (64 - 10) // size
+    table = batch.block_table.clone()
+    batch.kv_cache[table[0, :gone].long()] = math.nan
+    assert torch.equal(run(batch, [1], window=10), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

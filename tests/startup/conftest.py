@@ -94,6 +94,10 @@ ENGINES: dict[str, dict] = {
     "sinks": {},
     "unselected": {"model": "llama", "attention_backend": None},
     "sparse": {"model": "llama"},
+    "sliding_window": {"attention_backend": None},
+    "some_layers_slide": {
+        "additional_config": {"tidal": {"token_budget": 64, "select_layers": [1]}}
+    },
     "speculative": {
         "model": "llama",
         "speculative_config": {

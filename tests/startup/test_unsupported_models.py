@@ -7,8 +7,6 @@ MODELS = {
     "head_size_48": ("head_size = 48", "allowed [32, 64, 80, 96, 112, 128"),
     "mla": ("use_mla = True", "allowed are models with separate K and V heads"),
     "encoder": ("attn_type = encoder_only", "allowed decoder"),
-    "sliding_window": ("has_sliding_window = True", "attend to the whole sequence"),
-    "some_layers_slide": ("has_sliding_window = True", "attend to the whole sequence"),
 }
 ARGUMENTS = {
     "kv_cache_fp8": (
@@ -76,14 +74,16 @@ LAYER_FIELDS = {
     "use_sparse": (True, "use_sparse = True: allowed"),
     "use_mm_prefix": (True, "use_mm_prefix = True: allowed"),
     "use_per_head_quant_scales": (True, "use_per_head_quant_scales = True: allowed"),
-    "has_sliding_window": (True, "has_sliding_window = True: allowed"),
     "use_non_causal": (True, "use_non_causal = True: allowed"),
     "use_rswa": (True, "use_rswa = True: allowed"),
     "use_batch_invariant": (True, "VLLM_BATCH_INVARIANT = 1: allowed 0"),
     "use_pcp": (True, "prefill_context_parallel_size > 1: allowed 1"),
     "use_dcp": (True, "decode_context_parallel_size > 1: allowed 1"),
 }
-HARMLESS_FIELDS = {"block_size", "use_kv_connector", "use_adaptive_verification"}
+HARMLESS_FIELDS = {
+    *("block_size", "has_sliding_window", "use_kv_connector"),
+    "use_adaptive_verification",
+}
 
 
 @pytest.mark.parametrize("case", MODELS)
@@ -116,14 +116,6 @@ def test_refuses_with_speculative_decoding(refusal, monkeypatch, case):
     message = refusal(tidal, speculative_config=speculation)
     assert given in message
     assert allowed in message
-
-
-def test_accepts_a_window_that_no_layer_uses(configure):
-    configure(model="no_layer_slides")
-
-
-def test_accepts_a_window_that_is_disabled(configure):
-    configure(model="sliding_window", disable_sliding_window=True, max_model_len=64)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

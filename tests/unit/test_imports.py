@@ -14,6 +14,7 @@ NO_TORCH = (
     *(
         "config",
         "policy",
+        "layer_kinds",
         "plan_table",
         "profiles",
         "planted",
@@ -53,19 +54,21 @@ BELOW = {
     "planted": set(),
     "metrics": {"policy"},
     "plugin": {"versions", "platform", "startup", "backend"},
-    "startup": {"config", "policy", "plugin", "profiles"},
+    "layer_kinds": {"config"},
+    "startup": {"config", "layer_kinds", "policy", "plugin", "profiles"},
     "dense": {"ops"},
     "selection": set(),
     "query_rows": set(),
     "sparse_state": {"dense", "ops", "policy", "selection", "startup"},
     "metadata": {
-        *("dense", "metrics", "plan_table", "policy", "query_rows"),
+        *("dense", "metrics", "plan_table", "plugin", "policy", "query_rows"),
         *("sparse_state", "startup"),
     },
     "attention": {"metadata", "policy", "sparse_state", "startup"},
     "scheduler": {"metrics", "policy", "startup"},
     "backend": {
         "attention",
+        "config",
         "dense",
         "metadata",
         "plugin",
@@ -123,7 +126,7 @@ class TestEachFile:
 
     def test_policy_and_config_know_no_torch(self, source):
         pure = source.name in ("choice.py", "baselines.py", "state.py", "prompts.py")
-        if pure or module_of(source) in ("config", "policy", "profiles"):
+        if pure or module_of(source) in ("config", "layer_kinds", "policy", "profiles"):
             assert not roots(imported(source)) & {"torch", "vllm", "transformers"}
 
 

@@ -191,7 +191,7 @@ def test_refuses_layers(settings, profile, start, allowed):
 @given(num_layers=st.integers(4, 128))
 def test_safest_roles_are_valid_for_every_depth(num_layers):
     made = plan(num_layers)
-    dense, select = safest_roles(num_layers)
+    dense, select = safest_roles(range(num_layers))
     assert (made.layers(D), made.layers(S)) == (dense, select)
     assert made.roles[:4] == (D, D, S, P)
     assert made.sparse

@@ -32,7 +32,7 @@ from tidal_vllm.calibrate.run import (
 from tidal_vllm.calibrate.state import State
 from tidal_vllm.config import SCOPES, TidalConfig, TidalConfigError
 from tidal_vllm.profiles import PROJECT_DIR, find_profile, load_profile, model_names
-from tidal_vllm.startup import model_sha256
+from tidal_vllm.startup import full_layers, model_sha256, uncorrectable
 
 MOST_CONTEXT = 8192  # tokens, where --context is not given
 BUDGET_SHARE = 8  # where --budget is not given: one token of so many, at most
@@ -230,6 +230,8 @@ class _Request:
             target_agreement=given.target_agreement,
             decode_tokens=given.decode_tokens,
             num_layers=self.num_layers,
+            full_layers=self.full_layers,
+            correctable=uncorrectable(self.vllm_config) is None,
             group_size=config.get_num_attention_heads(parallel)
             // config.get_num_kv_heads(parallel),
             kv_block_size=self.vllm_config.cache_config.block_size or 16,
@@ -253,8 +255,9 @@ class _Request:
     def engine(self, job: Job) -> _Starter:
         longest = max(len(prompt.token_ids) for prompt in job.prompts)
         answer = max(len(prompt.answer_ids or ()) for prompt in job.prompts)
-        first = min(job.first_select, job.num_layers - 1)
-        settings = complete_settings(job.config, range(first), [first])
+        full = job.full_layers
+        first = min(job.first_select, len(full) - 1)
+        settings = complete_settings(job.config, full[:first], [full[first]])
         more = {
             "max_model_len": longest + max(answer, job.decode_tokens) + 1,
             **self.more,
@@ -340,9 +343,15 @@ class _Request:
         self.model_config = self.vllm_config.model_config
         self.sha256 = model_sha256(self.model_config)
         self.num_layers = self.model_config.get_total_num_hidden_layers()
-        if self.given.dense_layers > self.num_layers - 2:
-            reason = f"must be 0..{self.num_layers - 2}: {model} has {self.num_layers} "
-            reason += "layers, and one has to select and one to be SPARSE"
+        self.full_layers = full_layers(self.model_config)
+        most = len(self.full_layers) - 2
+        if most < 0:
+            reason = f"only its layers {list(self.full_layers)} attend to everything: "
+            reason += "one has to select and one to be SPARSE"
+            raise TidalConfigError("MODEL", model, reason)
+        if self.given.dense_layers > most:
+            reason = f"must be 0..{most}: {model} has {most + 2} layers with full "
+            reason += "attention, and one has to select and one to be SPARSE"
             raise TidalConfigError("--dense-layers", self.given.dense_layers, reason)
 
     def _config(self, shortest: int) -> TidalConfig:

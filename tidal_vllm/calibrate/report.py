@@ -34,7 +34,7 @@ def describe(job: Job, result: Result, seconds: float) -> str:
     setting = best.config
     lines = [
         f"SELECT layers {format_layers(select)}, DENSE {format_layers(dense)} "
-        f"of {job.num_layers}",
+        f"of {_all_layers(job)}",
         f"  {_did(chosen.measured, result.dense)}",
         f"  {_sure(result)}",
         f"  runner-up: {_runner_up(result)}",
@@ -72,7 +72,7 @@ def _page(job: Job, result: Result, fields: dict[str, Any]) -> str:
     parts = [
         f"<h1>Calibration of {escape(job.model)}</h1>",
         f"<p>SELECT layers <b>{format_layers(select)}</b>, DENSE "
-        f"{format_layers(dense)}, all others of {job.num_layers} SPARSE. "
+        f"{format_layers(dense)}, all others of {_all_layers(job)} SPARSE. "
         f"{escape(_did(result.chosen.measured, result.dense))}. "
         f"{escape(_sure(result))}. Runner-up: {escape(_runner_up(result))}.</p>",
         f"<p class=note>{asked['count']} prompts ({escape(kinds)}) of "
@@ -117,6 +117,13 @@ def _did(measured: Measured, dense: Measured) -> str:
         f"{agreed}, answers {measured.right} of {measured.judged} prompts "
         f"(dense {dense.right})"
     )
+
+
+def _all_layers(job: Job) -> str:
+    full = len(job.full_layers)
+    if full == job.num_layers:
+        return str(full)
+    return f"{full} full-attention layers (the model has {job.num_layers})"
 
 
 def _correction(interval: int | None) -> str:

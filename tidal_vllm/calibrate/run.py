@@ -50,6 +50,8 @@ class Job:
         target_agreement: Wanted of the recommended setting; None: the knee.
         decode_tokens: Of each answer that is not known beforehand.
         num_layers: Of the model, those that do not take part included.
+        full_layers: Indices of those that take part, ascending: with full attention.
+        correctable: Whether the model's tokens can be computed again.
         group_size: Query heads per KV head.
         kv_block_size: Of vLLM's cache, tokens.
     """
@@ -64,6 +66,8 @@ class Job:
     target_agreement: float | None
     decode_tokens: int
     num_layers: int
+    full_layers: tuple[int, ...]
+    correctable: bool
     group_size: int
     kv_block_size: int
 
@@ -170,12 +174,12 @@ class Result:
     others: dict[str, Choice]
 
     def roles(self, of: Choice) -> tuple[list[int], list[int]]:
-        """DENSE and SELECT layers of a choice, as indices of the model's layers.
-
-        Layers before the first SELECT are DENSE, whether they take part or not.
-        """
-        select = [self.layers[position] for position in of.select]
-        return list(range(select[0])), select
+        """DENSE and SELECT layers of a choice, as indices of the model's layers."""
+        dense, select = (
+            [self.layers[position] for position in positions]
+            for positions in (of.dense, of.select)
+        )
+        return dense, select
 
 
 def settings_grid(config: TidalConfig, longest: int, kv_block_size: int):
@@ -346,8 +350,11 @@ class _Calibration:
         )
 
     def _settings(self, config: TidalConfig, of: Choice) -> dict[str, Any]:
-        select = [self.layers[position] for position in of.select]
-        return complete_settings(config, range(select[0]), select)
+        dense, select = (
+            [self.layers[position] for position in positions]
+            for positions in (of.dense, of.select)
+        )
+        return complete_settings(config, dense, select)
 
     def _confirm(
         self, wanted: list[Choice], dense: Measured
@@ -400,12 +407,14 @@ class _Calibration:
 
     def _read_share(self, config: TidalConfig, settings: dict) -> float:
         """KV bytes of a decode step as a share of dense, at the mean prompt length."""
-        plan = plan_layers(TidalConfig(**settings), self.job.num_layers, None)
+        plan = plan_layers(
+            TidalConfig(**settings), self.job.num_layers, None, self.layers
+        )
         share = kv_read_share(plan, config, self.job.mean_len)
         if config.scope != "query_head":
             return share
         # The heads of a group may choose different tokens: at most all of them.
-        full = 1 - plan.count(Role.SPARSE) / plan.num_layers
+        full = 1 - plan.count(Role.SPARSE) / plan.num_full_layers
         return min(1.0, full + (share - full) * self.job.group_size)
 
     def _recommend(self, curve: list[CurvePoint]) -> CurvePoint:
@@ -435,7 +444,7 @@ class _Calibration:
     ) -> tuple[list[tuple[int, Measured]], int | None]:
         """Correction intervals that the answers are long enough for."""
         longest = max(len(tokens) for tokens in self.tokens) - 1 - MIN_REMAINING
-        fitting = [n for n in INTERVALS if n < longest]
+        fitting = [n for n in INTERVALS if n < longest and self.job.correctable]
         if not fitting or best.measured.agreed == best.measured.steps:
             return [], None
         settings = [

@@ -12,6 +12,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 
 from tidal_vllm.attention import TidalImpl
+from tidal_vllm.backend import TidalBackend
 from tidal_vllm.calibrate.recorder import Recorder
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.sparse_state import choose_implementations
@@ -26,8 +27,8 @@ class CalibrationWorker:
     """What the parent may ask of a worker; one request runs at a time."""
 
     def calibration_layers(self) -> list[int]:
-        """Indices of the layers that take part: those that TIDAL runs."""
-        return sorted(_tidal_layers(self.vllm_config))
+        """Indices of the layers that take part: those with full attention."""
+        return sorted(_full_layers(self.vllm_config))
 
     def calibration_record(self, settings: list[dict]) -> None:
         """Record decode steps from now on; all layers have to be DENSE.
@@ -35,7 +36,7 @@ class CalibrationWorker:
         Args:
             settings: Keywords of `TidalConfig`, one dict per setting to record for.
         """
-        layers = _tidal_layers(self.vllm_config)
+        layers = _full_layers(self.vllm_config)
         impl = next(iter(layers.values())).impl
         recorder = Recorder(
             sorted(layers),
@@ -49,7 +50,7 @@ class CalibrationWorker:
 
     def calibration_stop(self) -> None:
         """Record no more."""
-        for layer in _tidal_layers(self.vllm_config).values():
+        for layer in _full_layers(self.vllm_config).values():
             layer.impl.__dict__.pop("forward", None)
 
     def calibration_save(self, folder: str, num_steps: int) -> int:
@@ -68,7 +69,7 @@ class CalibrationWorker:
         """
         config = copy.copy(self.vllm_config)
         config.additional_config = {"tidal": settings}
-        impls = [layer.impl for layer in _tidal_layers(config).values()]
+        impls = [layer.impl for layer in _full_layers(config).values()]
         first = impls[0]
         kernels, _ = choose_implementations(
             config, first.head_size, first.kv_cache_dtype
@@ -80,20 +81,23 @@ class CalibrationWorker:
             impl.state = state
         for groups in self.model_runner.attn_groups:
             for group in groups:
+                if group.backend is not TidalBackend:
+                    continue
                 group.metadata_builders = [
                     type(old)(old.kv_cache_spec, old.layer_names, config, old.device)
                     for old in group.metadata_builders
                 ]
 
 
-def _tidal_layers(vllm_config) -> dict:
-    """The attention layers of this worker that TIDAL runs, by index."""
+def _full_layers(vllm_config) -> dict:
+    """The layers of this worker with full attention, by index."""
     layers = vllm_config.compilation_config.static_forward_context
-    return {
-        extract_layer_index(name): layer
-        for name, layer in layers.items()
-        if isinstance(getattr(layer, "impl", None), TidalImpl)
-    }
+    found = {}
+    for name, layer in layers.items():
+        impl = getattr(layer, "impl", None)
+        if isinstance(impl, TidalImpl) and impl.sliding_window is None:
+            found[extract_layer_index(name)] = layer
+    return found
 
 
 def _watch(impl: TidalImpl, index: int, recorder: Recorder) -> None:

@@ -33,6 +33,9 @@ CHUNK_ROWS = 4096
 # For extends, which do far more arithmetic per row, and merge their output per tile.
 # Also the longest query they take at once, times the KV heads.
 EXTEND_CHUNK_ROWS = 8192
+# Query tokens that are taken at once where a window needs a mask; with a window of
+# 4096 the mask is 9 MiB.
+WINDOW_CHUNK = 512
 
 
 def write_kv(
@@ -284,6 +287,7 @@ def dense_extend(
     query_start_loc: torch.Tensor,
     *,
     scale: float,
+    sliding_window: int | None = None,
 ) -> torch.Tensor:
     """Attends the newest tokens of each sequence to all before them and themselves.
 
@@ -294,6 +298,8 @@ def dense_extend(
         query: [num_tokens, num_heads, head_size], the sequences one after another.
         query_start_loc: [num_seqs + 1] int32, on the CPU or query's device; sequence
             i owns rows query_start_loc[i] to query_start_loc[i + 1].
+        sliding_window: tokens that a query token attends to, itself included; nothing
+            before the first one's window is read. None: to all.
 
     Returns:
         [num_tokens, num_heads, head_size] in query's dtype; zeros for rows that
@@ -310,6 +316,8 @@ def dense_extend(
     lens = seq_lens[: len(bounds) - 1].tolist()
     output = torch.zeros_like(query)
     step = max(EXTEND_CHUNK_ROWS // num_kv_heads, 1)
+    if sliding_window is not None:
+        step = min(step, WINDOW_CHUNK)
     for row, (first, end) in enumerate(itertools.pairwise(bounds)):
         if end - first > lens[row]:
             raise ValueError(f"{end - first} query tokens in a sequence of {lens[row]}")
@@ -321,7 +329,10 @@ def dense_extend(
             q = query[part].float().unflatten(1, (num_kv_heads, -1))
             q = q.permute(1, 2, 0, 3).contiguous()
             position = lens[row] - end + start
-            result = _extend(q, runs, ids, position, scale)
+            if sliding_window is None:
+                result = _extend(q, runs, ids, position, scale)
+            else:
+                result = _extend_window(q, runs, ids, position, scale, sliding_window)
             output[part] = result.permute(2, 0, 1, 3).flatten(1, 2).to(query.dtype)
     return output
 
@@ -476,24 +487,59 @@ def _extend(
     return state[0].view(q.shape)
 
 
+def _extend_window(
+    q: torch.Tensor,
+    runs: KVRuns,
+    ids: torch.Tensor,
+    position: int,
+    scale: float,
+    window: int,
+) -> torch.Tensor:
+    """`_extend` for tokens that see `window` tokens each, themselves included."""
+    oldest, end = max(position - window + 1, 0), position + q.shape[2]
+    first = oldest // runs.span
+    kv = runs.read(ids[:, first : _ceil_div(end, runs.span)])
+    kv = kv[:, None, oldest - first * runs.span : end - first * runs.span]
+    at = torch.arange(oldest, end, device=q.device)
+    distance = at[position - oldest :, None] - at
+    hidden = (distance < 0) | (distance >= window)
+    mask = q.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf)
+    kv = kv.expand(-1, q.shape[1], -1, -1)
+    return _attend(q, kv, scale, causal=False, mask=mask)[0]
+
+
 def _attend(
-    q: torch.Tensor, kv: torch.Tensor, scale: float, causal: bool
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    scale: float,
+    causal: bool,
+    mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of [batch, heads, tokens, head_size] and its lse."""
+    """Attention of [batch, heads, tokens, head_size] and its lse.
+
+    Args:
+        mask: [tokens, tokens of kv] fp32, added to the scores.
+    """
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, _keys(kv), _values(kv), is_causal=causal, scale=scale
+            q, _keys(kv), _values(kv), is_causal=causal, attn_mask=mask, scale=scale
         )
-    return _attend_plain(q, kv, scale, causal)
+    return _attend_plain(q, kv, scale, causal, mask)
 
 
 def _attend_plain(
-    q: torch.Tensor, kv: torch.Tensor, scale: float, causal: bool
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    scale: float,
+    causal: bool,
+    mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `_attend` means, where torch has no op that also returns the lse."""
     scores = q @ _keys(kv).transpose(2, 3) * scale
     if causal:
         past = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
         scores.masked_fill_(~past, -math.inf)
+    if mask is not None:
+        scores += mask
     lse = scores.logsumexp(-1)
     return (scores - lse[..., None]).exp() @ _values(kv), lse
