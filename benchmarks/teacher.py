@@ -74,6 +74,7 @@ class TaughtEngine:
             additional_config={"tidal": tidal},
             skip_tokenizer_init=True,
             logits_processors=[Teacher],
+            worker_extension_cls="tidal_vllm.calibrate.worker.CalibrationWorker",
             seed=0,
             **kwargs,
         )
@@ -81,6 +82,14 @@ class TaughtEngine:
         self.scheduler = self.engine.engine_core.engine_core.scheduler
         worker = self.engine.model_executor.driver_worker.worker
         self.runner = worker.model_runner
+        self._find_builder()
+
+    def configure(self, tidal: dict) -> None:
+        """Run under other settings from now on; the layers keep their roles."""
+        self.llm.collective_rpc("calibration_configure", args=(tidal,))
+        self._find_builder()
+
+    def _find_builder(self) -> None:
         (self.builder,) = [
             builder
             for groups in self.runner.attn_groups

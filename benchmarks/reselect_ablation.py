@@ -1,0 +1,161 @@
+"""What does a choice that holds for some steps buy, and what does it cost?
+
+Long outputs are forced on vLLM's engine token by token, once dense and once for each
+`reselect_interval` and `select_attends`, on one engine in one run. Reported for each:
+
+    kv_read     KV bytes of a step as a share of dense, at the middle of the output
+    kl          KL divergence of the next token from the dense run's, in nats; its mean
+                over the output, over each quarter of it, and its 99th percentile
+    agreement   share of steps whose likeliest token is the dense run's
+    step_ms     wall time per decode step
+
+    python benchmarks/reselect_ablation.py --model random --out results.jsonl
+    python benchmarks/reselect_ablation.py --report results.jsonl
+
+The second command prints the results as tables. Models are those of
+`correction_ablation.py`; the planted one is for the time alone.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from correction_ablation import (
+    compare,
+    cost,
+    make_texts,
+    name_of,
+    prepare_model,
+)
+from correction_ablation import parse as parse_correction
+from machine import describe_run
+from teacher import TaughtEngine
+
+from tidal_vllm.config import SELECT_ATTENDS, TidalConfig
+from tidal_vllm.policy import kv_read_share
+
+INTERVALS = (1, 2, 4, 8, 16)
+
+
+def settings_of(args, interval: int, attends: str) -> dict:
+    return {
+        "token_budget": args.token_budget,
+        "select_block_size": args.select_block_size,
+        "dense_layers": args.dense_layers,
+        "select_layers": args.select_layers,
+        "reselect_interval": interval,
+        "select_attends": attends,
+    }
+
+
+def measure(args) -> dict:
+    taught = TaughtEngine(
+        prepare_model(args),
+        settings_of(args, 1, "everything"),
+        max_model_len=args.context + args.output_tokens + 16,
+        max_num_seqs=args.sequences,
+        max_num_batched_tokens=4096,
+        dtype=args.dtype,
+    )
+    prompts, outputs = make_texts(taught, args)
+    middle = args.context + args.output_tokens // 2
+    runs: dict[str, dict] = {}
+    dense = taught.run(prompts, outputs, sparse=False, interval=None)
+    runs["dense"] = {"kv_read": 1.0, "trials": []}
+    cases = [(i, a) for a in args.attends for i in args.reselect_intervals]
+    for _ in range(args.trials):
+        again = taught.run(prompts, outputs, sparse=False, interval=None)
+        runs["dense"] |= compare(again, dense)
+        runs["dense"]["trials"].append(cost(again))
+        for interval, attends in cases:
+            settings = settings_of(args, interval, attends)
+            taught.configure(settings)
+            run = taught.run(prompts, outputs, sparse=True, interval=None)
+            quality, share = compare(run, dense), TidalConfig(**settings)
+            share = kv_read_share(taught.plan, share, middle)
+            name = f"{interval} {attends}"
+            entry = runs.setdefault(
+                name, quality | {"kv_read": round(share, 4), "trials": []}
+            )
+            assert quality["kl_mean"] == entry["kl_mean"], "trials must agree"
+            entry["trials"].append(cost(run))
+            print(name, {**quality, **entry["trials"][-1]}, flush=True)
+    for entry in runs.values():
+        entry["step_ms"] = statistics.median(t["step_ms"] for t in entry["trials"])
+    return {
+        "benchmark": "reselect_ablation",
+        "runs": runs,
+        "setup": {
+            key: getattr(args, key)
+            for key in (
+                *("model", "num_layers", "initializer_range", "context", "dtype"),
+                *("output_tokens", "sequences", "token_budget", "select_block_size"),
+                *("dense_layers", "select_layers", "seed"),
+            )
+        },
+        **describe_run("vllm", "tidal_vllm"),
+    }
+
+
+def table(record: dict) -> str:
+    """Markdown: a row per setting; the planted model's cost, the others' quality."""
+    runs, drifts = record["runs"], record["setup"]["model"] != "planted"
+    head = ["reselect_interval", "select_attends", "KV read"]
+    quality = ["mean KL", "last quarter", "99 %", "agreement"]
+    head += quality if drifts else ["ms per step", "of dense, each trial"]
+    dense, rows = [trial["step_ms"] for trial in runs["dense"]["trials"]], []
+    for name, run in runs.items():
+        row = ["dense", ""] if name == "dense" else name.split()
+        row.append(f"{run['kv_read']:.1%}")
+        if drifts:
+            row += [
+                f"{run['kl_mean']:.4f}",
+                f"{run['kl_by_quarter'][-1]:.4f}",
+                f"{run['kl_p99']:.3f}",
+                f"{run['agreement']:.2%}",
+            ]
+        else:
+            times = [trial["step_ms"] for trial in run["trials"]]
+            pairs = zip(times, dense, strict=True)
+            ratios = ", ".join(f"{mine / other:.2f}" for mine, other in pairs)
+            row += [f"{run['step_ms']:.1f}", ratios]
+        rows.append(row)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def parse() -> argparse.Namespace:
+    """The arguments of `correction_ablation.py`, and ours."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--reselect-intervals", type=int, nargs="+", default=list(INTERVALS)
+    )
+    parser.add_argument(
+        "--attends", nargs="+", choices=SELECT_ATTENDS, default=list(SELECT_ATTENDS)
+    )
+    ours, rest = parser.parse_known_args()
+    args = parse_correction(rest)
+    vars(args).update(vars(ours))
+    return args
+
+
+def main() -> int:
+    args = parse()
+    if args.report:
+        for line in args.report.read_text().splitlines():
+            record = json.loads(line)
+            print(f"{name_of(record)}\n\n{table(record)}\n")
+        return 0
+    record = measure(args)
+    if args.out:
+        with Path(args.out).open("a") as out:
+            out.write(json.dumps(record) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""docs/correction.md and docs/reselect.md: their tables are what was measured."""
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Page, its script and its results.
+PAGES = {
+    "correction": ("correction_ablation", "correction.jsonl"),
+    "reselect": ("reselect_ablation", "reselect.jsonl"),
+}
+
+
+def page(name: str) -> str:
+    return (ROOT / f"docs/{name}.md").read_text()
+
+
+def records(name: str) -> list[dict]:
+    lines = (ROOT / "benchmarks/results" / PAGES[name][1]).read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def script(request, monkeypatch):
+    """The script as a module; the engine that it would run is not needed."""
+    stubs = {"machine": ("describe_run",), "teacher": ("Run", "TaughtEngine")}
+    for module, names in stubs.items():
+        stub = type(sys)(module)
+        vars(stub).update(dict.fromkeys(names))
+        monkeypatch.setitem(sys.modules, module, stub)
+    for module in ("correction_ablation", "reselect_ablation"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module(PAGES[request.param][0])
+
+
+@pytest.mark.parametrize(
+    ("name", "script"), [(name, name) for name in PAGES], indirect=["script"]
+)
+def test_tables_are_what_was_measured(name, script):
+    marked = r"<!-- table: (\S+) -->\n(.*?)\n<!-- end of table -->"
+    shown = dict(re.findall(marked, page(name), re.DOTALL))
+    assert shown
+    assert shown == {script.name_of(r): script.table(r) for r in records(name)}
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        (name, target)
+        for name in PAGES
+        for target in re.findall(r"\]\((?!http)(.*?)\)", page(name))
+    ],
+)
+def test_linked_paths_exist(name, target):
+    assert (ROOT / "docs" / target).resolve().exists()
+
+
+def test_corrections_default_rests_on_measurements():
+    """All intervals, on two models that drift, and their cost."""
+    intervals = {"off", "4", "8", "16", "32", "64", "128"}
+    complete = [r for r in records("correction") if intervals <= r["runs"].keys()]
+    assert len(complete) == 3
+    assert sum("kv_error_by_layer" in r["runs"]["off"] for r in complete) == 2
+
+
+def test_reselects_defaults_rest_on_measurements():
+    """Both settings, on two models that drift, and their cost."""
+    cases = {f"{i} {a}" for i in (1, 2, 4, 8, 16) for a in ("everything", "chosen")}
+    found = records("reselect")
+    assert all(cases <= record["runs"].keys() for record in found)
+    drifting = [r for r in found if r["setup"]["model"] != "planted"]
+    assert len(drifting) == 2 < len(found)
+    for record in drifting:
+        best = min(cases, key=lambda case: record["runs"][case]["kl_mean"])
+        assert best == "1 everything"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_baseline_is_dense(name):
+    for record in records(name):
+        assert record["runs"]["dense"]["kl_mean"] == 0
+        assert record["runs"]["dense"]["agreement"] == 1
