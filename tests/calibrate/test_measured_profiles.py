@@ -160,6 +160,8 @@ def startup(tidal: dict, max_model_len: int = 4096):
         max_model_len=max_model_len,
         hf_text_config=shape,
         get_total_num_hidden_layers=lambda: 8,
+        get_sliding_window=lambda: None,
+        is_hybrid=False,
     )
     backend = types.SimpleNamespace(name="TIDAL")
     attention = types.SimpleNamespace(backend=backend, backend_per_kind=None)

@@ -1,5 +1,7 @@
 """Sliding windows: the publish rule in every KV cache group, and what is refused."""
 
+from collections import Counter
+
 import pytest
 from engine.models import LFM2, build_random_model
 from vllm.engine.arg_utils import EngineArgs
@@ -62,6 +64,22 @@ def test_each_group_publishes_up_to_the_clean_position(engines, hybrid):
                 assert hashed == [i for i in kept if i < clean]
                 seen |= {*hashed}
     assert {max(seen) for seen in published} == {len(PROMPT) // BLOCK_SIZE - 1}
+
+
+def test_nothing_is_published_again_in_sparse_steps(engines, hybrid, monkeypatch):
+    """By then a running state is past the length that it would be published under."""
+    llm = engines(TIDAL, folder=hybrid)
+    lengths = []
+    for manager in scheduler(llm).kv_cache_manager.coordinator.single_type_managers:
+
+        def seen(request, num_tokens, *args, publish=manager.cache_blocks, **kwargs):
+            lengths.append(num_tokens)
+            publish(request, num_tokens, *args, **kwargs)
+
+        monkeypatch.setattr(manager, "cache_blocks", seen)
+    generate(llm, [PROMPT], MAX_TOKENS)
+    assert lengths == sorted(lengths) and lengths[-1] == len(PROMPT)
+    assert {*Counter(lengths).values()} == {3}, "once in each group"
 
 
 def test_a_shared_prefix_is_dense(engines, hybrid):

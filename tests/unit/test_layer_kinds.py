@@ -7,6 +7,7 @@ import transformers
 
 from tidal_vllm.config import TidalConfigError
 from tidal_vllm.layer_kinds import LayerKind, layer_kinds, why_not_correctable
+from tidal_vllm.profiles.fingerprint import config_sha256
 
 F, W, S, N = LayerKind.FULL, LayerKind.WINDOW, LayerKind.STATE, LayerKind.NONE
 
@@ -61,6 +62,21 @@ def test_kinds(family):
     config = getattr(transformers, name)(**shape | fields)
     window = getattr(config, "sliding_window", None)
     assert layer_kinds(config, len(kinds), window, has_state) == tuple(kinds)
+
+
+@pytest.mark.parametrize("family", ["Jamba", "Bamba", "Nemotron-H", "LFM2"])
+def test_a_profile_is_for_one_pattern(family):
+    """Two models that differ in their kinds of layers alone have other hashes."""
+    name, fields, *_ = FAMILIES[family]
+    other = {
+        "Jamba": {"attn_layer_offset": 1},
+        "Bamba": {"attn_layer_indices": [2]},
+        "Nemotron-H": {"hybrid_override_pattern": "M-*M-E"},
+        "LFM2": {"full_attn_idxs": [1, 4]},
+    }[family]
+    config = getattr(transformers, name)
+    hashes = {config_sha256(config(**fields | more).to_dict()) for more in ({}, other)}
+    assert len(hashes) == 2
 
 
 def test_minimax_text_01_says_it_in_numbers():

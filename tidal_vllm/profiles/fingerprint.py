@@ -29,6 +29,15 @@ _SHAPE_KEYS = (
     "num_experts",
     "num_local_experts",
 )
+# Which layers have full attention, where that is not said by "layer_types". Counted
+# where they are present, so that other models keep the hash that they always had.
+_PATTERN_KEYS = (
+    "layers_block_type",
+    "attn_type_list",
+    "attn_layer_indices",
+    "attn_layer_period",
+    "attn_layer_offset",
+)
 
 
 def config_sha256(hf_config: Mapping[str, Any]) -> str:
@@ -39,7 +48,9 @@ def config_sha256(hf_config: Mapping[str, Any]) -> str:
             dtype and special tokens do not count: a fine-tuned model has its base
             model's hash.
     """
-    return _digest({key: hf_config.get(key) for key in _SHAPE_KEYS})
+    shape = {key: hf_config.get(key) for key in _SHAPE_KEYS}
+    pattern = {key: hf_config[key] for key in _PATTERN_KEYS if key in hf_config}
+    return _digest(shape | pattern)
 
 
 def checksum(fields: Mapping[str, Any]) -> str:
