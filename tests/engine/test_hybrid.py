@@ -84,6 +84,8 @@ class TestRandomModels:
             answers = [
                 generate(llm, [prompt], MAX_TOKENS, logprobs=5)[0] for prompt in prompts
             ]
+            num_steps = len(prompts) * (MAX_TOKENS - 1)
+            assert counters(llm)["sparse_steps"] == num_steps
         oracle = Oracle(folder, **ROLES | settings)
         for prompt, answer in zip(prompts, answers, strict=True):
             wanted, steps = oracle.generate(prompt, MAX_TOKENS)
