@@ -103,11 +103,13 @@ def test_prompts_are_computed_once(llama):
     assert after.logprobs == pytest.approx(clean.logprobs, abs=1e-4)
 
 
-def test_only_layers_that_tidal_runs_take_part():
-    """Of a hybrid model: linear attention has no TIDAL implementation."""
+def test_only_layers_with_full_attention_take_part():
+    """Of a hybrid model: linear attention has no TIDAL implementation, a window has."""
 
-    def layer(tidal: bool):
+    def layer(tidal: bool, sliding_window: int | None = None):
         impl = object.__new__(worker.TidalImpl) if tidal else object()
+        if tidal:
+            impl.sliding_window = sliding_window
         return SimpleNamespace(impl=impl)
 
     context = {
@@ -117,6 +119,7 @@ def test_only_layers_that_tidal_runs_take_part():
         for i in range(12)
     }
     context["model.layers.2.mlp.experts"] = SimpleNamespace()
+    context["model.layers.12.self_attn"] = layer(True, sliding_window=16)
     compilation = SimpleNamespace(static_forward_context=context)
     config = SimpleNamespace(compilation_config=compilation)
-    assert sorted(worker._tidal_layers(config)) == [3, 7, 11]
+    assert sorted(worker._full_layers(config)) == [3, 7, 11]
