@@ -7,24 +7,23 @@ Long outputs are forced on vLLM's engine token by token, once dense and once for
     kl          KL divergence of the next token from the dense run's, in nats; its mean
                 over the output, over each quarter of it, and its 99th percentile
     agreement   share of steps whose likeliest token is the dense run's
-    step_ms     wall time per decode step
 
     python benchmarks/reselect_ablation.py --model random --out results.jsonl
     python benchmarks/reselect_ablation.py --report results.jsonl
 
 The second command prints the results as tables. Models are those of
-`correction_ablation.py`; the planted one is for the time alone.
+`correction_ablation.py`. Nothing is timed: what a step must read is known, and what
+that takes on a CPU says nothing of a GPU, which `bench_stack.py` measures.
 """
 
 import argparse
 import json
-import statistics
 import sys
+from itertools import product
 from pathlib import Path
 
 from correction_ablation import (
     compare,
-    cost,
     make_texts,
     name_of,
     prepare_model,
@@ -63,27 +62,16 @@ def measure(args) -> dict:
     middle = args.context + args.output_tokens // 2
     runs: dict[str, dict] = {}
     dense = taught.run(prompts, outputs, sparse=False, interval=None)
-    runs["dense"] = {"kv_read": 1.0, "trials": []}
-    cases = [(i, a) for a in args.attends for i in args.reselect_intervals]
-    for _ in range(args.trials):
-        again = taught.run(prompts, outputs, sparse=False, interval=None)
-        runs["dense"] |= compare(again, dense)
-        runs["dense"]["trials"].append(cost(again))
-        for interval, attends in cases:
-            settings = settings_of(args, interval, attends)
-            taught.configure(settings)
-            run = taught.run(prompts, outputs, sparse=True, interval=None)
-            quality, share = compare(run, dense), TidalConfig(**settings)
-            share = kv_read_share(taught.plan, share, middle)
-            name = f"{interval} {attends}"
-            entry = runs.setdefault(
-                name, quality | {"kv_read": round(share, 4), "trials": []}
-            )
-            assert quality["kl_mean"] == entry["kl_mean"], "trials must agree"
-            entry["trials"].append(cost(run))
-            print(name, {**quality, **entry["trials"][-1]}, flush=True)
-    for entry in runs.values():
-        entry["step_ms"] = statistics.median(t["step_ms"] for t in entry["trials"])
+    again = taught.run(prompts, outputs, sparse=False, interval=None)
+    runs["dense"] = {"kv_read": 1.0, **compare(again, dense)}
+    for attends, interval in product(args.attends, args.reselect_intervals):
+        settings = settings_of(args, interval, attends)
+        taught.configure(settings)
+        run = taught.run(prompts, outputs, sparse=True, interval=None)
+        share = kv_read_share(taught.plan, TidalConfig(**settings), middle)
+        name = f"{interval} {attends}"
+        runs[name] = {"kv_read": round(share, 4), **compare(run, dense)}
+        print(name, runs[name], flush=True)
     return {
         "benchmark": "reselect_ablation",
         "runs": runs,
@@ -100,27 +88,20 @@ def measure(args) -> dict:
 
 
 def table(record: dict) -> str:
-    """Markdown: a row per setting; the planted model's cost, the others' quality."""
-    runs, drifts = record["runs"], record["setup"]["model"] != "planted"
+    """Markdown: a row per setting."""
     head = ["reselect_interval", "select_attends", "KV read"]
-    quality = ["mean KL", "last quarter", "99 %", "agreement"]
-    head += quality if drifts else ["ms per step", "of dense, each trial"]
-    dense, rows = [trial["step_ms"] for trial in runs["dense"]["trials"]], []
-    for name, run in runs.items():
-        row = ["dense", ""] if name == "dense" else name.split()
-        row.append(f"{run['kv_read']:.1%}")
-        if drifts:
-            row += [
-                f"{run['kl_mean']:.4f}",
-                f"{run['kl_by_quarter'][-1]:.4f}",
-                f"{run['kl_p99']:.3f}",
-                f"{run['agreement']:.2%}",
-            ]
-        else:
-            times = [trial["step_ms"] for trial in run["trials"]]
-            pairs = zip(times, dense, strict=True)
-            ratios = ", ".join(f"{mine / other:.2f}" for mine, other in pairs)
-            row += [f"{run['step_ms']:.1f}", ratios]
+    head += ["mean KL", "last quarter", "99 %", "agreement"]
+    rows = []
+    for name, run in record["runs"].items():
+        settings = ["dense", ""] if name == "dense" else name.split()
+        row = [
+            *settings,
+            f"{run['kv_read']:.1%}",
+            f"{run['kl_mean']:.4f}",
+            f"{run['kl_by_quarter'][-1]:.4f}",
+            f"{run['kl_p99']:.3f}",
+            f"{run['agreement']:.2%}",
+        ]
         rows.append(row)
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -12,7 +12,7 @@ import pytest
 from .harness import child_environment
 from .models import build_random_model
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def results(tmp_path_factory):
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=550,
+        timeout=1150,
     )
     print(done.stdout)
     assert done.returncode == 0

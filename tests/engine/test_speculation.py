@@ -10,7 +10,7 @@ from .harness import child_environment
 from .models import build_random_model
 from .speculative_child import LENGTHS, MAX_TOKENS, NUM_LAYERS, SETTINGS, VOCAB_SIZE
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 BUDGET = SETTINGS["token_budget"]
 
 
@@ -32,7 +32,7 @@ def results(tmp_path_factory):
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=550,
+        timeout=1150,
     )
     print(done.stdout)
     assert done.returncode == 0
