@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-VOCAB_SIZE, NUM_LAYERS = 16, 4
+VOCAB_SIZE, NUM_LAYERS, MODEL_LEN = 16, 4, 400
 BLOCK_BYTES = NUM_LAYERS * 2 * 16 * 2 * 32 * 4  # 16 tokens, 2 KV heads of 32, fp32
 SETTINGS = {
     "dense_layers": [0],
@@ -48,7 +48,11 @@ def run(model: Path, speculation: dict | None, **engine) -> dict:
     if speculation is not None:
         engine["speculative_config"] = speculation
     llm = harness.Engines()(
-        model, tidal=settings, max_model_len=400, max_num_batched_tokens=128, **engine
+        model,
+        tidal=settings,
+        max_model_len=MODEL_LEN,
+        max_num_batched_tokens=128,
+        **engine,
     )
     with harness.watched(llm) as seen:
         found = harness.serve(llm, arrivals(), logprobs=3)
@@ -76,13 +80,16 @@ def main() -> None:
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     itself = {"method": "draft_model", "model": str(model), "num_speculative_tokens": 2}
     few_blocks = {"kv_cache_memory_bytes": 27 * BLOCK_BYTES}
+    # What is computed again after a preemption is dense, so only there the same.
+    exact = {"token_budget": MODEL_LEN, "min_sparse_len": 0}
     other = {"scope": "query_head", "select_attends": "chosen"}
     found = {
         "plain": run(model, None),
         "ngram": run(model, NGRAM),
         "other settings": run(model, NGRAM, tidal=other),
         "plain other settings": run(model, None, tidal=other),
-        "preempted": run(model, NGRAM, **few_blocks),
+        "preempted": run(model, NGRAM, tidal=exact, **few_blocks),
+        "plain exact": run(model, None, tidal=exact),
         "draft model": run(model, itself),
     }
     results.write_text(json.dumps(found))

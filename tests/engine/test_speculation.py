@@ -44,7 +44,7 @@ def results(tmp_path_factory):
     [
         ("ngram", "plain"),
         ("draft model", "plain"),
-        ("preempted", "plain"),
+        ("preempted", "plain exact"),
         ("other settings", "plain other settings"),
     ],
 )
@@ -61,9 +61,9 @@ def test_other_settings_give_other_answers(results):
     """So that the comparison above means something."""
     answers = [
         [answer["token_ids"] for answer in results[name]["answers"]]
-        for name in ("plain", "plain other settings")
+        for name in ("plain", "plain other settings", "plain exact")
     ]
-    assert answers[0] != answers[1]
+    assert answers[0] != answers[1] != answers[2] != answers[0]
 
 
 @pytest.mark.parametrize("name", ["ngram", "draft model"])
@@ -109,4 +109,5 @@ def test_the_prefix_cache_gets_clean_blocks_only(results):
 
 def test_preempted_requests_come_back(results):
     assert results["preempted"]["preemptions"] > 0
+    assert results["preempted"]["counters"]["sparse_steps"] >= 10
     assert results["plain"]["preemptions"] == results["ngram"]["preemptions"] == 0
