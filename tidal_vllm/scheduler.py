@@ -21,14 +21,14 @@ from vllm.v1.core.sched.output import (
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from tidal_vllm.metrics import CorrectionCounters
-from tidal_vllm.policy import (
+from tidal_vllm.correction import (
     StepDemand,
     choose_corrections,
     clean_position_after,
     is_due,
     pollutes,
 )
+from tidal_vllm.metrics import CorrectionCounters
 from tidal_vllm.startup import resolve
 
 logger = init_logger("vllm.tidal.scheduler")

@@ -5,18 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidal_vllm.config import TidalConfig, TidalConfigError
-from tidal_vllm.plan_table import format_plan
-from tidal_vllm.policy import (
+from tidal_vllm.correction import (
     MIN_REMAINING,
-    SelectionRule,
     StepDemand,
-    all_dense,
     choose_corrections,
     clean_position_after,
     is_due,
-    plan_layers,
     pollutes,
 )
+from tidal_vllm.plan_table import format_plan
+from tidal_vllm.policy import SelectionRule, all_dense, plan_layers
 
 SETTINGS = {"dense_layers": [0], "select_layers": [1], "token_budget": 64}
 PLAN = plan_layers(TidalConfig(**SETTINGS), 4, None)

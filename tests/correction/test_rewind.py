@@ -7,7 +7,7 @@ attention, and of a run without correction.
 
 import pytest
 
-from tidal_vllm.policy import MIN_REMAINING
+from tidal_vllm.correction import MIN_REMAINING
 
 from .harness import (
     ask,

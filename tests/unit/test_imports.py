@@ -14,6 +14,7 @@ NO_TORCH = (
     *(
         "config",
         "policy",
+        "correction",
         "layer_kinds",
         "plan_table",
         "profiles",
@@ -49,6 +50,7 @@ BELOW = {
     "config": set(),
     "profiles": {"config"},
     "policy": {"config", "profiles"},
+    "correction": {"policy"},
     "plan_table": {"config", "policy"},
     "ops": {"config"},
     "planted": set(),
@@ -65,7 +67,7 @@ BELOW = {
         *("sparse_state", "startup"),
     },
     "attention": {"metadata", "policy", "sparse_state", "startup"},
-    "scheduler": {"metrics", "policy", "startup"},
+    "scheduler": {"correction", "metrics", "startup"},
     "backend": {
         "attention",
         "config",

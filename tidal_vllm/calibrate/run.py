@@ -19,8 +19,8 @@ from tidal_vllm.calibrate.engine import CalibrationEngine, complete_settings
 from tidal_vllm.calibrate.prompts import Prompt
 from tidal_vllm.calibrate.state import State
 from tidal_vllm.config import TidalConfig, TidalConfigError
+from tidal_vllm.correction import MIN_REMAINING
 from tidal_vllm.policy import (
-    MIN_REMAINING,
     Role,
     kv_read_share,
     plan_layers,
