@@ -116,7 +116,6 @@ class TestBackend:
         "use_mm_prefix": True,
         "use_per_head_quant_scales": True,
         "attn_type": "encoder_only",
-        "has_sliding_window": True,
         "use_non_causal": True,
         "use_batch_invariant": True,
         "use_pcp": True,
@@ -124,7 +123,11 @@ class TestBackend:
         "use_rswa": True,
     }
     # What a backend need not support and ours does.
-    ACCEPTED = {"use_kv_connector": True, "block_size": 48}
+    ACCEPTED = {
+        "use_kv_connector": True,
+        "block_size": 48,
+        "has_sliding_window": True,
+    }
 
     def vllms_reasons(self, **asked):
         """The reasons in vLLM's own words."""
