@@ -101,6 +101,7 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         self.roles = {name: roles[name] for name in layer_names}
         choosing = [n for n, r in roles.items() if r in (Role.SELECT, Role.SPARSE)]
         ours = [name for name in choosing if name in self.roles]
+        _require_one_state({n: impls[n] for n in choosing})
         self.leads = next(iter(choosing or impls)) in self.roles
         self.counters = DecodeCounters()
         self.state: SparseState | None = None
@@ -297,6 +298,22 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
                 lines += [f"kernels: {self.state.kernels.why}", str(self.state)]
             lines.append(f"dense attention: {dense_backend.get_name()}")
             logger.info("%s", "\n".join(lines))
+
+
+def _require_one_state(impls: dict[str, Any]) -> None:
+    """SPARSE layers need the selection of SELECT layers: one for all of a worker."""
+    first = next(iter(impls), None)
+    for name, impl in impls.items():
+        if impl.state is not impls[first].state:
+            shapes = [
+                f"{i.num_heads} query and {i.num_kv_heads} KV heads of {i.head_size}"
+                for i in (impls[first], impl)
+            ]
+            raise ValueError(
+                f"{first} has {shapes[0]}, {name} {shapes[1]}: sparse decoding needs "
+                "full-attention layers of one shape; allowed for other models "
+                "tidal.select_layers = []"
+            )
 
 
 def _tidal_impls(vllm_config: VllmConfig) -> dict[str, Any]:

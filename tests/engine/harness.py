@@ -4,6 +4,8 @@ import copy
 import gc
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -257,3 +259,26 @@ def child_environment(**more: str) -> dict[str, str]:
     """The environment of a child that runs an engine as users do."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
     return inherited | {"VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"} | more
+
+
+def run_interpreted(module: str, *arguments: Path, v2_runner: bool) -> str:
+    """Run a module under Triton's interpreter, without a GPU; gives what it printed.
+
+    In a process of its own, since Triton reads TRITON_INTERPRET when it is imported.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        env=child_environment(
+            CUDA_VISIBLE_DEVICES="",
+            TRITON_INTERPRET="1",
+            VLLM_USE_V2_MODEL_RUNNER=str(int(v2_runner)),
+            VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        ),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=1150,
+    )
+    print(done.stdout)
+    assert done.returncode == 0
+    return done.stdout

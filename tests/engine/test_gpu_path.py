@@ -246,6 +246,17 @@ class TestWorkspace:
         found = impls(llm)[3]._find_state(runner(llm).vllm_config)
         assert found is impls(llm)[0].state is impls(llm)[5].state
 
+    def test_layers_of_two_shapes_are_refused(self, llm):
+        """They would hand on selections of their own."""
+        with reconfigured(llm, **SETTINGS), pytest.MonkeyPatch.context() as patch:
+            (builder,), other = builders(llm), impls(llm)[4]
+            config = builder.vllm_config
+            patch.setattr(other, "num_heads", 12)
+            patch.setattr(other, "state", other.make_state(config))
+            made = (builder.kv_cache_spec, builder.layer_names, config, builder.device)
+            with pytest.raises(ValueError, match="6 query and 2 KV heads of 32, .*12"):
+                TidalMetadataBuilder(*made)
+
     def test_no_sparse_layer_no_workspace(self, llm):
         with reconfigured(llm, **SETTINGS | {"select_layers": []}):
             assert impls(llm)[0].state is None

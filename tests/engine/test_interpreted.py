@@ -4,12 +4,10 @@ All of it under Triton's interpreter, in fp16: vLLM's kernel is wrong there in b
 """
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from .harness import child_environment
+from .harness import run_interpreted
 from .models import build_random_model
 
 pytestmark = pytest.mark.timeout(1200)
@@ -27,22 +25,13 @@ def results(tmp_path_factory):
         layer_types=[slides, full, full, slides],
         sliding_window=24,
     )
-    child = [sys.executable, "-m", "tests.engine.interpreted_child"]
-    done = subprocess.run(
-        [*child, model, windowed, folder / "results.json"],
-        env=child_environment(
-            CUDA_VISIBLE_DEVICES="",
-            TRITON_INTERPRET="1",
-            VLLM_USE_V2_MODEL_RUNNER="1",
-            VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        ),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=1150,
+    run_interpreted(
+        "tests.engine.interpreted_child",
+        model,
+        windowed,
+        folder / "results.json",
+        v2_runner=True,
     )
-    print(done.stdout)
-    assert done.returncode == 0
     return json.loads((folder / "results.json").read_text())
 
 

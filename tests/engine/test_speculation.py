@@ -1,12 +1,10 @@
 """Speculative decoding changes no answer: a draft's tokens choose for themselves."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from .harness import child_environment
+from .harness import run_interpreted
 from .models import build_random_model
 from .speculative_child import LENGTHS, MAX_TOKENS, NUM_LAYERS, SETTINGS, VOCAB_SIZE
 
@@ -20,23 +18,13 @@ def results(tmp_path_factory):
     model = build_random_model(
         folder / "model", "llama", num_hidden_layers=NUM_LAYERS, vocab_size=VOCAB_SIZE
     )
-    child = [sys.executable, "-m", "tests.engine.speculative_child"]
-    done = subprocess.run(
-        [*child, model, folder / "results.json"],
-        env=child_environment(
-            CUDA_VISIBLE_DEVICES="",
-            TRITON_INTERPRET="1",
-            VLLM_USE_V2_MODEL_RUNNER="0",
-            VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        ),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=1150,
+    log = run_interpreted(
+        "tests.engine.speculative_child",
+        model,
+        folder / "results.json",
+        v2_runner=False,
     )
-    print(done.stdout)
-    assert done.returncode == 0
-    return json.loads((folder / "results.json").read_text()) | {"log": done.stdout}
+    return json.loads((folder / "results.json").read_text()) | {"log": log}
 
 
 @pytest.mark.parametrize(

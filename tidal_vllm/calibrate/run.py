@@ -175,11 +175,16 @@ class Result:
 
     def roles(self, of: Choice) -> tuple[list[int], list[int]]:
         """DENSE and SELECT layers of a choice, as indices of the model's layers."""
-        dense, select = (
-            [self.layers[position] for position in positions]
-            for positions in (of.dense, of.select)
-        )
-        return dense, select
+        return _roles(self.layers, of)
+
+
+def _roles(layers: Sequence[int], of: Choice) -> tuple[list[int], list[int]]:
+    """Positions of a choice as layers of the model: DENSE, SELECT."""
+    dense, select = (
+        [layers[position] for position in positions]
+        for positions in (of.dense, of.select)
+    )
+    return dense, select
 
 
 def settings_grid(config: TidalConfig, longest: int, kv_block_size: int):
@@ -350,11 +355,7 @@ class _Calibration:
         )
 
     def _settings(self, config: TidalConfig, of: Choice) -> dict[str, Any]:
-        dense, select = (
-            [self.layers[position] for position in positions]
-            for positions in (of.dense, of.select)
-        )
-        return complete_settings(config, dense, select)
+        return complete_settings(config, *_roles(self.layers, of))
 
     def _confirm(
         self, wanted: list[Choice], dense: Measured
