@@ -127,7 +127,7 @@ def _child(folder: str, args, engine: str, batch: int, context: int, eager=False
     }
     env = os.environ | {"VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
     # The core in a process of its own, as users have it.
-    env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    env["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(not args.smoke))
     if args.runner:
         env["VLLM_USE_V2_MODEL_RUNNER"] = str(int(args.runner == "v2"))
     done = subprocess.run(

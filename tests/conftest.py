@@ -3,6 +3,7 @@
 `tests/README.md` documents the tiers.
 """
 
+import gc
 import os
 from collections import Counter
 
@@ -86,3 +87,32 @@ def pytest_terminal_summary(terminalreporter, config):
             f"{not_run.total()} tests that take longer were not run ({folders})."
         )
         terminalreporter.line("`python3 bootstrap.py test --all` runs everything.")
+
+
+@pytest.fixture(scope="session")
+def process_groups():
+    """vLLM's process groups of one rank: all engines of a process share them.
+
+    So they outlive each engine that is closed, and end with the session.
+    """
+    from vllm import envs
+    from vllm.v1.engine import core
+
+    clean_up = core.cleanup_dist_env_and_memory
+    with pytest.MonkeyPatch.context() as patch:
+        keep = "cleanup_dist_env_and_memory"
+        patch.setattr(core, keep, lambda *_, **__: envs.disable_envs_cache())
+        yield
+        # Each engine collects garbage, which takes seconds in a process this big.
+        patch.setattr(gc, "collect", lambda *_: 0)
+        clean_up()
+
+
+@pytest.fixture(scope="session")
+def engine(process_groups):
+    """`engine(model, tidal=..., **kwargs)`: see `harness.Engines`."""
+    from engine.harness import Engines
+
+    engines = Engines()
+    yield engines
+    engines.shutdown()

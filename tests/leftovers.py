@@ -1,8 +1,8 @@
 """What a run leaves behind: processes, shared memory, temporary files.
 
 Only what is the run's own is looked at, for others may use the machine: processes that
-inherited a mark in their environment, files below a temporary folder of the run, and
-new shared memory that no living process has mapped.
+inherited a mark in their environment, shared memory that one of them had mapped, and
+files below a temporary folder of the run.
 """
 
 import contextlib
@@ -10,12 +10,15 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 MARK = "TIDAL_VLLM_TEST_RUN"
 SHARED_MEMORY = Path("/dev/shm")
 PATIENCE = 30  # seconds for what is about to end
+LOOKS = 10  # seconds in which new shared memory finds its process
 
 
 class Leftovers:
@@ -26,23 +29,28 @@ class Leftovers:
         # NOTE: short, because the paths of sockets must be.
         self._folder = Path(tempfile.mkdtemp(prefix="t-"))
         self._given = {name: os.environ.get(name) for name in ("TMPDIR", MARK)}
-        self._mark = self._folder.name
-        os.environ |= {"TMPDIR": str(self._folder), MARK: self._mark}
+        self._mark = f"{MARK}={self._folder.name}".encode()
+        os.environ |= {"TMPDIR": str(self._folder), MARK: self._folder.name}
         # Where pytest keeps the folders of its last runs.
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", usual)
         tempfile.tempdir = None
-        self._shared_before = _shared_memory()
+        self._shared: set[Path] = set()
+        self._ended = threading.Event()
+        self._watch = threading.Thread(target=self._find_shared_memory, daemon=True)
+        self._watch.start()
 
     def collect(self) -> list[str]:
         """What is left, a line each; it is removed."""
         end = time.monotonic() + PATIENCE
         while (processes := self._processes()) and time.monotonic() < end:
             time.sleep(0.2)
-        lines = [f"process {pid}: {what}" for pid, what in processes.items()]
+        lines = [f"process {pid}: {_command(pid)}" for pid in processes]
         for pid in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        shared = _unmapped(_shared_memory() - self._shared_before)
+        self._ended.set()
+        self._watch.join()
+        shared = {path for path in self._shared - _mapped(os.getpid()) if path.exists()}
         files = set(self._folder.iterdir())
         lines += [f"shared memory: {path}" for path in sorted(shared)]
         lines += [f"temporary file: {path}" for path in sorted(files)]
@@ -56,31 +64,36 @@ class Leftovers:
         tempfile.tempdir = None
         return lines
 
-    def _processes(self) -> dict[int, str]:
-        """Living processes with the mark, but for this one, and their commands."""
-        found = {}
+    def _processes(self) -> list[int]:
+        """Living processes with the mark, but for this one."""
+        found = []
         for folder in Path("/proc").glob("[0-9]*"):
-            if folder.name == str(os.getpid()):
-                continue
             with contextlib.suppress(OSError):
-                environment = (folder / "environ").read_bytes().split(b"\0")
-                if f"{MARK}={self._mark}".encode() in environment:
-                    words = (folder / "cmdline").read_bytes().split(b"\0")
-                    found[int(folder.name)] = b" ".join(words).decode(errors="replace")
+                marked = self._mark in (folder / "environ").read_bytes().split(b"\0")
+                if marked and folder.name != str(os.getpid()):
+                    found.append(int(folder.name))
         return found
 
+    def _find_shared_memory(self) -> None:
+        before, looks = {*SHARED_MEMORY.iterdir()}, Counter()
+        while not self._ended.wait(1):
+            looks.update({*SHARED_MEMORY.iterdir()} - before - self._shared)
+            new = {path for path, count in looks.items() if count <= LOOKS}
+            for pid in self._processes() if new - self._shared else ():
+                self._shared |= new & _mapped(pid)
 
-def _shared_memory() -> set[Path]:
-    return {
-        path
-        for path in SHARED_MEMORY.glob("*")
-        if path.is_file() and path.owner() == Path("/proc/self").owner()
-    }
+
+def _command(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return b" ".join(words).decode(errors="replace")
+    return "(ended)"
 
 
-def _unmapped(files: set[Path]) -> set[Path]:
-    mapped = ""
-    for maps in Path("/proc").glob("[0-9]*/maps") if files else ():
-        with contextlib.suppress(OSError):
-            mapped += maps.read_text()
-    return {path for path in files if str(path) not in mapped}
+def _mapped(pid: int) -> set[Path]:
+    """Shared memory that a process has mapped."""
+    with contextlib.suppress(OSError):
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+        paths = (line.split(maxsplit=5)[5] for line in lines if "/dev/shm/" in line)
+        return {Path(path.removesuffix(" (deleted)")) for path in paths}
+    return set()

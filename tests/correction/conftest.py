@@ -1,12 +1,10 @@
 """Engines and models, made once per session."""
 
-import gc
-import json
 from pathlib import Path
 
 import pytest
 
-from .harness import core, engine_kwargs, generate, scheduler, start
+from .harness import core, engine_kwargs, generate, scheduler
 from .models import build_random_llama
 
 
@@ -16,44 +14,41 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def engines(model):
-    """`engines(tidal, **kwargs)`: an idle engine of this process, its cache empty.
-
-    All are kept: the end of one would take vLLM's process groups from the others.
-    """
-    running = {}
+def engines(engine, model):
+    """`engines(tidal, **kwargs)`: an idle engine of this process, its cache empty."""
 
     def find(tidal=None, folder=model, **kwargs):
-        settings = [str(folder), engine_kwargs(tidal, **kwargs)]
-        key = json.dumps(settings, sort_keys=True)
-        if key not in running:
-            running[key] = start(folder, tidal, **kwargs)
-        llm = running[key]
+        llm = engine(folder, **engine_kwargs(tidal, **kwargs))
         assert not scheduler(llm).requests
-        assert llm.reset_prefix_cache(), "blocks are in use: a request never ended"
         return llm
 
-    yield find
-    gc.freeze()  # each engine collects garbage twice, which takes seconds
-    for llm in running.values():
-        llm.llm_engine.engine_core.shutdown()
+    return find
 
 
 @pytest.fixture(scope="session")
 def dense(engines):
-    """`dense(prompts, max_tokens, ...)`: dense greedy answers, each run alone."""
-    llm = engines()
+    """`dense(prompts, max_tokens, ...)`: dense answers, greedy by default.
+
+    Args:
+        max_tokens: Of each answer, or a list, one for each prompt.
+    """
+    llm = engines(max_num_seqs=16)
     assert not hasattr(core(llm).scheduler, "correction_interval")
-    known = {}
+    known: dict[str, list[int]] = {}
 
     def answer(prompts, max_tokens=16, **more):
-        found = []
-        for prompt in prompts:
-            key = json.dumps([prompt, max_tokens, more], sort_keys=True)
-            if key not in known:
-                llm.reset_prefix_cache()
-                (known[key],) = generate(llm, [prompt], max_tokens, **more)
-            found.append(known[key])
-        return found
+        if isinstance(max_tokens, int):
+            max_tokens = [max_tokens] * len(prompts)
+        keys = [f"{prompt} {sorted(more.items())}" for prompt in prompts]
+        asked = {}
+        for key, prompt, count in zip(keys, prompts, max_tokens, strict=True):
+            if count > max(len(known.get(key, ())), asked.get(key, ("", 0))[1]):
+                asked[key] = prompt, count
+        llm.reset_prefix_cache()
+        found = (
+            generate(llm, *zip(*asked.values(), strict=True), **more) if asked else []
+        )
+        known.update(zip(asked, found, strict=True))
+        return [known[key][:n] for key, n in zip(keys, max_tokens, strict=True)]
 
     return answer

@@ -1,14 +1,13 @@
 """Driving an in-process engine step by step, and looking at its KV cache."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from vllm import LLM, SamplingParams, envs
+from vllm import LLM, SamplingParams
 
 from tidal_vllm.metrics import CorrectionCounters
 
@@ -32,14 +31,6 @@ def engine_kwargs(tidal: dict | None = None, **kwargs: Any) -> dict[str, Any]:
     return defaults | kwargs
 
 
-def start(model: Path, tidal: dict | None = None, **kwargs: Any) -> LLM:
-    # NOTE: the first engine makes vLLM read its environment once and for all.
-    envs.disable_envs_cache()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        return LLM(str(model), **engine_kwargs(tidal, **kwargs))
-
-
 def core(llm: LLM) -> Any:
     return llm.llm_engine.engine_core.engine_core
 
@@ -57,16 +48,16 @@ def params(max_tokens: int, **more: Any) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, **more)
 
 
-def generate(
-    llm: LLM, prompts: Sequence[list[int]], max_tokens: int = 16, **more: Any
-) -> list[list[int]]:
+def generate(llm: LLM, prompts, max_tokens=16, **more: Any) -> list[list[int]]:
     """Tokens of greedy answers, all prompts in one go."""
     return [list(o.outputs[0].token_ids) for o in ask(llm, prompts, max_tokens, **more)]
 
 
-def ask(llm: LLM, prompts, max_tokens: int = 16, **more: Any) -> list[Any]:
+def ask(llm: LLM, prompts, max_tokens=16, **more: Any) -> list[Any]:
+    """Outputs of all prompts in one go; `max_tokens` may be one for each."""
+    counts = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
     inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
-    return llm.generate(inputs, params(max_tokens, **more), use_tqdm=False)
+    return llm.generate(inputs, [params(n, **more) for n in counts], use_tqdm=False)
 
 
 def kv_of(llm: LLM, request_id: str, first: int, end: int) -> torch.Tensor:

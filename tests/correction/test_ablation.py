@@ -1,13 +1,12 @@
 """The ablation script measures what it says, on a model that drifts."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks/correction_ablation.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = {
     "--num-layers": "5",
     "--context": "96",
@@ -18,20 +17,33 @@ TINY = {
 }
 
 
-def run_script(*arguments):
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+@pytest.fixture(scope="module")
+def run_script(process_groups):
+    """`run_script(*arguments)`: what the script does, here."""
+    from vllm import envs
+
+    envs.disable_envs_cache()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
+        import correction_ablation
+
+        def run(*arguments):
+            patch.setattr(sys, "argv", ["correction_ablation.py", *map(str, arguments)])
+            return correction_ablation.main()
+
+        yield run
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> Path:
+def results(run_script, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ablation")
     results = folder / "results.jsonl"
     settings = [part for pair in TINY.items() for part in pair]
-    done = run_script(
-        *settings, "--intervals", "off", "4", "--cache", folder, "--out", results
-    )
-    assert done.returncode == 0, done.stderr
+    intervals = ("--intervals", "off", "4")
+    kept = ("--cache", folder, "--out", results)
+    assert run_script(*settings, *intervals, *kept) == 0
     return results
 
 
@@ -51,17 +63,18 @@ def test_measures(results):
     assert 2 * 6 <= often_trial["corrections"] <= 2 * 8
 
 
-def test_reports(results, tmp_path):
-    done = run_script("--report", results, "--images", tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_reports(run_script, results, tmp_path, capsys):
+    assert run_script("--report", results, "--images", tmp_path) == 0
+    shown = capsys.readouterr().out
     (picture,) = tmp_path.glob("*.png")
-    assert str(picture) in done.stdout
+    assert str(picture) in shown
     assert picture.read_bytes()[:4] == b"\x89PNG"
     runs = json.loads(results.read_text())["runs"]
-    assert f"| off | 1.00 | {runs['off']['kl_mean']:.4f} |" in done.stdout
+    assert f"| off | 1.00 | {runs['off']['kl_mean']:.4f} |" in shown
 
 
-def test_bad_settings():
-    done = run_script("--intervals", "0")
-    assert done.returncode == 2
-    assert "0: must be >= 1, or off" in done.stderr
+def test_bad_settings(run_script, capsys):
+    with pytest.raises(SystemExit) as refused:
+        run_script("--intervals", "0")
+    assert refused.value.code == 2
+    assert "0: must be >= 1, or off" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Thousands of random engine steps: exact answers, and no block is lost."""
+"""Hundreds of random engine steps: exact answers, and no block is lost."""
 
 import random
 from collections import Counter
@@ -85,10 +85,7 @@ class Walk:
             self.seen["split steps"] += _is_split(request)
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("interval", "max_num_batched_tokens"), [(6, 64), (17, 20), (1, 40)]
-)
+@pytest.mark.parametrize(("interval", "max_num_batched_tokens"), [(6, 64), (17, 20)])
 def test_random_walk(engines, dense, interval, max_num_batched_tokens):
     llm = engines(
         EXACT | {"correction_interval": 8},
@@ -101,9 +98,9 @@ def test_random_walk(engines, dense, interval, max_num_batched_tokens):
     num_free = pool.get_num_free_blocks()
     walk = Walk(llm, random.Random(interval))
     with correcting(llm, interval, START) as counters:
-        while walk.seen["steps"] < 800:
+        while walk.seen["steps"] < 300:
             # Calm and busy times.
-            if walk.rng.random() < (0.25 if walk.seen["steps"] // 50 % 2 else 0.08):
+            if walk.rng.random() < (0.25 if walk.seen["steps"] // 25 % 2 else 0.08):
                 walk.arrive()
             split = any(map(_is_split, scheduler(llm).running))
             if walk.rng.random() < (0.2 if split else 0.02):
@@ -115,7 +112,7 @@ def test_random_walk(engines, dense, interval, max_num_batched_tokens):
     print(dict(walk.seen), counters)
 
     seen = walk.seen
-    assert counters.corrections > 50
+    assert counters.corrections > 20
     for what in ("preempted", "aborted", "cached tokens"):
         assert seen[what] > 0, what
     # Too long for one step of the second walk: split.
@@ -127,11 +124,16 @@ def test_random_walk(engines, dense, interval, max_num_batched_tokens):
     assert not scheduler(llm).requests
 
     finished = [name for name in walk.answers if _is_whole(walk, name)]
-    assert len(finished) > 60
-    for name in finished:
-        asked = walk.asked[name]
-        (wanted,) = dense([asked.prompt], asked.max_tokens, **asked.sampling)
-        assert walk.answers[name] == wanted
+    assert len(finished) > 20
+    for sampling in {str(walk.asked[name].sampling) for name in finished}:
+        alike = [n for n in finished if str(walk.asked[n].sampling) == sampling]
+        asked = [walk.asked[name] for name in alike]
+        wanted = dense(
+            [one.prompt for one in asked],
+            [one.max_tokens for one in asked],
+            **asked[0].sampling,
+        )
+        assert [walk.answers[name] for name in alike] == wanted
 
 
 def _is_split(request) -> bool:

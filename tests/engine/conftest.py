@@ -1,20 +1,11 @@
-"""Engines and models, made once for all tests of this folder."""
+"""Models, made once for all tests."""
 
 import dataclasses
 from pathlib import Path
 
 import pytest
 
-from .harness import Engines
 from .models import build_random_model
-
-
-@pytest.fixture(scope="package")
-def engine():
-    """`engine(model, tidal=..., **kwargs)`: see `harness.Engines`."""
-    engines = Engines()
-    yield engines
-    engines.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,7 @@ class Engines:
     def shutdown(self) -> None:
         with pytest.MonkeyPatch.context() as patch:
             # vLLM collects twice per engine; in this big process each takes a second.
-            patch.setattr(gc, "collect", lambda: 0)
+            patch.setattr(gc, "collect", lambda *_: 0)
             for llm in self._running.values():
                 llm.llm_engine.engine_core.shutdown()
         self._running.clear()

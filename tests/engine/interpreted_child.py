@@ -38,24 +38,21 @@ def arrivals() -> list[tuple[int, list[int], int]]:
     return list(zip((*STEPS, 5), prompts, (*MAX_TOKENS, 4), strict=True))
 
 
-def start(folder: Path, **tidal):
-    from . import harness
-
-    return harness.Engines()(
+def start(engines, folder: Path, **tidal):
+    return engines(
         folder,
         tidal=SETTINGS | tidal,
         max_num_seqs=4,
         dtype="float16",
         max_model_len=MODEL_LEN,
         max_num_batched_tokens=48,
-        kv_cache_memory_bytes=8 * harness.MiB,
+        kv_cache_memory_bytes=8 << 20,
     )
 
 
-def answers(folder: Path, requests: int = 4, **tidal) -> dict:
+def answers(llm, requests: int = 4) -> dict:
     from .harness import counters, impls, runner, scheduler, serve
 
-    llm = start(folder, **tidal)
     # Where all blocks are kept nothing is polluted: correct as if it were.
     core, low = scheduler(llm), {"token_budget": 24, "sparse_threshold": 24}
     core.selection_rule = dataclasses.replace(core.selection_rule, **low)
@@ -71,12 +68,11 @@ def answers(folder: Path, requests: int = 4, **tidal) -> dict:
     }
 
 
-def replays(folder: Path, **tidal) -> dict:
+def replays(llm) -> dict:
     """A replayed step of four rows, the last of them padding, and the same eagerly."""
     from .harness import impls, reconfigured, runner
     from .replay import Graph, common_metadata, random_table, run_layers
 
-    llm = start(folder, **tidal)
     generator = torch.Generator().manual_seed(1)
     layers = runner(llm).vllm_config.compilation_config.static_forward_context
     for layer in layers.values():
@@ -106,21 +102,21 @@ def replays(folder: Path, **tidal) -> dict:
 
 
 def main() -> None:
+    from .harness import Engines
+
     folder, windowed, results = map(Path, sys.argv[1:])
     # The interpreter runs one program after the other: fewer of them.
     workspace.MAX_SPLITS, workspace.MIN_SPLITS = 4, 2
     # NOTE: vLLM's Triton code asks the GPU for its age before it writes KV.
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    engines = Engines()
+    exact = start(engines, folder, kernels="triton", correction_interval=2, **EXACT)
+    windows = start(engines, windowed, kernels="triton", **WINDOWED)
     found = {
-        "reference": answers(folder, kernels="reference", **REUSING),
-        "triton": answers(folder, kernels="triton", **REUSING),
-        "exact reference": answers(folder, kernels="reference", **EXACT),
-        "exact triton": answers(
-            folder, kernels="triton", correction_interval=2, **EXACT
-        ),
-        "windowed reference": answers(windowed, 2, kernels="reference", **WINDOWED),
-        "windowed triton": answers(windowed, 2, kernels="triton", **WINDOWED),
-        "replay": replays(folder, kernels="triton"),
+        "sparse": answers(start(engines, folder, kernels="triton", **REUSING)),
+        "exact": answers(exact),
+        "windowed": answers(windows, 2),
+        "replay": replays(start(engines, folder, kernels="triton")),
     }
     results.write_text(json.dumps(found))
 

@@ -1,5 +1,6 @@
 """The GPU benchmarks run and check what they time; nothing is timed here."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,51 +12,78 @@ import torch
 from tidal_vllm import ops
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
+# Runs several scripts in one process: NAME ARGUMENTS, as JSON.
+RUN = """
+import json, os, runpy, sys
+for name, arguments in json.loads(sys.argv[1]):
+    sys.argv = [os.path.join(sys.path[0], name), *arguments]
+    print("script:", name, flush=True)
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        print("ended:", end.code, flush=True)
+"""
 
 
-def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
-    more = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, FOLDER / script, *arguments],
-        env=os.environ | more,
-        capture_output=True,
+def run(*scripts: tuple[str, list[str]], **env: str) -> list[str]:
+    """What each script printed, with how it ended in the last line."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(scripts)],
+        env=os.environ
+        | {"PYTHONPATH": f"{FOLDER}:{os.environ.get('PYTHONPATH', '')}"}
+        | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         timeout=500,
     )
+    assert done.returncode == 0, done.stdout
+    return done.stdout.split("script: ")[1:]
 
 
-@pytest.mark.parametrize(
-    ("script", "ours"),
-    [("dense_decode", 2), ("sparse_decode", 3), ("select", 2), ("stack", 4)],
-)
-def test_smoke(script, ours, tmp_path):
-    out = tmp_path / "out.jsonl"
-    given = ["--smoke", "--kernels", "triton", "--dtype", "float16", "--out", out]
-    done = run(f"bench_{script}.py", *given)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+# Each GPU benchmark, and the lines of ours that it checks.
+SCRIPTS = {"dense_decode": 2, "sparse_decode": 3, "select": 2, "stack": 4}
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    out = tmp_path_factory.mktemp("smoke") / "out.jsonl"
+    given = ["--smoke", "--kernels", "triton", "--dtype", "float16", "--out", str(out)]
+    jobs = [(f"bench_{name}.py", given) for name in SCRIPTS] + [("bench_select.py", [])]
+    interpreted = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    printed = run(*jobs, **interpreted)
+    return out, dict(zip([*SCRIPTS, "without a GPU"], printed, strict=True))
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_smoke(smoke, script):
+    out, printed = smoke
+    *lines, end = printed[script].splitlines()
+    assert end == "ended: 0", printed[script]
     right = [line for line in lines if line.endswith("right")]
-    assert sum(line.startswith("tidal triton") for line in right) == ours
+    assert sum(line.startswith("tidal triton") for line in right) == SCRIPTS[script]
     if script in ("dense_decode", "stack"):
         assert any(line.startswith("vllm TRITON_ATTN") for line in right)
     assert not out.exists()
 
 
+@pytest.mark.extended
+def test_nothing_is_timed_without_a_gpu(smoke):
+    end = smoke[1]["without a GPU"].splitlines()[-1]
+    assert end == "ended: no GPU here: only --smoke runs, and times nothing"
+
+
+@pytest.mark.extended
 def test_engines_with_dummy_weights(tmp_path):
     """TIDAL without sparse layers stands in for the dense backend of a GPU."""
     out = tmp_path / "out.jsonl"
-    given = ["--dummy-weights", "--smoke", "--baseline", "TIDAL", "--out", out]
-    done = run("decode_engine.py", *given)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "no graphs: 132 tokens of 2 sequences as dense" in done.stdout
-    assert "2x96 tidal: " in done.stdout
+    given = ["--dummy-weights", "--smoke", "--baseline", "TIDAL", "--out", str(out)]
+    (printed,) = run(("decode_engine.py", given))
+    assert printed.endswith("ended: 0\n"), printed
+    assert "no graphs: 132 tokens of 2 sequences as dense" in printed
+    assert "2x96 tidal: " in printed
     assert not out.exists()
-
-
-def test_nothing_is_timed_without_a_gpu():
-    done = run("bench_select.py")
-    assert done.returncode == 1
-    assert "no GPU here: only --smoke runs, and times nothing" in done.stderr
 
 
 class TestChecks:
