@@ -1,6 +1,5 @@
 """Small models and engines for calibration, closed at the end of each module."""
 
-import gc
 import sys
 from pathlib import Path
 
@@ -30,7 +29,7 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def start_engine():
+def start_engine(process_groups):
     """`start_engine(model, config)`: an engine for calibration, SELECT at layer 2."""
     from vllm import envs
 
@@ -42,9 +41,7 @@ def start_engine():
         return running[-1]
 
     envs.disable_envs_cache()
-    with switches(), pytest.MonkeyPatch.context() as patch:
-        # vLLM collects twice per engine; in this big process each takes a second.
-        patch.setattr(gc, "collect", lambda *_: 0)
+    with switches():
         yield start
         for engine in running:
             engine.close()

@@ -19,7 +19,6 @@ from tidal_vllm.startup import resolve
 
 from .test_command import ENGINE, QUICK, in_a_project  # noqa: F401
 
-pytestmark = pytest.mark.timeout(300)
 IDLE_AFTER = (1, 3, 4, 7)
 SLIDES, FULL = "sliding_attention", "full_attention"
 
@@ -29,6 +28,7 @@ def calibrate(*arguments) -> int:
     return cli.main(["calibrate", *map(str, arguments), *engine_args])
 
 
+@pytest.mark.extended
 def test_the_profile_names_the_models_own_layers_and_serves(capsys):
     from vllm import LLM, SamplingParams
 

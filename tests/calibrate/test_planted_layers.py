@@ -1,6 +1,6 @@
 """On planted models of one, two and three hops at random layers, it finds the layers.
 
-Thirty-three models run through vLLM's real engine and the collection code of the
+Nine models run through vLLM's real engine and the collection code of the
 command, three engines in all: the weights of each model are loaded into the engine of
 its shape. What the command does besides, the choice, runs on each. Whole commands, in
 processes of their own, are in test_command.py.
@@ -21,7 +21,7 @@ from tidal_vllm.planted import PlantedSpec, build_planted_model, make_prompt
 
 from .conftest import CONFIG
 
-SEEDS = range(11)
+SEEDS = range(3)
 PROMPTS = 2
 _shared = {}
 
@@ -80,6 +80,7 @@ def forget_engines():
     _shared.clear()
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("hops", [1, 2, 3])
 def test_finds_the_planted_layers(start_engine, tmp_path, hops, seed):
@@ -105,8 +106,7 @@ def test_finds_the_planted_layers(start_engine, tmp_path, hops, seed):
         assert model.agreement(nearest) < 0.5
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_mean_overlap_errs_where_heads_are_distracted(start_engine, tmp_path, seed):
+def test_mean_overlap_errs_where_heads_are_distracted(start_engine, tmp_path):
     """Half of the heads move on at layer 5; the answers need layer 9."""
     spec = PlantedSpec(
         hops=2,
@@ -114,7 +114,7 @@ def test_mean_overlap_errs_where_heads_are_distracted(start_engine, tmp_path, se
         hop_layers=(2, 9),
         vocab_size=1024,
         max_position_embeddings=4096,
-        seed=seed,
+        seed=0,
     )
     folder = build_distracted_model(tmp_path / "m", spec, change_layer=5)
     larger = TidalConfig(token_budget=128)

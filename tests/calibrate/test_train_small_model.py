@@ -16,8 +16,6 @@ from safetensors.torch import load_file
 import tidal_vllm
 from tidal_vllm import cli, profiles
 
-pytestmark = pytest.mark.timeout(300)
-
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_small_model.py"
 SOURCE = Path(tidal_vllm.__file__).parent
 TINY = ["--steps", "6", "--contexts", "128", "256", "--batch-tokens", "512"]
@@ -31,7 +29,6 @@ def train(out: Path, *more: str) -> subprocess.CompletedProcess:
         env=child_environment(),
         capture_output=True,
         text=True,
-        timeout=200,
     )
 
 
@@ -52,12 +49,14 @@ def trained(tmp_path_factory):
     return stopped, whole
 
 
+@pytest.mark.extended
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(trained):
     resumed, whole = (load_file(folder / "model.safetensors") for folder in trained)
     assert resumed.keys() == whole.keys()
     assert all(resumed[name].equal(whole[name]) for name in whole)
 
 
+@pytest.mark.extended
 def test_the_record(trained):
     about = json.loads((trained[1] / "training.json").read_text())
     assert (about["seed"], about["steps"], about["tokens"]) == (0, 6, 6 * 512)
@@ -67,7 +66,10 @@ def test_the_record(trained):
     assert about["worth_keeping"] is False, "six steps teach nothing"
 
 
-def test_vllm_serves_it_and_it_can_be_calibrated(trained, tmp_path, monkeypatch):
+@pytest.mark.extended
+def test_vllm_serves_it_and_it_can_be_calibrated(
+    process_groups, trained, tmp_path, monkeypatch
+):
     """As text through its tokenizer, then by its own calibration questions."""
     from vllm import LLM, SamplingParams, envs
 

@@ -277,7 +277,6 @@ def run_interpreted(module: str, *arguments: Path, v2_runner: bool) -> str:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=1150,
     )
     print(done.stdout)
     assert done.returncode == 0

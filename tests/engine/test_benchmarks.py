@@ -35,7 +35,6 @@ def run(*scripts: tuple[str, list[str]], **env: str) -> list[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=500,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout.split("script: ")[1:]

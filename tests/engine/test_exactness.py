@@ -27,9 +27,9 @@ def assert_close(answers, expected):
                 assert step[token] == pytest.approx(wanted[token], abs=2e-4)
 
 
-@pytest.fixture(scope="module", params=["random_llama", "random_qwen"])
+@pytest.fixture(scope="module")
 def model(request):
-    return request.getfixturevalue(request.param)
+    return request.getfixturevalue(getattr(request, "param", "random_llama"))
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,7 @@ def llm(engine, model):
     return engine(model, tidal=ROLES)
 
 
+@pytest.mark.parametrize("model", ["random_llama", "random_qwen"], indirect=True)
 def test_dense_engine_answers_as_transformers_does(model, dense):
     from transformers import AutoModelForCausalLM
 

@@ -1,5 +1,7 @@
 """Prefix-cache hits, chunked prefill and preemption change no answer."""
 
+import functools
+
 import pytest
 
 from tidal_vllm.planted import make_prompt
@@ -16,11 +18,14 @@ MAX_TOKENS = 40
 def dense(engine, random_llama):
     """The dense engine's answer, each prompt alone and the prefix cache empty."""
 
-    def ask(prompt, max_tokens=MAX_TOKENS):
-        llm = engine(random_llama)
-        (answer,) = generate(llm, [prompt], max_tokens)
-        assert answer.num_cached_tokens == 0
-        return answer.token_ids
+    @functools.cache
+    def answer(*prompt):
+        (found,) = generate(engine(random_llama), [[*prompt]], MAX_TOKENS)
+        assert found.num_cached_tokens == 0
+        return found.token_ids
+
+    def ask(prompt):
+        return answer(*prompt)
 
     return ask
 
@@ -95,7 +100,7 @@ class TestChunkedPrefill:
     def llm(self, engine, random_llama):
         return engine(random_llama, tidal=EXACT, max_num_batched_tokens=self.CHUNK)
 
-    @pytest.mark.parametrize("num_tokens", [63, 64, 65, 127, 128, 129, 600])
+    @pytest.mark.parametrize("num_tokens", [64, 65, 129, 600])
     def test_exact(self, llm, dense, num_tokens):
         """Also with a last chunk of a single token."""
         prompt = random_prompt(num_tokens, seed=num_tokens)

@@ -15,7 +15,7 @@ from pathlib import Path
 import openai
 
 VLLM = Path(sys.executable).with_name("vllm")
-START_S, STOP_S = 240, 60
+START_S, STOP_S = 500, 200
 HOST = "127.0.0.1"
 
 
@@ -59,7 +59,7 @@ class Server:
     def wait_for_start(self) -> None:
         wait_until("server starts", self._is_up, START_S)
         self.client = openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=400
         )
 
     def _is_up(self) -> bool:
@@ -70,7 +70,7 @@ class Server:
             return False
 
     def _get(self, path: str) -> str:
-        with urllib.request.urlopen(self.url + path, timeout=30) as reply:
+        with urllib.request.urlopen(self.url + path, timeout=200) as reply:
             return reply.read().decode()
 
     def metric(self, name: str) -> float:
@@ -85,7 +85,7 @@ class Server:
         request = urllib.request.Request(
             f"{self.url}/collective_rpc", body, {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=30) as reply:
+        with urllib.request.urlopen(request, timeout=200) as reply:
             return json.load(reply)["results"][0]
 
     def is_idle(self) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.extended
 
 SCRIPT = Path(__file__).with_name("ask_offline.py")
 
@@ -19,7 +19,6 @@ def output(planted) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:]

@@ -6,7 +6,7 @@ import pytest
 
 from .server import command
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.extended
 
 
 def test_a_mistake_ends_the_server_with_the_reason(planted):
@@ -15,7 +15,6 @@ def test_a_mistake_ends_the_server_with_the_reason(planted):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
         check=False,
     )
     assert done.returncode == 1

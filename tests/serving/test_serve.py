@@ -13,8 +13,6 @@ from tidal_vllm.planted import PlantedPrompt, make_prompt
 
 from .server import Server, command, wait_until
 
-pytestmark = pytest.mark.timeout(300)
-
 MAX_LEN = 2048
 BUDGET = 256
 TIDAL = {"token_budget": BUDGET, "select_layers": [2]}

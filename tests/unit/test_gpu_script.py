@@ -16,7 +16,6 @@ def run(out: Path, *arguments: str, **env: str):
         env=os.environ | {"OUT": str(out), "SITE": str(out / "site")} | env,
         capture_output=True,
         text=True,
-        timeout=60,
     )
     return done.returncode, done.stdout, done.stderr
 

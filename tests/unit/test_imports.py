@@ -150,6 +150,5 @@ def test_a_process_that_imports_them(modules, absent):
         [sys.executable, "-c", "\n".join(lines)],
         capture_output=True,
         text=True,
-        timeout=120,
     )
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
