@@ -43,9 +43,12 @@ class Server:
     """A running server; `stop` ends it as Ctrl-C does."""
 
     def __init__(self, log: Path, words: list[str], **env: str) -> None:
-        with socket.socket() as probe:
-            probe.bind((HOST, 0))
-            port = probe.getsockname()[1]
+        # A free port, which nobody else is given while this socket is bound to it;
+        # the server may bind it too, for both allow it and this one does not listen.
+        self._port = socket.socket()
+        self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._port.bind((HOST, 0))
+        port = self._port.getsockname()[1]
         self.log, self.url = log, f"http://{HOST}:{port}"
         with open(log, "w") as output:
             self.process = subprocess.Popen(
@@ -113,3 +116,4 @@ class Server:
         for pid in self.processes():
             os.kill(pid, signal.SIGKILL)
         self.process.wait(STOP_S)
+        self._port.close()
