@@ -13,6 +13,8 @@ from leftovers import Leftovers
 # The models are tiny: more threads would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# A dependency of vLLM would start building CUDA programs behind its back.
+os.environ["HUMMING_DISABLE_PARALLEL_BUILD"] = "1"
 # All models are built by code: a name that is no folder is an error, not a download.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -37,6 +39,9 @@ def _is_worker(config) -> bool:
 def pytest_configure(config):
     config.stash[_not_run] = Counter()
     config.stash[_left] = []
+    # pytest-xdist would begin with the files of the most tests, and so end with those
+    # whose few tests take longest.
+    config.option.loadscopereorder = False
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -90,16 +95,20 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 @pytest.fixture(scope="session")
-def process_groups():
-    """vLLM's process groups of one rank: all engines of a process share them.
+def vllm_here():
+    """vLLM for many engines in this process.
 
-    So they outlive each engine that is closed, and end with the session.
+    They share vLLM's process groups of one rank: those outlive each engine that is
+    closed, and end with the session. A new architecture is inspected here, and not in
+    a process of its own, which imports for 10 seconds.
     """
     from vllm import envs
+    from vllm.model_executor.models import registry
     from vllm.v1.engine import core
 
     clean_up = core.cleanup_dist_env_and_memory
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
         keep = "cleanup_dist_env_and_memory"
         patch.setattr(core, keep, lambda *_, **__: envs.disable_envs_cache())
         yield
@@ -109,7 +118,7 @@ def process_groups():
 
 
 @pytest.fixture(scope="session")
-def engine(process_groups):
+def engine(vllm_here):
     """`engine(model, tidal=..., **kwargs)`: see `harness.Engines`."""
     from engine.harness import Engines
 

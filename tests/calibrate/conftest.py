@@ -29,7 +29,7 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def start_engine(process_groups):
+def start_engine(vllm_here):
     """`start_engine(model, config)`: an engine for calibration, SELECT at layer 2."""
     from vllm import envs
 

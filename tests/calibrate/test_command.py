@@ -25,7 +25,7 @@ QUICK = ["--num-prompts", "3", "--context", "400", "--budget", "64"]
 
 
 @pytest.fixture(autouse=True)
-def in_a_project(process_groups, tmp_path, monkeypatch):
+def in_a_project(vllm_here, tmp_path, monkeypatch):
     """An empty project folder, and no user."""
     from vllm import envs
 

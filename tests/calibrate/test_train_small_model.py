@@ -68,7 +68,7 @@ def test_the_record(trained):
 
 @pytest.mark.extended
 def test_vllm_serves_it_and_it_can_be_calibrated(
-    process_groups, trained, tmp_path, monkeypatch
+    vllm_here, trained, tmp_path, monkeypatch
 ):
     """As text through its tokenizer, then by its own calibration questions."""
     from vllm import LLM, SamplingParams, envs

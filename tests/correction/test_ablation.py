@@ -18,7 +18,7 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def run_script(process_groups):
+def run_script(vllm_here):
     """`run_script(*arguments)`: what the script does, here."""
     from vllm import envs
 

@@ -14,13 +14,8 @@ from .models import write_model
 
 
 @pytest.fixture(scope="package", autouse=True)
-def inspect_models_here() -> Iterator[None]:
-    """vLLM inspects each new architecture in a process of its own, 10 s of imports."""
-    from vllm.model_executor.models import registry
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
-        yield
+def inspect_models_here(vllm_here) -> None:
+    """All of these tests may meet a new architecture."""
 
 
 @pytest.fixture(scope="session")
