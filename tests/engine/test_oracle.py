@@ -61,6 +61,7 @@ def test_another_layout_and_odd_blocks(engine, random_llama):
     check(llm, random_llama, ROLES | settings)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize(
     ("reselect_interval", "select_attends"),

@@ -104,6 +104,7 @@ def test_a_longer_context(two_hops):
             assert_answered(llm, prompts)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_kv_cache_layouts(two_hops, layout):
     llm = two_hops.start(layout=layout)
@@ -119,6 +120,7 @@ def test_kv_cache_layouts(two_hops, layout):
             assert_answered(llm, two_hops.prompts)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("block_size", "select_block_sizes"),
     [(128, (1, 16, 128)), (96, (48, 32, 3)), (48, (48,))],
@@ -145,6 +147,7 @@ def test_batch_mixes(two_hops, lengths):
         assert_answered(llm, prompts)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     "heads",
     [(4, 4), (6, 2), (4, 1)],
@@ -159,6 +162,7 @@ def test_heads(engine, planted, heads):
             assert_answered(llm, case.prompts)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(engine, planted, dtype):
     case = Case(engine, planted, hops=2, dtype=dtype)

@@ -16,6 +16,8 @@ from .replay import Graph, builders, common_metadata, random_table, run_layers
 from .spy import spying
 from .written_kernels import written_kernels
 
+pytestmark = pytest.mark.extended
+
 BUDGET, SIZE = 64, 8
 SETTINGS = ROLES | {"token_budget": BUDGET, "select_block_size": SIZE}
 EXACT = SETTINGS | {"token_budget": MAX_LEN, "min_sparse_len": 0}
