@@ -29,56 +29,33 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LENS = (301, 0, -(2**31), 17)
 
 
-def case(name, num_kv_heads, group, head_size, size, num_sets, *marks, **others):
+def case(name, num_kv_heads, group, head_size, size, num_sets, quick=False, **others):
     shape = dict(num_kv_heads=num_kv_heads, group=group, head_size=head_size)
+    marks = [] if quick else pytest.mark.extended
     return pytest.param({**shape, **others}, size, num_sets, id=name, marks=marks)
 
 
-extended = pytest.mark.extended
 # Name: KV heads, heads for each, head size, selection block, sets.
 CASES = [
-    case("8/2 heads, d128", 2, 4, 128, 16, 1),
-    case("MQA, 33 heads in two tiles, d256", 1, 33, 256, 16, 1),
-    case("fp8, d128", 2, 4, 128, 16, 2, fp8=True, k_scale=0.5, v_scale=3.0),
-    case("odd strides", 3, 2, 64, 1, 6, layout="LBHNC, odd strides and offset"),
-    case(
-        "14/2 heads, fp16, LBHNC",
-        2,
-        7,
-        128,
-        1,
-        14,
-        extended,
-        dtype=FP16,
-        layout="LBHNC",
-    ),
-    case("10/2 heads, blocks of 32", 2, 5, 64, 16, 2, extended, block_size=32),
-    case("MHA, d96, fp16", 4, 1, 96, 1, 1, extended, dtype=FP16),
-    case("d80, fp32, LBHNC", 2, 3, 80, 1, 2, extended, dtype=FP32, layout="LBHNC"),
-    case("fp32, sharp", 2, 2, 64, 16, 1, extended, dtype=FP32, sharpness=30.0),
-    case(
-        "fp8, fp16, LBHNC",
-        1,
-        5,
-        64,
-        1,
-        1,
-        extended,
-        fp8=True,
-        dtype=FP16,
-        layout="LBHNC",
-    ),
-    case(
-        "fp8, d96, fp32", 1, 2, 96, 16, 2, extended, fp8=True, dtype=FP32, k_scale=0.1
-    ),
-    case("LNBHC", 2, 2, 64, 16, 4, extended, layout="LNBHC"),
-    case("slice", 2, 2, 64, 1, 1, extended, layout="LBNHC, slice of a bigger one"),
-    case("2 sets of 3 KV heads", 3, 4, 64, 16, 2, extended),
-    case("6 sets of 3 KV heads", 3, 4, 64, 16, 6, extended),
-    case("blocks of 3 in 48", 2, 2, 64, 3, 1, extended, block_size=48),
-    case("blocks of 48", 2, 2, 64, 48, 1, extended, block_size=48),
-    case("blocks of 8", 2, 2, 64, 8, 1, extended),
-    case("blocks larger than a tile", 2, 2, 256, 64, 1, extended, block_size=64),
+    case("8/2 heads, d128", 2, 4, 128, 16, 1, quick=True),
+    case("MQA, 33 heads in two tiles, d256", 1, 33, 256, 16, 1, quick=True),
+    case("fp8, d128", 2, 4, 128, 16, 2, quick=True, fp8=True, k_scale=0.5, v_scale=3.0),
+    case("odd strides", 3, 2, 64, 1, 6, True, layout="LBHNC, odd strides and offset"),
+    case("14/2 heads, fp16, LBHNC", 2, 7, 128, 1, 14, dtype=FP16, layout="LBHNC"),
+    case("10/2 heads, blocks of 32", 2, 5, 64, 16, 2, block_size=32),
+    case("MHA, d96, fp16", 4, 1, 96, 1, 1, dtype=FP16),
+    case("d80, fp32, LBHNC", 2, 3, 80, 1, 2, dtype=FP32, layout="LBHNC"),
+    case("fp32, sharp", 2, 2, 64, 16, 1, dtype=FP32, sharpness=30.0),
+    case("fp8, fp16, LBHNC", 1, 5, 64, 1, 1, fp8=True, dtype=FP16, layout="LBHNC"),
+    case("fp8, d96, fp32", 1, 2, 96, 16, 2, fp8=True, dtype=FP32, k_scale=0.1),
+    case("LNBHC", 2, 2, 64, 16, 4, layout="LNBHC"),
+    case("slice", 2, 2, 64, 1, 1, layout="LBNHC, slice of a bigger one"),
+    case("2 sets of 3 KV heads", 3, 4, 64, 16, 2),
+    case("6 sets of 3 KV heads", 3, 4, 64, 16, 6),
+    case("blocks of 3 in 48", 2, 2, 64, 3, 1, block_size=48),
+    case("blocks of 48", 2, 2, 64, 48, 1, block_size=48),
+    case("blocks of 8", 2, 2, 64, 8, 1),
+    case("blocks larger than a tile", 2, 2, 256, 64, 1, block_size=64),
 ]
 # Each is compiled anew on a GPU; to the interpreter they are all the same.
 SETS = [] if INTERPRETED else [(1, "sequence"), (16, "kv_head"), (1, "query_head")]

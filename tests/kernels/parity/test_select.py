@@ -94,22 +94,21 @@ def expected(masses, lens, rule):
 
 
 extended = pytest.mark.extended
-RULES = [
-    pytest.param(rule(32, sinks=4, recent=8), 2, id="tokens"),
-    pytest.param(rule(160, 16, sinks=20, recent=1), 1, id="sinks in two blocks"),
-    pytest.param(
-        rule(160, 16, sinks=4, recent=40), 4, id="blocks of 16", marks=extended
-    ),
-    pytest.param(rule(30, 3, sinks=4, recent=7), 1, id="blocks of 3", marks=extended),
-    pytest.param(rule(48, 16, sinks=4, recent=12), 2, id="all forced", marks=extended),
-    pytest.param(rule(16, 16), 1, id="one block", marks=extended),
-    pytest.param(rule(64, 16, threshold=300), 1, id="high threshold", marks=extended),
-    pytest.param(rule(64, 16, threshold=10), 1, id="low threshold", marks=extended),
-]
+# With the number of sets.
+RULES = {
+    "tokens": (rule(32, sinks=4, recent=8), 2),
+    "sinks in two blocks": (rule(160, 16, sinks=20, recent=1), 1),
+    "blocks of 16": (rule(160, 16, sinks=4, recent=40), 4),
+    "blocks of 3": (rule(30, 3, sinks=4, recent=7), 1),
+    "forced fill the budget": (rule(48, 16, sinks=4, recent=12), 2),
+    "one block": (rule(16, 16), 1),
+    "threshold above the budget": (rule(64, 16, sinks=4, threshold=300), 1),
+    "threshold below the budget": (rule(64, 16, sinks=4, threshold=10), 1),
+}
 
 
 class TestExactSets:
-    @pytest.mark.parametrize("rule, num_sets", RULES)
+    @pytest.mark.parametrize("rule, num_sets", RULES.values(), ids=RULES)
     def test_against_the_definition(self, kernels, device, rule, num_sets):
         budget, size = rule.token_budget, rule.select_block_size
         lens = [-1, 0, 1, size, budget - 1, budget, budget + 1, -(2**31)]
