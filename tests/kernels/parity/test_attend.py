@@ -5,20 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from reference.exact import assert_within, attend
 
 from tidal_vllm.ops.reference import merge_states
 
 from ..conftest import INTERPRETED
 from .harness import (
-    all_tokens,
     as_tensors,
     assert_attends,
     assert_same_lse,
     dense,
-    low_precision,
+    exact_of,
     make_paged,
-    reference_dense,
-    reference_sparse,
     reordered,
     score,
     some_blocks,
@@ -63,36 +61,28 @@ SETS = [("sequence", 1), ("sequence", 16), ("kv_head", 16), ("query_head", 1)]
 def check_dense(kernels, paged, size, **call):
     """Rows that are left out were checked when the op was called."""
     output, lse, block_lse = dense(kernels, paged, size, **call)
-    exact, _, _ = reference_dense(paged)
-    check_output(output, exact, paged, all_tokens(paged))
-    check_scores(lse, block_lse, paged, size)
+    wanted = exact_of(paged, size=size)
+    assert_attends(output, wanted, paged)
+    check_scores(lse, block_lse, paged, size, wanted)
 
 
-def check_output(output, exact, paged, positions):
-    """The oracle is fp32 too, so what is fp32 is held against float64."""
-    if paged.query.dtype is FP32:
-        exact = low_precision(paged, positions, torch.float64)
-    rows, careless = paged.rows, low_precision(paged, positions)
-    assert_attends(output[rows], exact[rows], careless[rows])
-
-
-def check_scores(lse, block_lse, paged, size):
-    _, exact_lse, exact_block_lse = reference_dense(paged, size)
-    assert_same_lse(lse[paged.rows], exact_lse[paged.rows], paged)
+def check_scores(lse, block_lse, paged, size, wanted=None):
+    wanted = wanted or exact_of(paged, size=size)
+    assert_same_lse(lse, wanted, paged)
     if size is None:
         return
-    for row in paged.rows:
+    for i, row in enumerate(paged.rows):
         used = -(-int(paged.batch.seq_lens[row]) // size)
-        actual = block_lse[row, :, :used]
-        assert_same_lse(actual, exact_block_lse[row, :, :used], paged)
+        bound = (wanted.block_lse[i, :, :used], wanted.block_lse_error[i, :, :used])
+        assert_within(block_lse[row, :, :used], *bound, f"block_lse of row {row}")
         assert block_lse[row, :, used:].isnan().all(), "wrote past a row's blocks"
 
 
 def check_sparse(kernels, paged, sets, size, **call):
     output, lse = sparse(kernels, paged, sets, size, **call)
-    exact, exact_lse = reference_sparse(paged, sets, size)
-    check_output(output, exact, paged, tokens_of(paged, sets, size))
-    assert_same_lse(lse[paged.rows], exact_lse[paged.rows], paged)
+    wanted = exact_of(paged, tokens_of(paged, sets, size))
+    assert_attends(output, wanted, paged)
+    assert_same_lse(lse, wanted, paged)
 
 
 class TestSetUps:
@@ -222,10 +212,11 @@ class TestLengths:
             *(1.0, 1.0, 1.0, size),
         )
         kv = kv.float().flatten(0, 1)[:29]
-        scores = query[0].float() @ kv[:, :head_size].T
-        exact = scores.softmax(-1) @ kv[:, head_size:]
-        assert (output[0].cpu().float() - exact).abs().max() < 4e-3
-        assert (lse[0].cpu() - scores.logsumexp(-1)).abs().max() < 1e-5
+        seen, half = torch.ones(2, 29, dtype=torch.bool), 2**-11
+        k, v = kv.split(head_size, -1)
+        wanted = attend(query[0], k, v, 1.0, seen, weights=half)
+        assert_within(output[0], wanted.output, wanted.output_error, "output")
+        assert_within(lse[0], wanted.lse, wanted.lse_error, "lse")
 
 
 def replace_longest(paged):
@@ -249,10 +240,8 @@ class TestLaws:
             [list(range(-(-n // 16)))] * num_sets for n in paged.batch.seq_lens.tolist()
         ]
         output, lse = sparse(kernels, paged, sets, 16)
-        whole, whole_lse, _ = dense(kernels, paged)
-        careless = low_precision(paged, all_tokens(paged))
-        assert_attends(output, whole.cpu(), careless)
-        assert_same_lse(lse, whole_lse.cpu(), paged)
+        assert_attends(output, exact_of(paged), paged)
+        assert_same_lse(lse, exact_of(paged), paged)
 
     @pytest.mark.parametrize("size", SIZES)
     def test_scores_are_the_bits_of_dense_decode(self, kernels, device, size):
@@ -262,15 +251,6 @@ class TestLaws:
         _, *expected = dense(kernels, paged, size)
         assert_equal(score(kernels, paged, size), expected)
 
-    def test_the_order_of_a_set_does_not_matter(self, kernels, device):
-        paged = self.paged(device, dtype=FP32)
-        sets = some_blocks(paged, 2, 16)
-        turned = [[blocks[::-1] for blocks in row] for row in sets]
-        output, lse = sparse(kernels, paged, sets, 16)
-        other, other_lse = sparse(kernels, paged, turned, 16)
-        assert_attends(other, output.cpu(), output.cpu())
-        assert_same_lse(other_lse, lse.cpu(), paged)
-
     def test_disjoint_sets_merge_to_their_union(self, kernels, device):
         paged = self.paged(device, dtype=FP32)
         union = some_blocks(paged, 1, 16, seed=3)
@@ -279,9 +259,9 @@ class TestLaws:
         ]
         (a, lse_a), (b, lse_b) = (sparse(kernels, paged, half, 16) for half in halves)
         merged, merged_lse = merge_states(a, lse_a, b, lse_b)
-        output, lse = sparse(kernels, paged, union, 16)
-        assert_attends(merged, output.cpu(), output.cpu())
-        assert_same_lse(merged_lse, lse.cpu(), paged)
+        wanted = exact_of(paged, tokens_of(paged, union, 16))
+        assert_attends(merged, wanted, paged)
+        assert_same_lse(merged_lse, wanted, paged)
 
     def test_an_empty_set_gives_zeros(self, kernels, device):
         paged = self.paged(device)
