@@ -305,7 +305,7 @@ def export(training: Training) -> dict:
     with (out / "calibration.jsonl").open("w") as lines:
         for task in TASKS:
             asked = questions(given, training.text, max(given.contexts), task)
-            for prompt, answer in asked[: max(given.questions // 8, 1)]:
+            for prompt, answer in asked[: max(given.questions // 2, 1)]:
                 line = {"prompt_token_ids": prompt, "answer_token_ids": answer}
                 lines.write(json.dumps(line) + "\n")
     (out / "training.json").write_text(json.dumps(about, indent=2) + "\n")

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from tidal_vllm import __version__
-from tidal_vllm.calibrate.command import add_options
+from tidal_vllm.calibrate.options import add_options
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,7 +28,10 @@ FIELDS = {
     "recent_fraction": 0.25,
     "correction_interval": None,
     "source": "this test",
-    "measured": {"seconds": 1},
+    "measured": {
+        "recommended": {"tokens": 381, "agreement_at_least": 0.99},
+        "max_loss": 0.01,
+    },
     "versions": {"vllm": "0.32.0"},
 }
 
@@ -53,7 +56,7 @@ def test_is_found_by_its_model(tmp_path):
     profile = find_profile(None, "models/Mine", 8, config_sha256=SHA)
     assert profile.path.absolute() == path
     assert profile.settings["token_budget"] == 256
-    assert profile.measured == {"seconds": 1}
+    assert profile.measured == FIELDS["measured"]
     assert find_profile(str(path), "mine", 8, config_sha256=SHA).name == profile.name
 
 
@@ -74,6 +77,25 @@ def test_is_refused_for_another(tmp_path, model, layers, sha, reason):
     assert find_profile(None, model, layers, config_sha256=sha) is None
     warning = near_miss(model, layers, config_sha256=sha)
     assert (warning is None) == (model == "yours")
+
+
+@pytest.mark.parametrize(
+    ("recommended", "reason"),
+    [
+        ({"tokens": 32, "agreement_at_least": 0.8928}, "rests on 32 tokens, .* 89.3%"),
+        (..., "does not say how sure"),
+    ],
+)
+def test_one_without_evidence_is_not_used(tmp_path, recommended, reason):
+    measured = {"max_loss": 0.01, "recommended": recommended}
+    measured = {k: v for k, v in measured.items() if v is not ...}
+    path = write(tmp_path, measured=measured)
+    with pytest.raises(TidalConfigError, match=reason) as refusal:
+        find_profile(str(path), "mine", 8, config_sha256=SHA)
+    assert "calibrated on this model: tidal-vllm calibrate mine" in str(refusal.value)
+    plan = startup({}).plan
+    assert "fits the name of mine but" in plan.warning
+    assert "safest roles" in plan.warning
 
 
 def test_another_config_falls_through_to_the_next_profile(tmp_path):

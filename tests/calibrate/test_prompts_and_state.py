@@ -9,9 +9,9 @@ import time
 import numpy as np
 import pytest
 
+from tidal_vllm.calibrate.grid import settings_grid
 from tidal_vllm.calibrate.interrupt import Interrupts
 from tidal_vllm.calibrate.prompts import Prompt, built_in, from_file
-from tidal_vllm.calibrate.run import settings_grid
 from tidal_vllm.calibrate.state import State
 from tidal_vllm.config import TidalConfig, TidalConfigError
 

@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_small_model.py"
 SOURCE = Path(tidal_vllm.__file__).parent
 TINY = ["--steps", "6", "--contexts", "128", "256", "--batch-tokens", "512"]
 TINY += ["--layers", "5", "--hidden", "64", "--heads", "2", "--kv-heads", "1"]
-TINY += ["--questions", "8", "--text", str(SOURCE), "--device", "cpu"]
+TINY += ["--questions", "2", "--text", str(SOURCE), "--device", "cpu"]
 
 
 def train(out: Path, *more: str) -> subprocess.CompletedProcess:

@@ -7,6 +7,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from . import exact
+
 # Deterministic: the same examples in every run, on every machine.
 law = settings(
     derandomize=True,
@@ -93,6 +95,11 @@ class Batch:
             "kv_head": self.num_kv_heads,
             "query_head": self.num_heads,
         }[scope]
+
+    def exact(self, positions_of=None, size: int | None = None) -> exact.Exact:
+        """What decoding gives, and how far off fp32 may be."""
+        kv = (self.keys, self.values)
+        return exact.decode(self.query, *kv, self.scale, positions_of, size)
 
     def rows(self, order: list[int]) -> "Batch":
         """The same sequences in another order, some perhaps left out or repeated."""
@@ -214,28 +221,3 @@ def batches(
 
 SCOPES = ("sequence", "kv_head", "query_head")
 SELECT_BLOCK_SIZES = (1, 4, 16)
-
-
-def assert_close(actual, exact, batch: Batch, what=""):
-    """Compare with a float64 result; the bound follows from the data.
-
-    fp32 scores err by a few units in their last place, and an error of the score is
-    a relative error of its weight: 2e-6 times the largest score (at least 1). To that
-    comes what rounding the exact result to the output's dtype costs.
-    """
-    assert actual.shape == exact.shape
-    largest = max(
-        (float(batch.query.double().norm(dim=-1).max() * k.double().norm(dim=-1).max()))
-        for k in [*batch.keys, torch.zeros(1, 1, 1)]
-        if k.numel()
-    )
-    bound = 2e-6 * max(1.0, batch.scale * largest)
-    if not exact.numel():
-        return
-    rounding = (exact.to(actual.dtype).double() - exact).abs().nan_to_num(0.0)
-    error = (actual.double() - exact).abs()
-    error = error.masked_fill(actual.double() == exact, 0.0)  # -inf equals -inf
-    assert (error <= bound + 2 * rounding.amax()).all(), (
-        f"{what}: off by {error.max():.3g}, allowed {bound:.3g} and twice a rounding "
-        f"of {rounding.max():.3g}"
-    )

@@ -17,12 +17,12 @@ from .cases import (
     GROUPS,
     LAYOUTS,
     SELECT_BLOCK_SIZES,
-    assert_close,
     batches,
     law,
     make_batch,
     without_values,
 )
+from .exact import assert_within
 
 
 def check(batch, select_block_size, chunk_rows=4096):
@@ -33,10 +33,11 @@ def check(batch, select_block_size, chunk_rows=4096):
     exact, exact_lse, scores = naive.decode(
         batch.query, batch.keys, batch.values, batch.scale
     )
+    bound = batch.exact(size=select_block_size)
     assert output.dtype == batch.query.dtype
     assert lse.dtype == torch.float32
-    assert_close(output, exact, batch, "output")
-    assert_close(lse, exact_lse, batch, "lse")
+    assert_within(output, exact, bound.output_error, "output")
+    assert_within(lse, exact_lse, bound.lse_error, "lse")
     if select_block_size is None:
         assert block_lse is None
         return
@@ -44,11 +45,10 @@ def check(batch, select_block_size, chunk_rows=4096):
     shape = (*batch.query.shape[:2], -(-longest // select_block_size))
     exact_blocks = naive.block_lse(scores, *shape, select_block_size)
     scored_lse, scored = scores_without_values(batch, select_block_size, chunk_rows)
-    assert_close(scored_lse, exact_lse, batch, "lse without values")
+    assert_within(scored_lse, exact_lse, bound.lse_error, "lse without values")
     for found in (block_lse, scored):
         assert found.dtype == torch.float32
-        assert_close(found, exact_blocks, batch, "block_lse")
-        assert_close(found.double().logsumexp(-1), exact_lse, batch, "sum of blocks")
+        assert_within(found, exact_blocks, bound.block_lse_error, "block_lse")
 
 
 def scores_without_values(batch, select_block_size, chunk_rows=4096):
@@ -91,18 +91,16 @@ def test_lengths_around_block_and_chunk_boundaries(seq_len, select_block_size):
 
 @pytest.mark.parametrize("num_tiles", [1, 2])
 def test_lengths_around_the_real_chunk(num_tiles):
-    """Against one softmax over everything, in float64."""
     edge = num_tiles * reference.CHUNK_ROWS
     for seq_len in (edge - 1, edge, edge + 1):
         batch = make_batch([seq_len], num_kv_heads=1, group=2)
         output, lse, block_lse = dense_decode(
             *batch.paged, scale=batch.scale, select_block_size=16
         )
-        scores = batch.query[0].double() @ batch.keys[0][:, 0].double().T * batch.scale
-        exact = scores.softmax(-1) @ batch.values[0][:, 0].double()
-        assert_close(output[0], exact, batch)
-        assert_close(lse[0], scores.logsumexp(-1), batch)
-        assert_close(block_lse[0].double().logsumexp(-1), scores.logsumexp(-1), batch)
+        exact = batch.exact(size=16)
+        assert_within(output, exact.output, exact.output_error, "output")
+        assert_within(lse, exact.lse, exact.lse_error, "lse")
+        assert_within(block_lse, exact.block_lse, exact.block_lse_error, "block_lse")
 
 
 def test_a_far_lighter_block_keeps_its_lse():

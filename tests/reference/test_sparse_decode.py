@@ -16,11 +16,11 @@ from .cases import (
     LAYOUTS,
     SCOPES,
     SELECT_BLOCK_SIZES,
-    assert_close,
     batches,
     law,
     make_batch,
 )
+from .exact import assert_within, half_unit
 
 
 def to_tensors(sets, spare=2):
@@ -47,21 +47,35 @@ def run(batch, sets, size, chunk_rows=4096):
         )
 
 
+def positions(batch, sets, size):
+    def of(row, head):
+        chosen = sets[row][head // (batch.num_heads // len(sets[row]))]
+        every = [b * size + i for b in chosen for i in range(size)]
+        return [t for t in every if t < len(batch.keys[row])]
+
+    return of
+
+
+def assert_equivalent(one, other, bound):
+    """Two computations of the same: each may err, and rounds to its dtype."""
+    for actual, expected, error in zip(
+        one, other, (bound.output_error, bound.lse_error), strict=True
+    ):
+        rounding = half_unit(expected.double().nan_to_num(neginf=0.0), expected.dtype)
+        assert_within(actual, expected, 2 * error + rounding)
+
+
 def check(batch, sets, size, chunk_rows=4096):
     output, lse = run(batch, sets, size, chunk_rows)
-
-    def positions_of(row, head):
-        chosen = sets[row][head // (batch.num_heads // len(sets[row]))]
-        positions = [b * size + i for b in chosen for i in range(size)]
-        return [t for t in positions if t < len(batch.keys[row])]
-
+    positions_of = positions(batch, sets, size)
     exact, exact_lse, _ = naive.decode(
         batch.query, batch.keys, batch.values, batch.scale, positions_of
     )
     assert output.dtype == batch.query.dtype
     assert lse.dtype == torch.float32
-    assert_close(output, exact, batch, "output")
-    assert_close(lse, exact_lse, batch, "lse")
+    bound = batch.exact(positions_of)
+    assert_within(output, exact, bound.output_error, "output")
+    assert_within(lse, exact_lse, bound.lse_error, "lse")
 
 
 def all_blocks(batch, num_sets, size):
@@ -129,9 +143,8 @@ def test_sets_that_cut_across_kv_heads():
 @given(batches(), st.sampled_from(SELECT_BLOCK_SIZES), st.sampled_from(SCOPES))
 def test_all_blocks_are_dense_attention(batch, size, scope):
     output, lse = run(batch, all_blocks(batch, batch.num_sets(scope), size), size)
-    dense, dense_lse, _ = dense_decode(*batch.paged, scale=batch.scale)
-    assert_close(output, dense.double(), batch, "output")
-    assert_close(lse, dense_lse.double(), batch, "lse")
+    *dense, _ = dense_decode(*batch.paged, scale=batch.scale)
+    assert_equivalent((output, lse), dense, batch.exact())
 
 
 @pytest.mark.parametrize("chunk_rows", [64, 4096])
@@ -139,20 +152,20 @@ def test_all_blocks_are_dense_attention(batch, size, scope):
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("size", SELECT_BLOCK_SIZES)
 def test_the_order_of_blocks_changes_nothing(size, scope, layout, chunk_rows):
-    """Only fp32 sums change their order: within 4 ulp of values near 1."""
+    """But for the order of fp32 sums."""
     batch = make_batch([300, 123], layout=layout)
     num_sets = batch.num_sets(scope)
     sets = all_blocks(batch, num_sets, size)
     output, lse = run(batch, sets, size, chunk_rows)
+    bound = batch.exact()
     for seed in range(5):
         rng = torch.Generator().manual_seed(seed)
         mixed = [
             [[s[i] for i in torch.randperm(len(s), generator=rng)] for s in of_row]
             for of_row in sets
         ]
-        output2, lse2 = run(batch, mixed, size, chunk_rows)
-        torch.testing.assert_close(output2, output, rtol=0, atol=5e-7)
-        torch.testing.assert_close(lse2, lse, rtol=0, atol=2e-6)
+        again = run(batch, mixed, size, chunk_rows)
+        assert_equivalent(again, (output, lse), bound)
 
 
 @law
@@ -162,10 +175,9 @@ def test_two_disjoint_sets_merge_to_their_union(batch, data):
     cut = data.draw(st.integers(0, 10))
     left = [[s[:cut] for s in of_row] for of_row in union]
     right = [[s[cut:] for s in of_row] for of_row in union]
-    merged, merged_lse = merge_states(*run(batch, left, size), *run(batch, right, size))
-    output, lse = run(batch, union, size)
-    assert_close(merged, output.double(), batch, "output")
-    assert_close(merged_lse, lse.double(), batch, "lse")
+    merged = merge_states(*run(batch, left, size), *run(batch, right, size))
+    bound = batch.exact(positions(batch, union, size))
+    assert_equivalent(merged, run(batch, union, size), bound)
 
 
 @law
@@ -177,10 +189,9 @@ def test_the_complement_merges_to_dense_attention(batch, data):
         [sorted({*full} - {*s}) for s, full in zip(some, every, strict=True)]
         for some, every in zip(chosen, everything, strict=True)
     ]
-    merged, lse = merge_states(*run(batch, chosen, size), *run(batch, rest, size))
-    dense, dense_lse, _ = dense_decode(*batch.paged, scale=batch.scale)
-    assert_close(merged, dense.double(), batch, "output")
-    assert_close(lse, dense_lse.double(), batch, "lse")
+    merged = merge_states(*run(batch, chosen, size), *run(batch, rest, size))
+    *dense, _ = dense_decode(*batch.paged, scale=batch.scale)
+    assert_equivalent(merged, dense, batch.exact())
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -209,10 +220,9 @@ def test_a_padded_row_and_one_left_out_are_empty_whatever_their_sets_say(seq_len
 
 def test_stale_blocks_past_the_end_hold_nothing():
     batch = make_batch([20])
-    with_stale, lse = run(batch, [[[0, 5, 4, 9]]], 4)
-    without, lse2 = run(batch, [[[0, 4]]], 4)
-    torch.testing.assert_close(with_stale, without, rtol=0, atol=5e-7)
-    torch.testing.assert_close(lse, lse2, rtol=0, atol=2e-6)
+    bound = batch.exact(positions(batch, [[[0, 4]]], 4))
+    with_stale = run(batch, [[[0, 5, 4, 9]]], 4)
+    assert_equivalent(with_stale, run(batch, [[[0, 4]]], 4), bound)
 
 
 @law

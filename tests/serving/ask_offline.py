@@ -3,6 +3,7 @@
 import sys
 
 from vllm import LLM, SamplingParams
+from vllm.sampling_params import BeamSearchParams
 
 from tidal_vllm.planted import load_spec, make_prompt
 
@@ -22,7 +23,21 @@ def main() -> None:
     answers = llm.generate([prompt.text for prompt in prompts], greedy)
     for prompt, answer in zip(prompts, answers, strict=True):
         print("exact:", answer.outputs[0].text == " " + prompt.answer_text)
-    print("sparse steps:", llm.collective_rpc("tidal_counters")[0]["sparse_steps"])
+    print("sparse steps:", sparse_steps(llm))
+
+    # Each step of each beam is a request of one token, which the prefill computes.
+    before = sparse_steps(llm)
+    asked = [{"prompt_token_ids": prompts[0].prompt_token_ids}]
+    most = len(prompts[0].answer_token_ids)
+    params = BeamSearchParams(beam_width=2, max_tokens=most)
+    (found,) = llm.beam_search(asked, params)
+    beam = found.sequences[0].tokens[len(prompts[0].prompt_token_ids) :]
+    print("exact by beam search:", beam == prompts[0].answer_token_ids)
+    print("sparse steps of beam search:", sparse_steps(llm) - before)
+
+
+def sparse_steps(llm: LLM) -> int:
+    return llm.collective_rpc("tidal_counters")[0]["sparse_steps"]
 
 
 if __name__ == "__main__":

@@ -33,6 +33,12 @@ def test_decodes_sparsely(output):
     assert int(re.search(r"^sparse steps: (.+)$", output, re.M)[1]) > 0
 
 
+def test_beam_search_is_dense(output):
+    """As the README says of it; the planted answer is the likeliest beam."""
+    assert "exact by beam search: True" in output
+    assert "sparse steps of beam search: 0" in output
+
+
 def test_the_engine_has_its_own_process(output):
     assert re.search(r"\(EngineCore pid=\d+\) .*TIDAL sparse decoding of", output)
 

@@ -6,6 +6,7 @@ plain model they are its layer indices. Knows neither torch nor vLLM.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -216,6 +217,22 @@ def knee(points: Sequence[Point], max_loss: float) -> int:
             -reads[i],
         ),
     )
+
+
+def evidence_needed(disagreed: int, max_loss: float) -> int:
+    """Least tokens, so many of them lost, whose lower end stays within a loss.
+
+    Args:
+        max_loss: Above 0, for no number of tokens proves that none is lost.
+    """
+
+    def proves(tokens: int) -> bool:
+        return wilson_lower(tokens - disagreed, tokens) >= 1 - max_loss
+
+    enough = max(disagreed, 1)
+    while not proves(enough):
+        enough *= 2
+    return bisect.bisect_left(range(enough), True, lo=max(disagreed, 1), key=proves)
 
 
 def wilson_lower(successes: int, trials: int, z: float = 1.96) -> float:

@@ -1,4 +1,4 @@
-"""`tidal-vllm calibrate`: its options, what is refused before any work, its output."""
+"""`tidal-vllm calibrate`: what is refused before any work, the run, its output."""
 
 from __future__ import annotations
 
@@ -13,125 +13,28 @@ from pathlib import Path
 from typing import Any
 
 from tidal_vllm.calibrate import prompts as asking
+from tidal_vllm.calibrate.choice import evidence_needed
 from tidal_vllm.calibrate.engine import (
     CalibrationEngine,
     complete_settings,
     engine_kwargs,
     switches,
 )
+from tidal_vllm.calibrate.grid import recorder_settings
 from tidal_vllm.calibrate.interrupt import Interrupts
+from tidal_vllm.calibrate.options import BUDGET_SHARE, MOST_BUDGET, MOST_CONTEXT
 from tidal_vllm.calibrate.record import profile_fields, versions
 from tidal_vllm.calibrate.report import describe, write_report
-from tidal_vllm.calibrate.run import (
-    Job,
-    NotCalibrated,
-    Result,
-    calibrate,
-    recorder_settings,
-)
+from tidal_vllm.calibrate.result import Job, NotCalibrated, Result, more_evidence
+from tidal_vllm.calibrate.run import calibrate
 from tidal_vllm.calibrate.state import State
 from tidal_vllm.config import SCOPES, TidalConfig, TidalConfigError
 from tidal_vllm.profiles import PROJECT_DIR, find_profile, load_profile, model_names
 from tidal_vllm.startup import full_layers, model_sha256, uncorrectable
 
-MOST_CONTEXT = 8192  # tokens, where --context is not given
-BUDGET_SHARE = 8  # where --budget is not given: one token of so many, at most
-MOST_BUDGET = 4096
+LEAST_LOSS = 0.0001  # takes 38,413 tokens to prove
 LEAST_BLOCKS, LEAST_BUDGET = 4, 8  # what is forced by default fits into both
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of the command; `run` takes what they parse to."""
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="a model folder, or a name on the hub")
-    add(
-        "--prompts",
-        default=asking.BUILTIN,
-        metavar="FILE|builtin",
-        help="JSON Lines with `prompt` or `prompt_token_ids`, and `answer` or "
-        "`answer_token_ids` where known (default: synthetic look-ups)",
-    )
-    add(
-        "--num-prompts",
-        type=int,
-        default=12,
-        metavar="N",
-        help="built-in prompts to ask (default: %(default)s)",
-    )
-    add(
-        "--context",
-        type=int,
-        metavar="TOKENS",
-        help="length of the built-in prompts, or the most that a prompt of a file "
-        f"may have (default: {MOST_CONTEXT}, or what the model allows)",
-    )
-    add(
-        "--decode-tokens",
-        type=int,
-        default=16,
-        metavar="N",
-        help="tokens of an answer that is not known as tokens (default: %(default)s)",
-    )
-    add(
-        "--budget",
-        type=int,
-        metavar="TOKENS",
-        help="tokens a SPARSE layer may attend to (default: 1 in "
-        f"{BUDGET_SHARE} of the context, at most {MOST_BUDGET}); the curve tries "
-        "others too",
-    )
-    add("--select-block-size", type=int, default=16, metavar="TOKENS")
-    add("--scope", default=SCOPES[0], metavar="|".join(SCOPES))
-    add(
-        "--dense-layers",
-        type=int,
-        default=2,
-        metavar="N",
-        help="first layers that stay DENSE (default: %(default)s)",
-    )
-    add(
-        "--max-select-layers",
-        type=int,
-        default=4,
-        metavar="M",
-        help="most SELECT layers to try (default: %(default)s)",
-    )
-    add(
-        "--max-loss",
-        type=float,
-        default=0.01,
-        metavar="SHARE",
-        help="drop of accuracy and of agreement with dense attention that is "
-        "tolerated (default: %(default)s)",
-    )
-    add(
-        "--target-agreement",
-        type=float,
-        metavar="SHARE",
-        help="recommend the cheapest setting with this agreement (default: the knee "
-        "of the curve)",
-    )
-    add("--tensor-parallel-size", type=int, default=1, metavar="N")
-    add(
-        "--engine-args",
-        default="{}",
-        metavar="JSON",
-        help="more arguments of vLLM's engine",
-    )
-    add(
-        "-o",
-        "--output",
-        type=Path,
-        metavar="PROFILE.json",
-        help=f"(default: {PROJECT_DIR}/MODEL.json, where it is found by itself); the "
-        "report goes beside it as .html",
-    )
-    add(
-        "--restart",
-        action="store_true",
-        help="throw away what an interrupted run left, instead of resuming it",
-    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -205,10 +108,13 @@ class _Request:
             )
             reason += f"tokens, {given.decode_tokens} of them for the answer"
             raise TidalConfigError("--context", context, reason)
+        further = None
         if self.lines is None:
-            made = asking.built_in(
-                given.model, tokenizer, vocab_size, given.num_prompts, context
-            )
+            kind = (given.model, tokenizer, vocab_size)
+            made = asking.built_in(*kind, given.num_prompts, context)
+
+            def further(number: int) -> asking.Prompt:
+                return asking.one_more(*kind, number, context)
         else:
             limit = context if given.context else longest
             made = asking.from_file(given.prompts, self.lines, tokenizer, vocab_size)
@@ -219,9 +125,10 @@ class _Request:
                     raise TidalConfigError("--prompts", given.prompts, reason)
         shortest = min(len(prompt.token_ids) for prompt in made)
         parallel = self.vllm_config.parallel_config
-        return Job(
+        job = Job(
             model=given.model,
             prompts=tuple(made),
+            further=further,
             decode=tokenizer.decode if tokenizer else None,
             config=self._config(shortest),
             first_select=given.dense_layers,
@@ -236,6 +143,21 @@ class _Request:
             // config.get_num_kv_heads(parallel),
             kv_block_size=self.vllm_config.cache_config.block_size or 16,
         )
+        self._check_evidence(job)
+        return job
+
+    def _check_evidence(self, job: Job) -> None:
+        """Refuse prompts of which the best answers would not prove enough."""
+        most = sum(
+            len(prompt.answer_ids or range(job.decode_tokens)) - 1
+            for prompt in job.prompts
+        )
+        needed = evidence_needed(0, job.max_loss)
+        if job.further is None and most < needed:
+            cure = more_evidence(needed - most, most, job)
+            reason = f"takes {needed} decoded tokens to prove, if all agree with dense "
+            reason += f"attention, but --prompts gives {most} at most. {cure}"
+            raise TidalConfigError("--max-loss", job.max_loss, reason)
 
     def manifest(self, job: Job) -> dict[str, Any]:
         """All that an answer depends on."""
@@ -277,6 +199,10 @@ class _Request:
             value = getattr(given, key)
             if value is not None and not 0 <= value <= 1:
                 raise TidalConfigError(_option(key), value, "must be a share, 0 to 1")
+        if given.max_loss < LEAST_LOSS:
+            reason = f"must be {LEAST_LOSS} or more: no number of tokens proves that "
+            reason += "none is lost, and a smaller share takes too many"
+            raise TidalConfigError("--max-loss", given.max_loss, reason)
         if given.scope not in SCOPES:
             reason = f"must be one of {', '.join(SCOPES)}"
             raise TidalConfigError("--scope", given.scope, reason)

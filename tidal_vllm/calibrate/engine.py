@@ -104,7 +104,8 @@ class CalibrationEngine:
         print("Starting vLLM ...", file=sys.stderr, flush=True)
         self._llm = LLM(**kwargs)
         self._settings: dict[str, Any] | None = None
-        self._start = kwargs["additional_config"]["tidal"]
+        start = kwargs["additional_config"]["tidal"]
+        self._dense = start | {"dense_layers": [], "select_layers": []}
         (self.layers,) = {tuple(found) for found in self._ask("calibration_layers")}
 
     def close(self) -> None:
@@ -130,10 +131,9 @@ class CalibrationEngine:
         from tidal_vllm.calibrate.recorder import merge_ranks
         from tidal_vllm.calibrate.worker import rank_file
 
-        dense = self._start | {"dense_layers": [], "select_layers": []}
-        self._configure(dense)
+        self._configure(self._dense)
         self._ask("calibration_record", list(settings))
-        reply = self._generate(prompt, max_tokens, dense, forced=None)
+        reply = self._generate(prompt, max_tokens, self._dense, forced=None)
         self._ask("calibration_stop")
         wanted = len(reply.token_ids) - 1
         saved = self._ask("calibration_save", str(folder), wanted)
@@ -146,6 +146,11 @@ class CalibrationEngine:
         for path in files:
             path.unlink()
         return reply, recorded
+
+    def answer(self, prompt: Sequence[int], max_tokens: int) -> Reply:
+        """Answer a prompt densely."""
+        self._configure(self._dense)
+        return self._generate(prompt, max_tokens, self._dense, forced=None)
 
     def trial(
         self, prompt: Sequence[int], tokens: Sequence[int], settings: dict[str, Any]

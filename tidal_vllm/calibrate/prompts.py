@@ -19,6 +19,7 @@ from tidal_vllm.planted.build import MARKER
 BUILTIN = "builtin"
 _FILE_KEYS = ("prompt", "prompt_token_ids", "answer", "answer_token_ids")
 _CHAIN = 8  # tokens of an answer
+_GOLDEN = 0.618034  # its multiples spread evenly over 0 to 1
 _RESERVED_IDS = 16  # smallest ids are special tokens, as a rule
 _NAMES = (
     *("Abel", "Berta", "Cyril", "Dora", "Egon", "Frida", "Gustav", "Hanna", "Igor"),
@@ -168,31 +169,41 @@ def built_in(
     Raises:
         TidalConfigError: Too short to hold a needle.
     """
-    depths = [(i + 0.5) / count for i in range(count)]
     try:
-        if Path(model, MARKER).is_file():
-            spec = load_spec(model)
-            made = [
-                make_prompt(spec, num_tokens, depth, seed=i, chain_len=_CHAIN)
-                for i, depth in enumerate(depths)
-            ]
-            return [
-                Prompt("planted", tuple(p.prompt_token_ids), tuple(p.answer_token_ids))
-                for p in made
-            ]
-        if tokenizer is None:
-            return [
-                _chain(vocab_size, num_tokens, depth, seed=i)
-                for i, depth in enumerate(depths)
-            ]
         return [
-            _prose(tokenizer, num_tokens, depth, hops=1 + i % 2, seed=i)
-            for i, depth in enumerate(depths)
+            _question(model, tokenizer, vocab_size, num_tokens, (i + 0.5) / count, i)
+            for i in range(count)
         ]
     except ValueError as error:
         raise TidalConfigError(
             "--context", num_tokens, f"no built-in prompt: {error}"
         ) from None
+
+
+def one_more(
+    model: str, tokenizer: Any, vocab_size: int, number: int, num_tokens: int
+) -> Prompt:
+    """Another of `built_in`'s kind; any numbers in a row are at depths far apart."""
+    depth = number * _GOLDEN % 1
+    return _question(model, tokenizer, vocab_size, num_tokens, depth, number)
+
+
+def _question(
+    model: str,
+    tokenizer: Any,
+    vocab_size: int,
+    num_tokens: int,
+    depth: float,
+    seed: int,
+) -> Prompt:
+    if Path(model, MARKER).is_file():
+        spec = load_spec(model)
+        made = make_prompt(spec, num_tokens, depth, seed=seed, chain_len=_CHAIN)
+        asked, answer = made.prompt_token_ids, made.answer_token_ids
+        return Prompt("planted", tuple(asked), tuple(answer))
+    if tokenizer is None:
+        return _chain(vocab_size, num_tokens, depth, seed)
+    return _prose(tokenizer, num_tokens, depth, hops=1 + seed % 2, seed=seed)
 
 
 def _chain(vocab_size: int, num_tokens: int, depth: float, seed: int) -> Prompt:

@@ -9,7 +9,8 @@ from importlib.metadata import version
 from typing import Any
 
 from tidal_vllm import __version__
-from tidal_vllm.calibrate.run import Job, Measured, Result, recorder_settings
+from tidal_vllm.calibrate.grid import recorder_settings
+from tidal_vllm.calibrate.result import Job, Measured, Result
 from tidal_vllm.profiles import model_names
 from tidal_vllm.profiles.fingerprint import checksum
 
@@ -67,6 +68,7 @@ def _measured(job: Job, result: Result, seconds: float) -> dict[str, Any]:
         "setting": recorder_settings(job.config),
         "max_loss": job.max_loss,
         "target_agreement": job.target_agreement,
+        "recommended": _numbers(result.best.measured),
         "dense": {"right": result.dense.right, "judged": result.dense.judged},
         "stability": result.stability,
         "runner_up": runner_up,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tidal_vllm.calibrate.run import CurvePoint, Job, Measured, Result, Tried
+from tidal_vllm.calibrate.result import CurvePoint, Job, Measured, Result, Tried
 from tidal_vllm.policy import format_layers
 
 _CELL = 18  # pixels of a heat map's cell
@@ -31,17 +31,17 @@ def describe(job: Job, result: Result, seconds: float) -> str:
     """The result in a few lines of at most 88 columns."""
     chosen, best = result.chosen, result.best
     dense, select = result.roles(chosen.choice)
-    setting = best.config
     lines = [
         f"SELECT layers {format_layers(select)}, DENSE {format_layers(dense)} "
         f"of {_all_layers(job)}",
-        f"  {_did(chosen.measured, result.dense)}",
-        f"  {_sure(result)}",
+        f"  {_did(chosen.measured)}",
+        f"  {_sure(chosen.measured)}",
+        f"  {_stable(result)}",
         f"  runner-up: {_runner_up(result)}",
-        f"Budget {setting.token_budget} tokens, block {setting.select_block_size}, "
-        f"scope {setting.scope}, {_correction(result.interval)}: "
+        f"Recommended: {_setting(best)}, {_correction(result.interval)}: "
         f"reads {best.read_share:.0%} of the KV",
-        f"  {_did(best.measured, result.dense)}",
+        f"  {_did(best.measured)}",
+        f"  {_sure(best.measured)}; --max-loss asks for {1 - job.max_loss:.1%}",
         f"  captures {best.captured:.1%} of the attention mass on average, "
         f"{best.captured_worst:.1%} in the worst layer and head",
         f"{seconds:.0f} s",
@@ -65,6 +65,7 @@ def write_report(path: Path, job: Job, result: Result, fields: dict[str, Any]) -
 
 
 def _page(job: Job, result: Result, fields: dict[str, Any]) -> str:
+    best = result.best
     dense, select = result.roles(result.chosen.choice)
     measured = fields["measured"]
     asked = measured["prompts"]
@@ -73,13 +74,18 @@ def _page(job: Job, result: Result, fields: dict[str, Any]) -> str:
         f"<h1>Calibration of {escape(job.model)}</h1>",
         f"<p>SELECT layers <b>{format_layers(select)}</b>, DENSE "
         f"{format_layers(dense)}, all others of {_all_layers(job)} SPARSE. "
-        f"{escape(_did(result.chosen.measured, result.dense))}. "
-        f"{escape(_sure(result))}. Runner-up: {escape(_runner_up(result))}.</p>",
+        f"Runner-up: {escape(_runner_up(result))}. {escape(_stable(result))}.</p>",
+        f"<p>Recommended: <b>{escape(_setting(best))}</b>, "
+        f"{_correction(result.interval)}; reads {best.read_share:.0%} of the KV. "
+        f"With them it {escape(_did(best.measured))}: {_sure(best.measured)}; "
+        f"<code>--max-loss {job.max_loss:g}</code> asks for {1 - job.max_loss:.1%}. "
+        f"It captures {best.captured:.1%} of the attention mass on average, "
+        f"{best.captured_worst:.1%} in the worst layer and head.</p>",
         f"<p class=note>{asked['count']} prompts ({escape(kinds)}) of "
         f"{asked['mean_tokens']} tokens on average; {measured['seconds']} s; "
         f"{escape(fields['source'])}; "
         + escape(", ".join(f"{k} {v}" for k, v in fields["versions"].items()))
-        + "</p>",
+        + ".</p>",
         "<h2>What one layer's selection costs another</h2>",
         "<p class=note>Row: the layer that selects. Column: the layer that attends to "
         "that selection. Left: attention mass that the worst head loses although "
@@ -109,13 +115,21 @@ def _page(job: Job, result: Result, fields: dict[str, Any]) -> str:
     )
 
 
-def _did(measured: Measured, dense: Measured) -> str:
+def _setting(point: CurvePoint) -> str:
+    config = point.config
+    return (
+        f"budget {config.token_budget} tokens, block {config.select_block_size}, "
+        f"scope {config.scope}"
+    )
+
+
+def _did(measured: Measured) -> str:
     agreed = f"agrees with dense in {measured.agreed} of {measured.steps} tokens"
     if not measured.judged:
         return agreed
     return (
         f"{agreed}, answers {measured.right} of {measured.judged} prompts "
-        f"(dense {dense.right})"
+        f"(dense {measured.dense_right})"
     )
 
 
@@ -130,12 +144,12 @@ def _correction(interval: int | None) -> str:
     return f"corrected every {interval} steps" if interval else "no correction"
 
 
-def _sure(result: Result) -> str:
-    return (
-        f"at least {result.chosen.measured.sure_agreement:.1%} with 95 % "
-        f"confidence; {result.stability:.0%} of resamples of the prompts give the same "
-        "layers"
-    )
+def _sure(measured: Measured) -> str:
+    return f"at least {measured.sure_agreement:.1%} with 95 % confidence"
+
+
+def _stable(result: Result) -> str:
+    return f"{result.stability:.0%} of resamples of the prompts give the same layers"
 
 
 def _runner_up(result: Result) -> str:
@@ -146,8 +160,14 @@ def _runner_up(result: Result) -> str:
     return (
         f"{format_layers(select)}, {other.choice.num_full} full layers instead of "
         f"{result.chosen.choice.num_full}, agreement {other.measured.agreement:.1%}, "
-        f"{'holds too' if other.holds else 'does not hold'}"
+        f"{_verdict(other)}"
     )
+
+
+def _verdict(tried: Tried) -> str:
+    if tried.holds:
+        return "holds"
+    return "too few tokens to tell" if tried.promises else "does not hold"
 
 
 def _heat_map(
@@ -259,7 +279,7 @@ def _tried_table(result: Result) -> str:
         _, select = result.roles(one.choice)
         cells = [format_layers(select), str(one.choice.num_full)]
         cells += [f"{one.choice.loss:.3f}", *_measured_cells(one.measured)]
-        return one is result.chosen, [*cells, "yes" if one.holds else "no"]
+        return one is result.chosen, [*cells, _verdict(one)]
 
     head = ["SELECT layers", "full layers", "expected loss", *_MEASURED, "holds"]
     return _table(head, map(row, result.tried))
@@ -279,8 +299,10 @@ def _curve_table(result: Result) -> str:
 
 def _corrections(result: Result) -> str:
     if not result.intervals:
-        return "<p class=note>No correction interval was tried: there was no drift to "
-        "correct, or the answers are too short to tell.</p>"
+        return (
+            "<p class=note>No correction interval was tried: there was no drift to "
+            "correct, or the answers are too short to tell.</p>"
+        )
     rows = [
         (n == result.interval, [f"every {n} steps", *_measured_cells(measured)])
         for n, measured in [(None, result.best.measured), *result.intervals]

@@ -130,7 +130,22 @@ class Profile:
                 f"{self.config_sha256[:12]}, but that of {model} is "
                 f"{config_sha256[:12]}"
             )
-        return None
+        return self._doubt()
+
+    def _doubt(self) -> str | None:
+        """Say why the evidence of a measured profile does not do; None: it does."""
+        shown = self.measured.get("recommended"), self.measured.get("max_loss")
+        try:
+            proven, wanted = float(shown[0]["agreement_at_least"]), 1 - float(shown[1])
+            tokens = int(shown[0]["tokens"])
+        except (KeyError, TypeError, ValueError):
+            return "does not say how sure what it recommends is"
+        if proven >= wanted - 1e-4:  # written with four digits
+            return None
+        return (
+            f"rests on {tokens} tokens, which prove an agreement of {proven:.1%} with "
+            f"dense attention where {wanted:.1%} was asked for"
+        )
 
 
 def find_profile(

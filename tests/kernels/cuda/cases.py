@@ -1,13 +1,12 @@
-"""Named cases of the decode ops, and how a result is judged against the oracle."""
+"""Named cases of the decode ops, and how results are judged."""
 
 import math
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from reference import exact
 from reference.cases import Batch, make_batch, without_values
-
-from tidal_vllm.ops import reference
 
 FP8 = torch.float8_e4m3fn
 K_SCALE, V_SCALE = 0.75, 1.5
@@ -197,76 +196,41 @@ def run_sparse(kernels, batch: Batch, case: Case, blocks, lens) -> dict:
     return tensors
 
 
-def in_fp32(batch: Batch, case: Case) -> tuple[torch.Tensor, ...]:
-    """The tensors that an op begins with, as the oracle takes them."""
-    cache = batch.kv_cache.float()
-    if case.fp8:
-        size = case.head_size
-        cache = torch.cat(
-            (cache[..., :size] * K_SCALE, cache[..., size:] * V_SCALE), -1
-        )
-    return batch.query.float(), cache, batch.block_table, batch.seq_lens
-
-
-def in_low_precision(batch: Batch, case: Case, positions=None) -> torch.Tensor:
-    """Plain attention with weights and output rounded to the query's dtype."""
-    result = torch.zeros(batch.query.shape)
-    for row in range(len(batch.keys)):
-        for head in range(case.num_heads):
-            kv_head = head // (case.num_heads // case.num_kv_heads)
-            k = batch.keys[row][:, kv_head].float() * case.scales["k_scale"]
-            v = batch.values[row][:, kv_head].float() * case.scales["v_scale"]
-            if positions is not None:
-                chosen = positions(row, head)
-                k, v = k[chosen], v[chosen]
-            if len(k):
-                scores = batch.scale * (k @ batch.query[row, head].float())
-                weights = scores.softmax(0).to(case.dtype).float()
-                result[row, head] = (weights @ v).to(case.dtype).float()
-    return result
-
-
-def assert_output(actual, exact, low, what="output"):
-    """At most twice the error that rounding to the dtype costs plain attention."""
-    if not actual.numel():
-        return
-    assert not actual.isnan().any(), f"{what}: NaN"
-    allowed = 2 * float((low - exact).abs().max()) + 1e-5
-    error = float((actual.float() - exact).abs().max())
-    assert error <= allowed, f"{what}: off by {error:.3g}, allowed {allowed:.3g}"
-
-
-def assert_lse(actual, exact, batch: Batch, what="lse"):
-    """fp32 scores err by a few units in their last place; -inf must be -inf."""
-    infinite = exact.isinf()
-    assert (actual[infinite] == -math.inf).all(), f"{what}: not -inf"
-    if infinite.all():
-        return
-    largest = max(float(exact[~infinite].abs().max()), 8.0)
-    error = float((actual - exact)[~infinite].abs().max())
-    assert error <= 1e-6 * largest, f"{what}: off by {error:.3g} at {largest:.3g}"
-
-
-def dense_oracle(batch: Batch, case: Case):
-    return reference.dense_decode(
-        *in_fp32(batch, case),
-        scale=batch.scale,
-        select_block_size=case.select_block_size,
+def exact_of(batch: Batch, case: Case, positions=None) -> exact.Exact:
+    """In float64; the kernels round weights to the query's dtype."""
+    scales = case.scales.values()
+    kv = (
+        [rows.double() * scale for rows in of_batch]
+        for of_batch, scale in zip((batch.keys, batch.values), scales, strict=True)
     )
+    size, weights = case.select_block_size, torch.finfo(case.dtype).eps / 2
+    return exact.decode(batch.query, *kv, batch.scale, positions, size, weights)
 
 
-def sparse_oracle(batch: Batch, case: Case, blocks, lens):
-    query, cache, table, seq_lens = in_fp32(batch, case)
-    return reference.sparse_decode(
-        query,
-        cache,
-        table,
-        blocks,
-        lens,
-        seq_lens,
-        scale=batch.scale,
-        select_block_size=case.select_block_size,
-    )
+def assert_output(got: dict, wanted: exact.Exact, batch: Batch) -> None:
+    """In rows that are not left out; `run` has checked those."""
+    rows = batch.seq_lens >= 0
+    bound = (wanted.output[rows], wanted.output_error[rows])
+    exact.assert_within(got["output"][rows], *bound, "output")
+
+
+def assert_lse(got: dict, wanted: exact.Exact, batch: Batch) -> None:
+    rows = batch.seq_lens >= 0
+    bound = (wanted.lse[rows], wanted.lse_error[rows])
+    exact.assert_within(got["lse"][rows], *bound, "lse")
+
+
+def assert_scores(got: dict, wanted: exact.Exact, batch: Batch, case: Case) -> None:
+    """lse and block_lse."""
+    assert_lse(got, wanted, batch)
+    for row, seq_len in enumerate(case.lens):
+        if seq_len < 0:
+            continue
+        used = -(-seq_len // case.select_block_size)
+        bound = (t[row, :, :used] for t in (wanted.block_lse, wanted.block_lse_error))
+        found = got["block_lse"][row]
+        exact.assert_within(found[:, :used], *bound, f"block_lse of row {row}")
+        assert found[:, used:].isnan().all(), "written past the row"
 
 
 def make_sets(batch: Batch, case: Case, scope: str, seed: int = 0, most: int = 40):
@@ -293,7 +257,7 @@ def make_sets(batch: Batch, case: Case, scope: str, seed: int = 0, most: int = 4
 
 
 def positions_of(case: Case, blocks, lens):
-    """For `in_low_precision`: which positions a head attends to."""
+    """Which positions a head attends to."""
     size, num_sets = case.select_block_size, blocks.shape[1]
 
     def positions(row: int, head: int) -> list[int]:

@@ -10,43 +10,34 @@ from .cases import (
     EVERY,
     SMALL,
     Case,
-    assert_lse,
     assert_output,
-    dense_oracle,
-    in_low_precision,
+    assert_scores,
+    exact_of,
     run_dense,
     run_score,
 )
 
 
-def check_scores(got, batch, case):
-    """Where rows are left out, `run` has checked them."""
-    _, lse, block_lse = dense_oracle(batch, case)
-    rows = batch.seq_lens >= 0
-    assert_lse(got["lse"][rows], lse[rows], batch)
-    for row in rows.nonzero().flatten().tolist():
-        used = -(-case.lens[row] // case.select_block_size)
-        assert_lse(
-            got["block_lse"][row, :, :used],
-            block_lse[row, :, :used],
-            batch,
-            f"block_lse of row {row}",
-        )
-        assert got["block_lse"][row, :, used:].isnan().all(), "written past the row"
+def check(kernels, case):
+    batch = case.make()
+    got, wanted = run_dense(kernels, batch, case), exact_of(batch, case)
+    assert_output(got, wanted, batch)
+    assert_scores(got, wanted, batch, case)
+    assert (got["output"][batch.seq_lens == 0] == 0).all()
+
+
+def check_score(kernels, case):
+    """Whatever V holds."""
+    batch = case.make()
+    got = run_score(kernels, batch, case)
+    assert_scores(got, exact_of(batch, case), batch, case)
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_it_means_what_the_reference_says(kernels, name):
     """And score_blocks likewise, whatever V holds."""
-    case = CASES[name]
-    batch = case.make()
-    got = run_dense(kernels, batch, case)
-    check_scores(got, batch, case)
-    output, _, _ = dense_oracle(batch, case)
-    rows, low = batch.seq_lens >= 0, in_low_precision(batch, case)
-    assert_output(got["output"][rows], output[rows], low[rows])
-    assert (got["output"][batch.seq_lens == 0] == 0).all()
-    check_scores(run_score(kernels, batch, case), batch, case)
+    check(kernels, CASES[name])
+    check_score(kernels, CASES[name])
 
 
 @pytest.mark.extended
@@ -94,11 +85,8 @@ def test_any_number_of_splits(kernels, splits, size):
         select_block_size=size,
         block_size=32,
     )
-    batch = case.make()
-    got = run_dense(kernels, batch, case)
-    check_scores(got, batch, case)
-    output, _, _ = dense_oracle(batch, case)
-    assert_output(got["output"], output, in_low_precision(batch, case))
+    check(kernels, case)
+    check_score(kernels, case)
 
 
 @pytest.mark.extended

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from reference import exact
 from reference.cases import Batch, make_batch, without_values
 
-from tidal_vllm.ops import reference
 from tidal_vllm.ops.dispatch import Case
 
 from ..conftest import INTERPRETED
@@ -62,17 +62,17 @@ def make_paged(
     batch = make_batch(lens, dtype=torch.float32 if fp8 else dtype, **shape)
     query = batch.query.to(dtype)
     stored = relaid(batch.kv_cache, FP8 if fp8 else dtype, "cpu")
-    exact = relaid(stored, torch.float32, "cpu")
+    as_read = relaid(stored, torch.float32, "cpu")
     head_size = query.shape[2]
-    exact[..., :head_size] *= k_scale
-    exact[..., head_size:] *= v_scale
+    as_read[..., :head_size] *= k_scale
+    as_read[..., head_size:] *= v_scale
     return Paged(
         batch=batch,
         query=query.to(device),
         kv_cache=relaid(stored, stored.dtype, device),
         block_table=batch.block_table.to(device),
         seq_lens=batch.seq_lens.to(device),
-        cpu=(query.float(), exact, batch.block_table, batch.seq_lens),
+        cpu=(query.float(), as_read, batch.block_table, batch.seq_lens),
         k_scale=k_scale,
         v_scale=v_scale,
     )
@@ -205,72 +205,42 @@ def some_blocks(paged, num_sets, size, seed=0):
     return sets
 
 
-def reference_dense(paged, size=None):
-    return reference.dense_decode(
-        *paged.cpu, scale=paged.batch.scale, select_block_size=size
-    )
-
-
-def reference_sparse(paged, sets, size):
-    query, cache, table, lens = paged.cpu
-    return reference.sparse_decode(
-        *(query, cache, table, *as_tensors(sets), lens),
-        scale=paged.batch.scale,
-        select_block_size=size,
-    )
-
-
-def low_precision(paged, positions_of, dtype=None) -> torch.Tensor:
-    """Attention as it is without care: every step rounded to `dtype`, the query's."""
+def exact_of(paged, positions_of=None, size=None) -> exact.Exact:
+    """Attention in float64 over the cache as it is, in rows that are not left out."""
     query, cache, table, _ = paged.cpu
-    dtype = dtype or paged.query.dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    num_seqs, num_heads, head_size = query.shape
-    group = num_heads // cache.shape[1]
-    output = torch.zeros(query.shape)
-    for row in range(num_seqs):
-        for head in range(num_heads):
-            at = positions_of(row, head)
-            if not len(at):
-                continue
-            blocks = table[row][at // cache.shape[2]].long()
-            kv = cache[blocks, head // group, at % cache.shape[2]].to(dtype)
-            scores = kv[:, :head_size] @ query[row, head].to(dtype)
-            scores = (scores * paged.batch.scale).to(wide)
-            weights = _rounded(scores.softmax(0), dtype)
-            values = kv[:, head_size:].to(wide)
-            output[row, head] = _rounded(weights @ values, dtype)
-    return output
+    head_size, block_size = query.shape[2], cache.shape[2]
+    keys, values = [], []
+    for row, seq_len in enumerate(paged.batch.seq_lens.clamp(min=0).tolist()):
+        at = torch.arange(seq_len)
+        kv = cache[table[row][at // block_size].long(), :, at % block_size]
+        keys.append(kv[..., :head_size])
+        values.append(kv[..., head_size:])
+    dtype = paged.query.dtype
+    weights = 0.0 if dtype is torch.float32 else _roundings(dtype) * _unit(dtype)
+    kv = (keys, values)
+    found = exact.decode(query, *kv, paged.batch.scale, positions_of, size, weights)
+    return found[paged.rows]
 
 
-def _rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """To the precision of dtype; Triton's interpreter cuts a bf16 off."""
-    if dtype is torch.bfloat16 and INTERPRETED:
-        return (exact.view(torch.int32) & -(2**16)).view(torch.float32)
-    return exact.to(dtype).to(exact.dtype)
+def _unit(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
 
 
-def assert_attends(actual, exact, careless) -> None:
-    """At most twice as far off as a computation in the same precision."""
-    actual, exact = actual.cpu().float(), exact.float()
-    assert actual.isfinite().all()
-    error = (actual - exact).abs().max()
-    allowed = 2 * (careless - exact).abs().max() + 1e-5
-    assert error <= allowed, f"off by {error:.3g}, allowed {allowed:.3g}"
+def _roundings(dtype: torch.dtype) -> int:
+    """Triton's interpreter cuts a bf16 off, which costs up to twice a rounding."""
+    return 2 if dtype is torch.bfloat16 and INTERPRETED else 1
 
 
-def assert_same_lse(actual, exact, paged) -> None:
-    """Scores are fp32 sums of exact products: off by a few units in the last place."""
-    actual = actual.cpu()
-    assert torch.equal(actual.isneginf(), exact.isneginf())
-    error = (actual - exact).masked_fill(exact.isneginf(), 0.0).abs()
-    largest = exact[exact.isfinite()].abs().max() if exact.isfinite().any() else 0.0
-    assert (error <= 4e-6 * max(1.0, float(largest)) + 4e-6).all(), error.max()
+def assert_attends(output, wanted: exact.Exact, paged) -> None:
+    """The output, without rows that are left out."""
+    output = output[: len(paged.batch.seq_lens)][paged.rows]
+    bound = (wanted.output, wanted.output_error)
+    exact.assert_within(output, *bound, "output", _roundings(output.dtype))
 
 
-def all_tokens(paged):
-    lens = paged.batch.seq_lens.clamp(min=0).tolist()
-    return lambda row, head: torch.arange(lens[row])
+def assert_same_lse(lse, wanted: exact.Exact, paged) -> None:
+    lse = lse[: len(paged.batch.seq_lens)][paged.rows]
+    exact.assert_within(lse, wanted.lse, wanted.lse_error, "lse")
 
 
 def tokens_of(paged, sets, size):

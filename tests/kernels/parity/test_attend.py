@@ -5,18 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from reference.exact import assert_within, attend
 
 from ..conftest import INTERPRETED
 from .harness import (
-    all_tokens,
     as_tensors,
     assert_attends,
     assert_same_lse,
     dense,
-    low_precision,
+    exact_of,
     make_paged,
-    reference_dense,
-    reference_sparse,
     reordered,
     score,
     some_blocks,
@@ -64,36 +62,28 @@ SETS = [] if INTERPRETED else [(1, "sequence"), (16, "kv_head"), (1, "query_head
 def check_dense(kernels, paged, size, **call):
     """Rows that are left out were checked when the op was called."""
     output, lse, block_lse = dense(kernels, paged, size, **call)
-    exact, _, _ = reference_dense(paged)
-    check_output(output, exact, paged, all_tokens(paged))
-    check_scores(lse, block_lse, paged, size)
+    wanted = exact_of(paged, size=size)
+    assert_attends(output, wanted, paged)
+    check_scores(lse, block_lse, paged, size, wanted)
 
 
-def check_output(output, exact, paged, positions):
-    """The oracle is fp32 too, so what is fp32 is held against float64."""
-    if paged.query.dtype is FP32:
-        exact = low_precision(paged, positions, torch.float64)
-    rows, careless = paged.rows, low_precision(paged, positions)
-    assert_attends(output[rows], exact[rows], careless[rows])
-
-
-def check_scores(lse, block_lse, paged, size):
-    _, exact_lse, exact_block_lse = reference_dense(paged, size)
-    assert_same_lse(lse[paged.rows], exact_lse[paged.rows], paged)
+def check_scores(lse, block_lse, paged, size, wanted=None):
+    wanted = wanted or exact_of(paged, size=size)
+    assert_same_lse(lse, wanted, paged)
     if size is None:
         return
-    for row in paged.rows:
+    for i, row in enumerate(paged.rows):
         used = -(-int(paged.batch.seq_lens[row]) // size)
-        actual = block_lse[row, :, :used]
-        assert_same_lse(actual, exact_block_lse[row, :, :used], paged)
+        bound = (wanted.block_lse[i, :, :used], wanted.block_lse_error[i, :, :used])
+        assert_within(block_lse[row, :, :used], *bound, f"block_lse of row {row}")
         assert block_lse[row, :, used:].isnan().all(), "wrote past a row's blocks"
 
 
 def check_sparse(kernels, paged, sets, size, **call):
     output, lse = sparse(kernels, paged, sets, size, **call)
-    exact, exact_lse = reference_sparse(paged, sets, size)
-    check_output(output, exact, paged, tokens_of(paged, sets, size))
-    assert_same_lse(lse[paged.rows], exact_lse[paged.rows], paged)
+    wanted = exact_of(paged, tokens_of(paged, sets, size))
+    assert_attends(output, wanted, paged)
+    assert_same_lse(lse, wanted, paged)
 
 
 @pytest.mark.parametrize("setup, size, num_sets", CASES)
@@ -177,10 +167,11 @@ class TestLengths:
             *(1.0, 1.0, 1.0, size),
         )
         kv = kv.float().flatten(0, 1)[:29]
-        scores = query[0].float() @ kv[:, :head_size].T
-        exact = scores.softmax(-1) @ kv[:, head_size:]
-        assert (output[0].cpu().float() - exact).abs().max() < 4e-3
-        assert (lse[0].cpu() - scores.logsumexp(-1)).abs().max() < 1e-5
+        seen, half = torch.ones(2, 29, dtype=torch.bool), 2**-11
+        k, v = kv.split(head_size, -1)
+        wanted = attend(query[0], k, v, 1.0, seen, weights=half)
+        assert_within(output[0], wanted.output, wanted.output_error, "output")
+        assert_within(lse[0], wanted.lse, wanted.lse_error, "lse")
 
 
 def replace_longest(paged):

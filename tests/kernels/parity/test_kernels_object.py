@@ -7,15 +7,15 @@ import torch
 
 from tidal_vllm import ops
 from tidal_vllm.config import TidalConfigError
-from tidal_vllm.ops import reference, workspace
+from tidal_vllm.ops import workspace
 from tidal_vllm.policy import SelectionRule
 
 from .harness import (
-    all_tokens,
     assert_attends,
     assert_same_lse,
-    low_precision,
+    exact_of,
     make_paged,
+    tokens_of,
 )
 
 RULE = SelectionRule(
@@ -51,9 +51,8 @@ def test_one_step(chosen, device):
     topk_lens = torch.empty(5, 1, dtype=torch.int32, device=device)
 
     chosen.dense_decode(*args, paged.seq_lens, **given, select_block_size=16)
-    exact, exact_lse, _ = reference.dense_decode(*paged.cpu, scale=paged.batch.scale)
-    assert_attends(output, exact, low_precision(paged, all_tokens(paged)))
-    assert_same_lse(work.lse[:3], exact_lse, paged)
+    assert_attends(output, exact_of(paged), paged)
+    assert_same_lse(work.lse, exact_of(paged), paged)
 
     chosen.select_blocks(
         paged.seq_lens,
@@ -69,14 +68,17 @@ def test_one_step(chosen, device):
         **given,
         select_block_size=16,
     )
-    exact, exact_lse = reference.sparse_decode(
-        *paged.cpu[:3],
-        *(topk_blocks[:3].cpu(), topk_lens[:3].cpu(), paged.cpu[3]),
-        scale=paged.batch.scale,
-        select_block_size=16,
-    )
-    assert_attends(output, exact, low_precision(paged, all_tokens(paged)))
-    assert_same_lse(work.lse[:3], exact_lse, paged)
+    sets = as_lists(topk_blocks[:3], topk_lens[:3])
+    wanted = exact_of(paged, tokens_of(paged, sets, 16))
+    assert_attends(output, wanted, paged)
+    assert_same_lse(work.lse, wanted, paged)
+
+
+def as_lists(topk_blocks, topk_lens):
+    return [
+        [blocks[:n].tolist() for blocks, n in zip(row, lens, strict=True)]
+        for row, lens in zip(topk_blocks, topk_lens.tolist(), strict=True)
+    ]
 
 
 @pytest.mark.extended
@@ -91,19 +93,19 @@ def test_rows_that_choose_beside_rows_that_keep_their_choice(chosen, device):
             (plain, paged.cpu),
         )
     ]
-    careless = low_precision(paged, all_tokens(paged))
-    for output, exact in zip(*found, strict=True):
-        assert_attends(output, exact, careless)
+    for (output, sets), (_, wanted) in zip(*found, strict=True):
+        assert sets == wanted
+        assert_attends(output, exact_of(paged, tokens_of(paged, sets, 16)), paged)
 
 
 def steps_of_a_select_layer(kernels, tensors, scale):
-    """The outputs; in the second step rows 0 and 2 choose, the others were left out."""
+    """Outputs and sets; in the second step rows 1 and 3 keep theirs, left out."""
     query, cache, table, seq_lens = tensors
     work = kernels.allocate_workspace(4, 4, 1, 64, 20, query.device)
     topk_blocks = torch.full((4, 1, 6), -1, dtype=torch.int32, device=query.device)
     topk_lens = torch.zeros(4, 1, dtype=torch.int32, device=query.device)
     given = dict(scale=scale, workspace=work, select_block_size=16)
-    outputs = []
+    found = []
     for keep in ([], [1, 3]):
         lens = seq_lens.clone()
         lens[keep] = -1
@@ -122,8 +124,8 @@ def steps_of_a_select_layer(kernels, tensors, scale):
             **given,
             output=output,
         )
-        outputs.append(output)
-    return outputs
+        found.append((output, as_lists(topk_blocks, topk_lens)))
+    return found
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,179 @@
+"""Dense answers, and how often settings agree with them; each is saved as it comes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from tidal_vllm.calibrate import choice
+from tidal_vllm.calibrate.engine import CalibrationEngine
+from tidal_vllm.calibrate.result import Job, Measured, NotCalibrated
+from tidal_vllm.calibrate.state import State
+
+# A setting that loses a little less than is allowed takes ever more tokens to tell:
+# so many times what one without a loss takes are asked for, at most.
+MOST_EVIDENCE = 4
+
+
+class Answers:
+    """The model's, to the prompts of a job and to others like them.
+
+    Args:
+        start_engine: Called once, as soon as something has to be asked.
+
+    Attributes:
+        layers: Indices of the layers that take part, ascending.
+        tokens: Of each dense answer.
+    """
+
+    def __init__(
+        self, job: Job, state: State, start_engine: Callable[[], CalibrationEngine]
+    ) -> None:
+        self.job, self.state = job, state
+        self._start, self._engine = start_engine, None
+        self._prompts = list(job.prompts)
+        self.layers: tuple[int, ...] = ()
+        self.tokens: list[list[int]] = []
+        self._right: list[bool] = []
+        self._logprobs: list[list[float]] = []
+
+    @property
+    def engine(self) -> CalibrationEngine:
+        if self._engine is None:
+            self._engine = self._start()
+        return self._engine
+
+    def record(
+        self, settings: list[dict[str, Any]]
+    ) -> tuple[Measured, list[dict[str, np.ndarray]]]:
+        """Answer the job's prompts densely.
+
+        Returns:
+            How that went, and what was recorded of those with a decode step.
+
+        Raises:
+            NotCalibrated: Nothing was decoded, or there is nothing to choose from.
+        """
+        job, state, records = self.job, self.state, []
+        if any(state.reply(f"dense {i}") is None for i in range(len(job.prompts))):
+            _ = self.engine  # started here, so that the bar counts prompts only
+        for i, prompt in enumerate(_progress(job.prompts, "Recording dense attention")):
+            key = f"dense {i}"
+            if state.reply(key) is None:
+                reply, recorded = self.engine.record(
+                    prompt.token_ids, self._wanted(i), settings, state.folder
+                )
+                if recorded is not None:
+                    state.save_recorded(i, recorded)
+                state.save_reply(
+                    key, dataclasses.asdict(reply) | {"layers": self.engine.layers}
+                )
+            self.layers = tuple(state.reply(key)["layers"])
+            self._keep(i)
+            if len(self.tokens[i]) > 1:
+                records.append(state.recorded(i))
+        if not records:
+            raise NotCalibrated(
+                "the model ended every answer with its first token: nothing was "
+                "decoded; give other --prompts"
+            )
+        if len(self.layers) < 2:
+            raise NotCalibrated(
+                f"only layers {list(self.layers)} attend to the whole sequence: none "
+                "could use another's selection"
+            )
+        everything = range(len(job.prompts))
+        answers = [(i, [True] * (len(self.tokens[i]) - 1), 0.0) for i in everything]
+        return self._sum(answers), records
+
+    def measure(
+        self, title: str, settings: Sequence[dict], count: int | None = None
+    ) -> list[Measured]:
+        """Run prompts under each of the settings, prompt by prompt.
+
+        Args:
+            count: Of the first so many prompts; None: those recorded.
+        """
+        everything = range(len(self.job.prompts) if count is None else count)
+        asked = list(itertools.product(everything, settings))
+        found: dict[str, list[tuple[int, list[bool], float]]] = {}
+        for i, setting in _progress(asked, title):
+            name = json.dumps(setting, sort_keys=True)
+            tokens, agreed, drop = self.tokens[i], [], 0.0
+            if len(tokens) > 1:
+                key = f"trial {i} {name}"
+                if self.state.reply(key) is None:
+                    prompt = self._prompts[i].token_ids
+                    reply = self.engine.trial(prompt, tokens, setting)
+                    self.state.save_reply(key, dataclasses.asdict(reply))
+                saved = self.state.reply(key)
+                agreed = saved["agreed"][1:]
+                drop = sum(self._logprobs[i][1:]) - sum(saved["logprobs"][1:])
+            found.setdefault(name, []).append((i, agreed, drop))
+        return [self._sum(found[json.dumps(s, sort_keys=True)]) for s in settings]
+
+    def confirm(self, setting: dict[str, Any]) -> Measured:
+        """Measure a setting over as many prompts as make sure that it holds.
+
+        It ends where that is so, where the setting loses too much, and where the job
+        has no further prompts.
+        """
+        job, title = self.job, "Confirming with more prompts"
+        limit = MOST_EVIDENCE * choice.evidence_needed(0, job.max_loss)
+        (found,) = self.measure(title, [setting])
+        while missing := found.missing(job.max_loss):
+            too_many = found.steps >= limit or not found.promises(job.max_loss)
+            if job.further is None or too_many:
+                break
+            more = math.ceil(missing / found.steps * found.prompts)
+            self._ask_further(found.prompts + more)
+            (found,) = self.measure(title, [setting], found.prompts + more)
+        return found
+
+    def _ask_further(self, count: int) -> None:
+        """Have dense answers to so many prompts, without recording."""
+        numbers = range(len(self.tokens), count)
+        for i in _progress(numbers, "Answering more prompts densely"):
+            self._prompts.append(self.job.further(i))
+            key = f"dense {i}"
+            if self.state.reply(key) is None:
+                reply = self.engine.answer(self._prompts[i].token_ids, self._wanted(i))
+                self.state.save_reply(key, dataclasses.asdict(reply))
+            self._keep(i)
+
+    def _wanted(self, i: int) -> int:
+        return len(self._prompts[i].answer_ids or ()) or self.job.decode_tokens
+
+    def _keep(self, i: int) -> None:
+        saved = self.state.reply(f"dense {i}")
+        self.tokens.append(saved["token_ids"])
+        self._logprobs.append(saved["logprobs"])
+        prompt = self._prompts[i]
+        self._right.append(prompt.is_right(saved["token_ids"], self.job.decode))
+
+    def _sum(self, answers: list[tuple[int, list[bool], float]]) -> Measured:
+        steps = sum(len(agreed) for _, agreed, _ in answers)
+        return Measured(
+            prompts=len(answers),
+            steps=steps,
+            agreed=sum(sum(agreed) for _, agreed, _ in answers),
+            judged=sum(self._prompts[i].judged for i, _, _ in answers),
+            right=sum(self._right[i] and all(agreed) for i, agreed, _ in answers),
+            dense_right=sum(self._right[i] for i, _, _ in answers),
+            lost_logprob=sum(drop for _, _, drop in answers) / max(steps, 1),
+        )
+
+
+def _progress(items: Sequence, title: str):
+    """The items behind a bar with the time left."""
+    bar = "{desc:<40.40} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} "
+    bar += "[{elapsed}, {remaining} left]"
+    return tqdm(items, desc=title, bar_format=bar, file=sys.stderr, dynamic_ncols=True)

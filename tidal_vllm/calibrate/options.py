@@ -1,0 +1,108 @@
+"""The options of `tidal-vllm calibrate`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tidal_vllm.calibrate.prompts import BUILTIN
+from tidal_vllm.config import SCOPES
+from tidal_vllm.profiles import PROJECT_DIR
+
+MOST_CONTEXT = 8192  # tokens, where --context is not given
+BUDGET_SHARE = 8  # where --budget is not given: one token of so many, at most
+MOST_BUDGET = 4096
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the command; `command.run` takes what they parse to."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a model folder, or a name on the hub")
+    add(
+        "--prompts",
+        default=BUILTIN,
+        metavar="FILE|builtin",
+        help="JSON Lines with `prompt` or `prompt_token_ids`, and `answer` or "
+        "`answer_token_ids` where known (default: synthetic look-ups)",
+    )
+    add(
+        "--num-prompts",
+        type=int,
+        default=12,
+        metavar="N",
+        help="built-in prompts to record (default: %(default)s); more are asked to "
+        "confirm, as many as --max-loss takes",
+    )
+    add(
+        "--context",
+        type=int,
+        metavar="TOKENS",
+        help="length of the built-in prompts, or the most that a prompt of a file "
+        f"may have (default: {MOST_CONTEXT}, or what the model allows)",
+    )
+    add(
+        "--decode-tokens",
+        type=int,
+        default=16,
+        metavar="N",
+        help="tokens of an answer that is not known as tokens (default: %(default)s)",
+    )
+    add(
+        "--budget",
+        type=int,
+        metavar="TOKENS",
+        help="tokens a SPARSE layer may attend to (default: 1 in "
+        f"{BUDGET_SHARE} of the context, at most {MOST_BUDGET}); the curve tries "
+        "others too",
+    )
+    add("--select-block-size", type=int, default=16, metavar="TOKENS")
+    add("--scope", default=SCOPES[0], metavar="|".join(SCOPES))
+    add(
+        "--dense-layers",
+        type=int,
+        default=2,
+        metavar="N",
+        help="first layers that stay DENSE (default: %(default)s)",
+    )
+    add(
+        "--max-select-layers",
+        type=int,
+        default=4,
+        metavar="M",
+        help="most SELECT layers to try (default: %(default)s)",
+    )
+    add(
+        "--max-loss",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="drop of accuracy and of agreement with dense attention that is "
+        "tolerated; a smaller one takes more tokens to prove (default: %(default)s)",
+    )
+    add(
+        "--target-agreement",
+        type=float,
+        metavar="SHARE",
+        help="recommend the cheapest setting with this agreement, of those within "
+        "--max-loss (default: the knee of the curve)",
+    )
+    add("--tensor-parallel-size", type=int, default=1, metavar="N")
+    add(
+        "--engine-args",
+        default="{}",
+        metavar="JSON",
+        help="more arguments of vLLM's engine",
+    )
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="PROFILE.json",
+        help=f"(default: {PROJECT_DIR}/MODEL.json, where it is found by itself); the "
+        "report goes beside it as .html",
+    )
+    add(
+        "--restart",
+        action="store_true",
+        help="throw away what an interrupted run left, instead of resuming it",
+    )
