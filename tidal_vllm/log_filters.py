@@ -4,6 +4,7 @@ Each is one logger of vLLM's and how the message begins. All else is let through
 """
 
 import logging
+import warnings
 
 OF_THE_SCHEDULER = {
     # Chosen with the backend, asynchronous where vLLM's own would be.
@@ -23,6 +24,14 @@ OF_THE_CPU_PLATFORM = {
         "libiomp is not found in LD_PRELOAD.",
     ],
 }
+# Python's warnings: of what vLLM calls between tensor-parallel ranks on a CPU.
+DEPRECATED = "`torch.distributed.all_gather_into_tensor` is deprecated"
+
+
+def install_all() -> None:
+    """Both tables: for processes of the CPU platform."""
+    install(OF_THE_SCHEDULER | OF_THE_CPU_PLATFORM)
+    warnings.filterwarnings("ignore", DEPRECATED, FutureWarning)
 
 
 def install(table: dict[str, list[str]]) -> None:
@@ -32,14 +41,11 @@ def install(table: dict[str, list[str]]) -> None:
         table: Beginnings of messages, by the name of their logger.
     """
     for name, beginnings in table.items():
-        logger = logging.getLogger(name)
-        quiet = _Quiet(tuple(beginnings))
-        if quiet not in logger.filters:
-            logger.addFilter(quiet)
+        logging.getLogger(name).addFilter(_Quiet(beginnings))
 
 
 class _Quiet(tuple):
-    """A filter of log records, equal to another of the same beginnings."""
+    """A filter of log records; a logger takes equal ones once."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(self)

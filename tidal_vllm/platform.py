@@ -46,7 +46,8 @@ class TidalCpuPlatform(CpuPlatform):
 
     def __init__(self) -> None:
         super().__init__()
-        log_filters.install(log_filters.OF_THE_CPU_PLATFORM)
+        log_filters.install_all()
+        shutdown.end_with_parent()
         # NOTE: at its end, every process of vLLM's empties the accelerator's caches
         # wherever the platform is not its own CPU one; without one, that raises.
         torch.accelerator.empty_cache = lambda: None

@@ -9,13 +9,15 @@ A reader that wins logs the orderly end as an error (vLLM issue 48745).
 
 import asyncio
 import gc
+import multiprocessing
+import os
 import signal
 import sys
+import threading
 from functools import partial
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
-from vllm.utils.async_utils import run_in_loop
 
 if TYPE_CHECKING:
     import uvicorn
@@ -24,15 +26,19 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.tidal.shutdown")
 
 ENGINE_S = 30.0  # for the step in progress, the workers, and Python's own end
+WATCH = "tidal-watch-parent"  # a thread
 CLIENT_S = 5.0  # for clients to read what they were sent
 
 
 def install() -> None:
     """End servers of this process in order; more than once is once."""
+    from vllm.utils.async_utils import run_in_loop
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core_client import AsyncMPClient
     from vllm.v1.engine.exceptions import EngineDeadError
 
+    _end_at_start_too()
+    end_with_parent()
     stock_shutdown = AsyncLLM.shutdown
     stock_output = AsyncMPClient.get_output_async
     if hasattr(stock_shutdown, "is_orderly"):
@@ -62,6 +68,41 @@ def install() -> None:
     shutdown.is_orderly = True
     AsyncLLM.shutdown = shutdown
     AsyncMPClient.get_output_async = get_output_async
+
+
+def end_with_parent() -> None:
+    """In an engine's own process: end when whoever started it is gone.
+
+    vLLM's engine would stay, with the model's memory, after a script that was killed.
+    """
+    parent = multiprocessing.parent_process()
+    is_engine = multiprocessing.current_process().name.startswith("EngineCore")
+    if parent is None or not is_engine:
+        return
+    if WATCH in [thread.name for thread in threading.enumerate()]:
+        return  # not so in a forked process
+
+    def watch() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name=WATCH, daemon=True).start()
+
+
+def _end_at_start_too() -> None:
+    """Let a server end while it waits for its engine to start.
+
+    NOTE: the KeyboardInterrupt of vLLM's SIGTERM handler is dropped in that wait
+    (`zmq_socket_ctx`), and asyncio leaves a SIGINT for later.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    if getattr(handler, "__name__", None) == "_interrupt_init":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _exit)
+
+
+def _exit(number: int, _) -> None:
+    raise SystemExit(128 + number)
 
 
 def _end_requests(engine: "AsyncLLM") -> None:
@@ -98,4 +139,7 @@ def _disconnect(server: "uvicorn.Server") -> None:
     connections = list(server.server_state.connections)
     logger.info("Closing the connections of %d clients", len(connections))
     for connection in connections:
+        # NOTE: uvloop wakes the answer in progress before it tells of the end.
+        if (cycle := getattr(connection, "cycle", None)) is not None:
+            cycle.disconnected = True
         connection.transport.abort()

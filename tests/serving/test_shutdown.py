@@ -1,0 +1,54 @@
+"""SIGTERM, as containers send it: to a server that is busy, and to one that starts."""
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from tidal_vllm.planted import make_prompt
+
+from .clients import NUM_PLAIN, NUM_STREAMS, Clients
+from .server import START_S, Server, command, wait_until, warnings
+
+pytestmark = pytest.mark.timeout(600)
+
+TIDAL = {"token_budget": 256}
+MAX_LEN = 2048
+NO_PROFILE = "no profile knows this model: starting with the safest roles"
+
+
+@pytest.fixture
+def start(planted, tmp_path) -> Iterator:
+    """`start(*arguments)`: a server of two tensor-parallel ranks, not yet up."""
+    arguments = ["--max-model-len", MAX_LEN, "--served-model-name", "planted"]
+    arguments += ["--tensor-parallel-size", 2]
+    server = Server(
+        tmp_path / "log",
+        command(planted.folder, TIDAL, *arguments),
+        VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS="100",  # vLLM's 5 are for quiet machines
+    )
+    yield server
+    server.kill()
+
+
+def test_a_busy_server(start, planted):
+    """Ends all requests, and has nothing to say but that no profile is known, once."""
+    server = start
+    server.wait_for_start()
+    text = make_prompt(planted.spec, 300, 0.5, seed=5).text
+    clients = Clients(server, "planted", text, MAX_LEN - 300)
+    assert server.terminate() == 0
+    assert clients.finish_reasons() == ["abort"] * (NUM_STREAMS + NUM_PLAIN)
+    wait_until("all its processes end", lambda: not server.processes())
+    clients.close()
+    (warning,) = warnings(server.log.read_text())
+    assert NO_PROFILE in warning
+
+
+def test_a_server_that_starts(start):
+    server = start
+    log = server.log
+    wait_until("its engine starts", lambda: "V1 LLM engine" in log.read_text(), START_S)
+    assert server.terminate() == 128 + signal.SIGTERM
+    wait_until("all its processes end", lambda: not server.processes())
+    assert "Traceback" not in log.read_text()
