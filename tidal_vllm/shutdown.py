@@ -17,6 +17,7 @@ import threading
 from functools import partial
 from typing import TYPE_CHECKING
 
+from vllm import envs
 from vllm.logger import init_logger
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.tidal.shutdown")
 
-ENGINE_S = 30.0  # for the step in progress, the workers, and Python's own end
+ENGINE_S = 30.0  # for the step in progress, and Python's own end
 WATCH = "tidal-watch-parent"  # a thread
 CLIENT_S = 5.0  # for clients to read what they were sent
 
@@ -51,7 +52,9 @@ def install() -> None:
         _let_clients_go()
         # NOTE: 0 is for the requests, which the engine aborts at once; vLLM's process
         # manager takes it for the engine too, and kills it in mid-step.
-        stock_shutdown(self, timeout=ENGINE_S if timeout == 0 else timeout)
+        if timeout == 0:
+            timeout = ENGINE_S + envs.VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS
+        stock_shutdown(self, timeout=timeout)
         if reader := getattr(self, "output_handler", None):
             run_in_loop(reader.get_loop(), _end_requests, self)
         # NOTE: a server freezes its heap; Triton would call what stays there leaked.

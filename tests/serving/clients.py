@@ -1,5 +1,7 @@
 """Clients of every kind at once, to be there when a server is told to end."""
 
+import json
+import select
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
@@ -7,7 +9,7 @@ from urllib.parse import urlsplit
 from .server import Server, wait_until
 
 NUM_STREAMS, NUM_PLAIN = 4, 8  # together more than the server runs at once
-PAGES = 100  # of the server's API description, more than a socket's buffers hold
+UNREAD = 2_000_000  # tokens, whose text is more than the buffers of a socket hold
 ENDLESS = {"temperature": 0.0, "extra_body": {"ignore_eos": True}}
 
 
@@ -34,14 +36,16 @@ class Clients:
         pool = ThreadPoolExecutor(NUM_PLAIN)
         self._plain = [pool.submit(ask, False) for _ in range(NUM_PLAIN)]
         pool.shutdown(wait=False)
+        silent, half, deaf = self._sockets = [socket.socket() for _ in range(3)]
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         address = urlsplit(server.url)
-        self._sockets = [
-            socket.create_connection((address.hostname, address.port)) for _ in range(3)
-        ]
-        silent, half, deaf = self._sockets
-        head = "POST /v1/completions HTTP/1.1\r\nHost: me\r\nContent-Length: 9\r\n\r\n"
-        half.sendall(head.encode())
-        deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: me\r\n\r\n" * PAGES)
+        for connection in self._sockets:
+            connection.connect((address.hostname, address.port))
+        half.sendall(_post("/v1/completions", b"{}")[:-1])
+        deaf.sendall(
+            _post("/detokenize", json.dumps({"tokens": [5] * UNREAD}).encode())
+        )
+        select.select([deaf], [], [])
         wait_until("requests wait", lambda: server.metric("num_requests_waiting") > 0)
 
     def finish_reasons(self) -> list[str]:
@@ -53,3 +57,8 @@ class Clients:
     def close(self) -> None:
         for connection in self._sockets:
             connection.close()
+
+
+def _post(path: str, body: bytes) -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: me\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body

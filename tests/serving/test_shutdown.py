@@ -19,21 +19,25 @@ NO_PROFILE = "no profile knows this model: starting with the safest roles"
 
 @pytest.fixture
 def start(planted, tmp_path) -> Iterator:
-    """`start(*arguments)`: a server of two tensor-parallel ranks, not yet up."""
+    """`start(**env)`: a server of two tensor-parallel ranks, not yet up."""
     arguments = ["--max-model-len", MAX_LEN, "--served-model-name", "planted"]
     arguments += ["--tensor-parallel-size", 2]
-    server = Server(
-        tmp_path / "log",
-        command(planted.folder, TIDAL, *arguments),
-        VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS="100",  # vLLM's 5 are for quiet machines
-    )
-    yield server
-    server.kill()
+    servers = []
+
+    def create(**env: str) -> Server:
+        words = command(planted.folder, TIDAL, *arguments)
+        servers.append(Server(tmp_path / "log", words, **env))
+        return servers[-1]
+
+    yield create
+    for server in servers:
+        server.kill()
 
 
 def test_a_busy_server(start, planted):
     """Ends all requests, and has nothing to say but that no profile is known, once."""
-    server = start
+    # vLLM's 5 seconds for its workers are for machines that are not busy.
+    server = start(VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS="100")
     server.wait_for_start()
     text = make_prompt(planted.spec, 300, 0.5, seed=5).text
     clients = Clients(server, "planted", text, MAX_LEN - 300)
@@ -46,7 +50,7 @@ def test_a_busy_server(start, planted):
 
 
 def test_a_server_that_starts(start):
-    server = start
+    server = start()
     log = server.log
     wait_until("its engine starts", lambda: "V1 LLM engine" in log.read_text(), START_S)
     assert server.terminate() == 128 + signal.SIGTERM
