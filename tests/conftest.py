@@ -5,6 +5,7 @@
 
 import gc
 import os
+import signal
 from collections import Counter
 
 import pytest
@@ -17,6 +18,10 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ["HUMMING_DISABLE_PARALLEL_BUILD"] = "1"
 # All models are built by code: a name that is no folder is an error, not a download.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# A background job ignores SIGINT, and so would every process that a test interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 NOT_QUICK = ("extended", "serial")
 _not_run = pytest.StashKey[Counter]()

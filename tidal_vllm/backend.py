@@ -219,9 +219,10 @@ def check_setup(vllm_config: "VllmConfig") -> None:
         return
     if not is_selected(vllm_config):
         if has_settings(vllm_config):
-            logger.warning(
+            _warn_once(
+                vllm_config,
                 "additional_config['tidal'] has no effect: the attention backend "
-                "TIDAL is not selected (--attention-backend tidal)"
+                "TIDAL is not selected (--attention-backend tidal)",
             )
         return
     TidalBackend.require_supported(_selector_config(vllm_config), model_config.model)
@@ -240,7 +241,15 @@ def check_setup(vllm_config: "VllmConfig") -> None:
     _check_pipeline_stages(vllm_config, startup.plan)
     _set_scheduler(vllm_config, startup)
     if startup.plan.warning:
-        logger.warning(startup.plan.warning)
+        _warn_once(vllm_config, startup.plan.warning)
+
+
+def _warn_once(vllm_config: "VllmConfig", warning: str) -> None:
+    """Warn of a config that the engine's process gets pickled and completes again."""
+    told = vars(vllm_config).setdefault("told_by_tidal", [])
+    if warning not in told:
+        told.append(warning)
+        logger.warning(warning)
 
 
 def _selector_config(vllm_config: "VllmConfig") -> AttentionSelectorConfig:

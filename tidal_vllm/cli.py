@@ -5,16 +5,19 @@ import sys
 from pathlib import Path
 
 from tidal_vllm import __version__
+from tidal_vllm.calibrate.interrupt import Interrupts
 from tidal_vllm.calibrate.options import add_options
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand and return the exit code."""
     arguments = _parser().parse_args(argv)
+    interrupts = Interrupts()
     try:
-        return arguments.run(arguments)
+        with interrupts:
+            return arguments.run(arguments)
     except KeyboardInterrupt:
-        return 130  # what a shell expects of a program stopped by SIGINT
+        return interrupts.exit_code()
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

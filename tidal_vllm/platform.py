@@ -4,7 +4,6 @@ vLLM's CUDA wheel has no CPU kernels, but its scheduler, paged KV cache, model
 code and HTTP server are Python: this platform runs them on PyTorch.
 """
 
-import logging
 import os
 import warnings
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from vllm.platforms.interface import PlatformEnum
 from vllm.utils.mem_constants import GiB_bytes
 from vllm.utils.torch_utils import startup_omp_num_threads
 
+from tidal_vllm import log_filters, shutdown
 from tidal_vllm.plugin import BACKEND_PATH, NAME
 from tidal_vllm.startup import chosen_backends
 
@@ -46,6 +46,8 @@ class TidalCpuPlatform(CpuPlatform):
 
     def __init__(self) -> None:
         super().__init__()
+        log_filters.install_all()
+        shutdown.end_with_parent()
         # NOTE: at its end, every process of vLLM's empties the accelerator's caches
         # wherever the platform is not its own CPU one; without one, that raises.
         torch.accelerator.empty_cache = lambda: None
@@ -82,6 +84,9 @@ class TidalCpuPlatform(CpuPlatform):
         executor = parallel.distributed_executor_backend
         automatic_worker = parallel.worker_cls == "auto"
         _set_kv_cache_default(vllm_config)
+        if vllm_config.cache_config.mamba_ssm_cache_dtype == "auto":
+            # What the stock platform makes of it where a CPU has certain instructions.
+            vllm_config.cache_config.mamba_ssm_cache_dtype = "float32"
         super().check_and_update_config(vllm_config)
         if automatic_worker:
             parallel.worker_cls = "tidal_vllm.cpu_worker.TidalCpuWorker"
@@ -93,7 +98,7 @@ class TidalCpuPlatform(CpuPlatform):
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         # One of vLLM's dependencies would start building CUDA programs behind its back.
         os.environ.setdefault("HUMMING_DISABLE_PARALLEL_BUILD", "1")
-        _quieten_shutdown()
+        shutdown.install()
         compilation = vllm_config.compilation_config
         compilation.mode = CompilationMode.NONE
         compilation.cudagraph_mode = CUDAGraphMode.NONE
@@ -126,32 +131,6 @@ class TidalCpuPlatform(CpuPlatform):
                     ),
                 }
             )
-
-
-def _quieten_shutdown() -> None:
-    """Keep vLLM from logging a server's orderly end as the death of its engine.
-
-    NOTE: `AsyncLLM.shutdown` stops the engine before the task that reads from it,
-    which then logs a traceback (vLLM issue 48745, open in 0.32).
-    """
-    from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.async_llm import logger as engine_logger
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    stock = AsyncLLM.shutdown
-    if hasattr(stock, "is_quiet"):
-        return
-
-    def expected(record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        return not isinstance(error, EngineDeadError)
-
-    def shutdown(self, *args, **kwargs) -> None:
-        engine_logger.addFilter(expected)
-        stock(self, *args, **kwargs)
-
-    shutdown.is_quiet = True
-    AsyncLLM.shutdown = shutdown
 
 
 def _require_tidal(name: str) -> None:

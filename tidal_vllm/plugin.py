@@ -10,6 +10,7 @@ import copyreg
 import logging
 from collections.abc import Callable
 
+from tidal_vllm import log_filters
 from tidal_vllm.versions import unsupported_vllm
 
 NAME = "TIDAL"
@@ -32,6 +33,7 @@ def register() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     copyreg.pickle(AttentionBackendEnum, _reduce_member)
+    log_filters.install(log_filters.OF_THE_SCHEDULER)
     _check_setup_early(type(current_platform))
     if current_platform.is_cpu():
         from tidal_vllm.platform import accept_tidal

@@ -88,7 +88,7 @@ class CorrectionMixin:
 
     def make_stats(self, *args, **kwargs):
         stats = super().make_stats(*args, **kwargs)
-        if stats is not None and self.layer_plan.sparse:
+        if stats is not None and self.correction_interval is not None:
             self._log_counters()
         return stats
 

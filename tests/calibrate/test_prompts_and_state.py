@@ -123,10 +123,15 @@ def test_a_folder_that_is_no_state_is_never_removed(tmp_path):
     assert (tmp_path / "thesis.tex").exists()
 
 
-def test_an_interrupt_that_python_drops_is_raised_with_the_next_answer(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_python_drops_is_raised_with_the_next_answer(
+    tmp_path, number
+):
+    before = signal.getsignal(number)
+
     class Finalized:
         def __del__(self):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             time.sleep(0.01)  # the handler runs in here, and what it raises is dropped
 
     with Interrupts() as interrupts:
@@ -140,4 +145,15 @@ def test_an_interrupt_that_python_drops_is_raised_with_the_next_answer(tmp_path)
         with pytest.raises(KeyboardInterrupt):
             state.save_reply("b", {})
     assert state.num_replies == 2
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert interrupts.exit_code() == 128 + number
+    assert signal.getsignal(number) is before
+
+
+def test_a_background_job_goes_on_ignoring_ctrl_c():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interrupts():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -32,7 +32,15 @@ def command(model: Path, tidal: dict, *arguments: str | int) -> list[str]:
     return [str(word) for word in (VLLM, "serve", model, *words, *arguments)]
 
 
-def wait_until(what: str, true: Callable[[], bool], timeout: float) -> None:
+def warnings(log: str) -> list[str]:
+    """Lines that ask for attention, but for the one on this machine's ulimit."""
+    lines = re.findall(
+        r"^.*(?:WARN|ERROR|CRITICAL|Warning|Traceback|leaked).*$", log, re.M
+    )
+    return [line for line in lines if "Found ulimit of" not in line]
+
+
+def wait_until(what: str, true: Callable[[], bool], timeout: float = STOP_S) -> None:
     end = time.monotonic() + timeout
     while not true():
         assert time.monotonic() < end, f"not within {timeout} s: {what}"
@@ -40,7 +48,7 @@ def wait_until(what: str, true: Callable[[], bool], timeout: float) -> None:
 
 
 class Server:
-    """A running server; `stop` ends it as Ctrl-C does."""
+    """A running server."""
 
     def __init__(self, log: Path, words: list[str], **env: str) -> None:
         # A free port, which nobody else is given while this socket is bound to it;
@@ -94,9 +102,14 @@ class Server:
     def is_idle(self) -> bool:
         return self.metric("num_requests_running") == 0
 
-    def stop(self) -> int:
-        """Ctrl-C, and the exit code. Only the server gets it, not its engine."""
-        self.process.send_signal(signal.SIGINT)
+    def press_ctrl_c(self) -> int:
+        """The exit code. A terminal sends SIGINT to every process of the job."""
+        os.killpg(self.process.pid, signal.SIGINT)
+        return self.process.wait(STOP_S)
+
+    def terminate(self) -> int:
+        """The exit code. `kill` and containers send SIGTERM to the server alone."""
+        self.process.terminate()
         return self.process.wait(STOP_S)
 
     def processes(self) -> list[int]:

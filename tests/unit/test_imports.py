@@ -22,6 +22,7 @@ NO_TORCH = (
         "startup",
         "versions",
         "plugin",
+        "log_filters",
     ),
     *("cli", "calibrate.choice", "calibrate.baselines", "calibrate.report"),
 )
@@ -36,6 +37,7 @@ MAY_IMPORT_VLLM = {
     "attention",
     "scheduler",
     "platform",
+    "shutdown",
     "cpu_worker",
     "metrics",
     "demo",
@@ -55,7 +57,8 @@ BELOW = {
     "ops": {"config"},
     "planted": set(),
     "metrics": {"policy"},
-    "plugin": {"versions", "platform", "startup", "backend"},
+    "log_filters": set(),
+    "plugin": {"versions", "log_filters", "platform", "startup", "backend"},
     "layer_kinds": {"config"},
     "startup": {"config", "layer_kinds", "policy", "plugin", "profiles"},
     "dense": {"ops"},
@@ -81,7 +84,10 @@ BELOW = {
         "versions",
     },
     "cpu_worker": {"metrics"},
-    "platform": {"backend", "cpu_worker", "plugin", "startup"},
+    "shutdown": set(),
+    "platform": {
+        *("backend", "cpu_worker", "log_filters", "plugin", "shutdown", "startup"),
+    },
 }
 TOP = {"cli", "demo", "doctor", "calibrate"}
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -39,9 +39,9 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.j
 
 def run(arguments: argparse.Namespace) -> int:
     """Calibrate as asked and return the exit code."""
-    state = None
+    state, interrupts = None, Interrupts()
     try:
-        with switches(), Interrupts() as interrupts:
+        with switches(), interrupts:
             request = _Request(arguments)
             job = request.job()
             asked = request.manifest(job)
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
                 f"\nStopped. {state.num_replies} answers are kept in {state.folder}: "
                 "repeat the command to go on."
             )
-        return 130
+        return interrupts.exit_code()
     print(describe(job, result, seconds))
     print(f"\nProfile: {path}\nReport:  {path.with_suffix('.html')}")
     print(_how_to_use(arguments.model, path, request.sha256, job.num_layers))

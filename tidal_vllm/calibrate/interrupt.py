@@ -1,4 +1,4 @@
-"""Ctrl-C that is not lost."""
+"""Ctrl-C and SIGTERM that are not lost."""
 
 from __future__ import annotations
 
@@ -7,31 +7,44 @@ import threading
 
 
 class Interrupts:
-    """Remembers Ctrl-C while it is entered, for `check` to raise it once more.
+    """Makes SIGINT and SIGTERM a KeyboardInterrupt, which `check` raises once more.
 
     Python drops a KeyboardInterrupt that comes up in a finalizer or a callback of C
     code, of which an engine has many; the run would go on as if nothing had happened.
+    A signal that this process was started to ignore, as SIGINT in a background job,
+    stays ignored.
+
+    Attributes:
+        signum: The signal that came, if any.
     """
 
     def __init__(self) -> None:
-        self._seen = False
+        self.signum: int | None = None
 
     def __enter__(self) -> Interrupts:
         # NOTE: Python lets only the main thread set handlers, and calls them there.
-        self._ours = threading.current_thread() is threading.main_thread()
-        if self._ours:
-            self._before = signal.signal(signal.SIGINT, self._handle)
+        ours = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if ours else ()
+        self._before = {
+            number: signal.signal(number, self._handle)
+            for number in numbers
+            if signal.getsignal(number) is not signal.SIG_IGN
+        }
         return self
 
     def __exit__(self, *_) -> None:
-        if self._ours:
-            signal.signal(signal.SIGINT, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if there was one."""
-        if self._seen:
+        if self.signum is not None:
             raise KeyboardInterrupt
 
-    def _handle(self, *_) -> None:
-        self._seen = True
+    def exit_code(self) -> int:
+        """What a shell expects of a program that a signal stopped."""
+        return 128 + (self.signum or signal.SIGINT)
+
+    def _handle(self, number: int, _) -> None:
+        self.signum = number
         raise KeyboardInterrupt
