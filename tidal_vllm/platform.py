@@ -78,6 +78,10 @@ class TidalCpuPlatform(CpuPlatform):
         for name in sorted(chosen_backends(vllm_config)):
             _require_tidal(name)
         _refuse_speculation_without_triton(vllm_config)
+        if vllm_config.model_config is not None:
+            from tidal_vllm.backend import refuse_model
+
+            refuse_model(vllm_config.model_config)  # its dense attention is ours too
         parallel = vllm_config.parallel_config
         executor = parallel.distributed_executor_backend
         automatic_worker = parallel.worker_cls == "auto"
