@@ -1,6 +1,7 @@
 """One flag selects backend and scheduler; what cannot be corrected is refused."""
 
 import pytest
+from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -10,6 +11,7 @@ from tidal_vllm.scheduler import TidalAsyncScheduler, TidalScheduler
 from .harness import engine_kwargs
 from .models import SPARSE
 
+NATIVE = {"kv_offloading_size": 1.0, "kv_offloading_backend": "native"}
 CORRECTING = SPARSE | {"correction_interval": 8}
 
 
@@ -58,8 +60,12 @@ def test_asynchronous_where_vllm_is(model, monkeypatch):
 
 @pytest.mark.parametrize(
     "tidal",
-    [None, SPARSE | {"select_layers": [], "correction_interval": 8}],
-    ids=["dense", "off"],
+    [
+        None,
+        SPARSE | {"select_layers": [], "correction_interval": 8},
+        CORRECTING | {"token_budget": 1024},
+    ],
+    ids=["dense", "off", "no sequence is longer than the budget"],
 )
 def test_vllms_own_where_every_step_is_dense(model, tidal):
     assert scheduler_class(model, tidal) is Scheduler
@@ -131,9 +137,29 @@ def test_any_other_is_respected_where_it_does_no_harm(model, tidal, kwargs):
             },
             "kv_transfer_config = ExampleConnector: ",
         ),
+        (NATIVE, "kv_offloading_size = 1.0: .*kv_offloading_backend = native. copies"),
+        (NATIVE | {"kv_offloading_backend": "lmcache"}, "kv_offloading_size = 1.0: "),
     ],
-    ids=["threshold", "batch", "interval", "connector"],
+    ids=["threshold", "batch", "interval", "connector", "offloading", "lmcache"],
 )
 def test_refused_at_start_up(model, kwargs, message):
     with pytest.raises(ValueError, match=message):
         scheduler_class(model, CORRECTING, **kwargs)
+
+
+def test_offloading_is_respected_where_it_does_no_harm(model):
+    tidal = SPARSE | {"publish_polluted": True}
+    arguments = EngineArgs(model=str(model), **engine_kwargs(tidal, **NATIVE))
+    config = arguments.create_engine_config()
+    assert config.kv_transfer_config.kv_connector == "OffloadingConnector"
+
+
+def test_the_scheduler_refuses_what_vllm_changed_since(model):
+    config = EngineArgs(
+        model=str(model), **engine_kwargs(SPARSE)
+    ).create_engine_config()
+    config.kv_transfer_config = KVTransferConfig(
+        kv_connector="ExampleConnector", kv_role="kv_both"
+    )
+    with pytest.raises(ValueError, match="kv_transfer_config = ExampleConnector: "):
+        TidalScheduler(vllm_config=config)
