@@ -120,6 +120,11 @@ def _kinds_of_layers(
     return layer_kinds(*model, None, has_state), longest
 
 
+def has_convolutions(model_config: Any) -> bool:
+    """Whether the states that the model keeps are those of short convolutions."""
+    return "conv" in (getattr(model_config.hf_text_config, "layer_types", None) or ())
+
+
 def _full_layers(kinds: tuple[LayerKind, ...]) -> tuple[int, ...]:
     return tuple(i for i, kind in enumerate(kinds) if kind is LayerKind.FULL)
 

@@ -11,6 +11,7 @@ from tidal_vllm.scheduler import TidalAsyncScheduler, TidalScheduler
 from .harness import engine_kwargs
 from .models import SPARSE
 
+CONNECTOR = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
 NATIVE = {"kv_offloading_size": 1.0, "kv_offloading_backend": "native"}
 CORRECTING = SPARSE | {"correction_interval": 8}
 
@@ -140,7 +141,15 @@ def test_any_other_is_respected_where_it_does_no_harm(model, tidal, kwargs):
         (NATIVE, "kv_offloading_size = 1.0: .*kv_offloading_backend = native. copies"),
         (NATIVE | {"kv_offloading_backend": "lmcache"}, "kv_offloading_size = 1.0: "),
     ],
-    ids=["threshold", "batch", "interval", "connector", "offloading", "lmcache"],
+    ids=[
+        "threshold",
+        "batch",
+        "interval",
+        "connector",
+        "microbatches",
+        "offloading",
+        "lmcache",
+    ],
 )
 def test_refused_at_start_up(model, kwargs, message):
     with pytest.raises(ValueError, match=message):
@@ -154,12 +163,23 @@ def test_offloading_is_respected_where_it_does_no_harm(model):
     assert config.kv_transfer_config.kv_connector == "OffloadingConnector"
 
 
-def test_the_scheduler_refuses_what_vllm_changed_since(model):
-    config = EngineArgs(
-        model=str(model), **engine_kwargs(SPARSE)
-    ).create_engine_config()
-    config.kv_transfer_config = KVTransferConfig(
-        kv_connector="ExampleConnector", kv_role="kv_both"
-    )
-    with pytest.raises(ValueError, match="kv_transfer_config = ExampleConnector: "):
+@pytest.mark.parametrize(
+    ("part", "key", "value", "message"),
+    [
+        (None, "kv_transfer_config", CONNECTOR, "kv_transfer_config = ExampleConn"),
+        ("parallel_config", "enable_dbo", True, "enable_dbo = True: both halves of a"),
+    ],
+)
+def test_the_scheduler_refuses_what_has_changed_since(model, part, key, value, message):
+    """vLLM's CPU platform, for one, turns microbatches off by itself."""
+
+    def make_scheduler(tidal):
+        arguments = EngineArgs(model=str(model), **engine_kwargs(tidal))
+        config = arguments.create_engine_config()
+        setattr(getattr(config, part) if part else config, key, value)
         TidalScheduler(vllm_config=config)
+
+    with pytest.raises(ValueError, match=message):
+        make_scheduler(SPARSE)
+    with pytest.raises(TypeError, match="missing"):  # vLLM's, which needs more
+        make_scheduler(SPARSE | {"select_layers": []})

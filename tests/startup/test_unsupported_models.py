@@ -43,6 +43,13 @@ ARGUMENTS = {
         "allowed: TIDAL (sparse decoding), or none (dense attention)",
     ),
 }
+AWQ = {
+    "quant_method": "awq",
+    "bits": 4,
+    "group_size": 32,
+    "zero_point": True,
+    "version": "gemm",
+}
 # With speculative decoding: our settings, more of vLLM's, the message.
 SPECULATION = {
     "reselect_interval": (
@@ -100,6 +107,29 @@ def test_refuses_model(refusal, model_root, case):
     message = refusal(model=case, runner="pooling" if case == "encoder" else "auto")
     assert f"cannot run {model_root / case}: {given}" in message
     assert f": {allowed}" in message
+
+
+# What vLLM would look for in the first step only, TIDAL selected or not.
+NO_KERNELS = {
+    "granite4": (
+        {},
+        "GraniteMoeHybridForCausalLM keeps states (Mamba, linear attention) whose ",
+    ),
+    "qwen3_next": ({}, "Qwen3NextForCausalLM keeps states"),
+    "llama": (
+        {"quantization_config": AWQ},
+        "quantization = auto_awq: its kernels need an",
+    ),
+}
+
+
+@pytest.mark.parametrize("model", NO_KERNELS)
+def test_refuses_what_needs_an_accelerator(refusal, model):
+    fields, reason = NO_KERNELS[model]
+    given = {"hf_overrides": fields, "dtype": "float16", "attention_backend": None}
+    message = refusal(model=model, **given)
+    assert reason in message
+    assert "; allowed " in message
 
 
 def test_refuses_a_model_for_other_kernels_unselected_too(refusal):
