@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 TIDAL_VLLM = Path(sys.executable).with_name("tidal-vllm")
-TIMEOUT = 1200  # seconds; a busy machine takes most of them
+TIMEOUT = 300  # seconds
 
 
 def run(
