@@ -1,5 +1,7 @@
 """One layer of one step, top to bottom: write KV, prefill, decode by role."""
 
+from typing import Any
+
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.platforms import current_platform
@@ -27,25 +29,22 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        **of_some_models: Any,
     ) -> None:
-        refused = {
-            "alibi_slopes": alibi_slopes,
-            "logits_soft_cap": logits_soft_cap or None,
-            "kv_sharing_target_layer_name": kv_sharing_target_layer_name,
-        }
-        for key, value in refused.items():
-            if value is not None:
-                raise ValueError(
-                    f"{key} = {value}: not supported by the TIDAL attention backend; "
-                    "allowed None"
-                )
+        _require_absent(
+            alibi_slopes=alibi_slopes,
+            logits_soft_cap=logits_soft_cap or None,
+            kv_sharing_target_layer_name=kv_sharing_target_layer_name,
+            **of_some_models,
+        )
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self.sliding_window = sliding_window
         config = get_current_vllm_config()
+        sliding_window = resolve(config).window(sliding_window)
+        self.sliding_window = sliding_window
         self.kernels, self.dense_backend = choose_implementations(
             config, head_size, kv_cache_dtype, sliding_window is not None
         )
@@ -196,6 +195,23 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
             )
         if follow is not None:
             kernels.sparse_decode(*paged, *chosen, follow[rows], **both)
+
+
+# What vLLM's models pass for "not here", where that is not None.
+_ABSENT = {"chunk_lookback": -1}
+
+
+def _require_absent(**arguments: Any) -> None:
+    """Raise a ValueError that names the first argument that a layer really has."""
+    for key, value in arguments.items():
+        if value is None or (key in _ABSENT and value == _ABSENT[key]):
+            continue
+        if isinstance(value, torch.Tensor):
+            value = f"a tensor of {[*value.shape]}"
+        raise ValueError(
+            f"{key} = {value}: not supported by the TIDAL attention backend; "
+            f"allowed {_ABSENT.get(key)}"
+        )
 
 
 def _to_fp8(query: torch.Tensor, layer: AttentionLayer) -> torch.Tensor:

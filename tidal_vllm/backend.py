@@ -13,23 +13,17 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from tidal_vllm.attention import TidalImpl
-from tidal_vllm.config import TidalConfigError
 from tidal_vllm.dense import choose_dense_backend
 from tidal_vllm.metadata import TidalMetadataBuilder
 from tidal_vllm.plugin import NAME
 from tidal_vllm.policy import check_pipeline_stage
+from tidal_vllm.promises import check_promises, needs_scheduler
 from tidal_vllm.sparse_state import choose_implementations
-from tidal_vllm.startup import (
-    Startup,
-    has_settings,
-    is_selected,
-    resolve,
-    uncorrectable,
-)
+from tidal_vllm.startup import Startup, has_settings, is_selected, resolve
 from tidal_vllm.versions import unsupported_vllm
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 logger = init_logger("vllm.tidal.backend")
 
@@ -64,6 +58,13 @@ _EXPLAINED = {
     "batch invariance not supported": "VLLM_BATCH_INVARIANT = 1: allowed 0",
     "PCP not supported": "prefill_context_parallel_size > 1: allowed 1",
     "DCP not supported": "decode_context_parallel_size > 1: allowed 1",
+}
+
+
+# Of a model's config: what vLLM builds a model's layers for, where it is there.
+_REFUSED_FIELDS = {
+    "dual_chunk_attention_config": "dual chunk attention (Qwen2.5-1M)",
+    "canvas_length": "block diffusion",
 }
 
 
@@ -225,6 +226,7 @@ def check_setup(vllm_config: "VllmConfig") -> None:
                 "TIDAL is not selected (--attention-backend tidal)",
             )
         return
+    refuse_model(model_config)
     TidalBackend.require_supported(_selector_config(vllm_config), model_config.model)
     startup = resolve(vllm_config)
     cache_config = vllm_config.cache_config
@@ -236,8 +238,7 @@ def check_setup(vllm_config: "VllmConfig") -> None:
         )
     if cache_config.block_size is not None:
         startup.config.check_kv_block_size(cache_config.block_size)
-    _check_microbatches(vllm_config, startup)
-    _check_speculation(vllm_config, startup)
+    check_promises(vllm_config, startup)
     _check_pipeline_stages(vllm_config, startup.plan)
     _set_scheduler(vllm_config, startup)
     if startup.plan.warning:
@@ -250,6 +251,22 @@ def _warn_once(vllm_config: "VllmConfig", warning: str) -> None:
     if warning not in told:
         told.append(warning)
         logger.warning(warning)
+
+
+def refuse_model(model_config: "ModelConfig") -> None:
+    """Refuse a model that vLLM would build for kernels which are not here.
+
+    Raises:
+        ValueError: Names the field of the model's config and what is allowed.
+    """
+    both = (model_config.hf_config, model_config.hf_text_config)
+    for field, kind in _REFUSED_FIELDS.items():
+        value = next((v for c in both if (v := getattr(c, field, None))), None)
+        if value:
+            raise ValueError(
+                f"The {NAME} attention backend cannot run {model_config.model}: "
+                f"{field} = {value}: allowed are models without {kind}"
+            )
 
 
 def _selector_config(vllm_config: "VllmConfig") -> AttentionSelectorConfig:
@@ -281,13 +298,12 @@ def _selector_config(vllm_config: "VllmConfig") -> AttentionSelectorConfig:
 
 
 def _set_scheduler(vllm_config: "VllmConfig", startup: Startup) -> None:
-    """Choose the scheduler that corrects, or refuse what keeps it from doing so.
+    """Choose the scheduler that corrects, or refuse one that cannot keep a promise.
 
     Nothing happens where every step is dense: there is nothing to correct.
     """
     if not startup.plan.sparse:
         return
-    _check_correction(vllm_config, startup)
     scheduler = vllm_config.scheduler_config
     given = scheduler.scheduler_cls
     if given is None:
@@ -299,83 +315,12 @@ def _set_scheduler(vllm_config: "VllmConfig", startup: Startup) -> None:
     from tidal_vllm.scheduler import CorrectionMixin
 
     cls = resolve_obj_by_qualname(given) if isinstance(given, str) else given
-    needed = _needs_scheduler(vllm_config, startup)
+    needed = needs_scheduler(vllm_config, startup)
     if needed and not issubclass(cls, CorrectionMixin):
         raise ValueError(
             f"scheduler_cls = {given}: {needed}; allowed None (chosen with the "
             f"attention backend) or a subclass of {SYNC_SCHEDULER} or {ASYNC_SCHEDULER}"
         )
-
-
-def _needs_scheduler(vllm_config: "VllmConfig", startup: Startup) -> str:
-    """What only our scheduler can do; empty where any other does as well."""
-    config = startup.config
-    if config.correction_interval is not None:
-        return (
-            f"it does not run corrections (tidal.correction_interval = "
-            f"{config.correction_interval}; null turns them off)"
-        )
-    caching = vllm_config.cache_config.enable_prefix_caching is not False
-    if caching and not config.publish_polluted:
-        return (
-            "it would publish the KV of sparse layers in the prefix cache "
-            "(--no-enable-prefix-caching or tidal.publish_polluted = true would do)"
-        )
-    return ""
-
-
-def _check_correction(vllm_config: "VllmConfig", startup: Startup) -> None:
-    config, scheduler = startup.config, vllm_config.scheduler_config
-    correcting = config.correction_interval is not None
-    if correcting and (reason := uncorrectable(vllm_config)):
-        key = "tidal.correction_interval"
-        raise TidalConfigError(key, config.correction_interval, reason)
-    transfer = vllm_config.kv_transfer_config
-    if transfer is not None and (correcting or not config.publish_polluted):
-        raise ValueError(
-            f"kv_transfer_config = {transfer.kv_connector}: a KV connector copies "
-            "blocks out before they are corrected; allowed None, or "
-            "tidal.publish_polluted = true without tidal.correction_interval"
-        )
-    limits = {
-        "max_num_batched_tokens": scheduler.max_num_batched_tokens,
-        "max_num_scheduled_tokens": scheduler.max_num_scheduled_tokens,
-        "long_prefill_token_threshold": scheduler.long_prefill_token_threshold,
-    }
-    for key, limit in limits.items():
-        if correcting and limit == 1:
-            raise ValueError(
-                f"{key} = 1: a correction computes at least 2 tokens of a sequence "
-                "in one step; allowed >= 2, or tidal.correction_interval = null"
-            )
-
-
-def _check_microbatches(vllm_config: "VllmConfig", startup: Startup) -> None:
-    if startup.plan.sparse and vllm_config.parallel_config.use_ubatching:
-        raise ValueError(
-            "enable_dbo = True: both halves of a batch would write the one selection "
-            "that its layers hand on; allowed False, or tidal.select_layers = []"
-        )
-
-
-def _check_speculation(vllm_config: "VllmConfig", startup: Startup) -> None:
-    speculation, config = vllm_config.speculative_config, startup.config
-    if speculation is None or not startup.plan.sparse:
-        return
-    backend = speculation.attention_backend
-    if backend is not None and backend.name == NAME:
-        raise ValueError(
-            f"speculative_config.attention_backend = {NAME}: a draft model decodes "
-            "densely; allowed None or another backend"
-        )
-    for key, allowed in {"reselect_interval": 1, "correction_interval": None}.items():
-        value = getattr(config, key)
-        if value != allowed:
-            raise ValueError(
-                f"tidal.{key} = {value}: speculative decoding takes back tokens and "
-                "moves from step to step by more than one; allowed with "
-                f"speculative_config: {'null' if allowed is None else allowed}"
-            )
 
 
 def _check_pipeline_stages(vllm_config: "VllmConfig", plan) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tidal_vllm.config import TidalConfig
+from tidal_vllm.lengths import limit_plan
 from tidal_vllm.plan_table import format_plan
 from tidal_vllm.planted import (
     PlantedPrompt,
@@ -53,8 +54,9 @@ def run_demo(model_dir: Path, contexts: list[int], token_budget: int) -> int:
         "select_layers": list(spec.select_layers),
     }
     config = TidalConfig(**tidal)
-    plan = plan_layers(config, spec.num_layers, None)
-    print(format_plan(plan, config, model_name="the planted model"))
+    longest = _max_model_len(prompts)
+    plan = limit_plan(plan_layers(config, spec.num_layers, None), config, longest)
+    print(format_plan(plan, config, longest, "the planted model"))
 
     dense = _ask("dense: LLM(model)", model_dir, prompts, {})
     sparse = _ask(
@@ -76,6 +78,10 @@ def run_demo(model_dir: Path, contexts: list[int], token_budget: int) -> int:
     return 1 if wrong else 0
 
 
+def _max_model_len(prompts: list[PlantedPrompt]) -> int:
+    return max(len(prompt.prompt_token_ids) for prompt in prompts) + 64
+
+
 def _ask(
     title: str, model_dir: Path, prompts: list[PlantedPrompt], backend: dict
 ) -> list[Answer]:
@@ -86,7 +92,7 @@ def _ask(
     start = time.perf_counter()
     llm = LLM(
         str(model_dir),
-        max_model_len=max(len(p.prompt_token_ids) for p in prompts) + 64,
+        max_model_len=_max_model_len(prompts),
         kv_cache_memory_bytes=KV_CACHE_BYTES,
         max_num_seqs=4,
         disable_log_stats=False,

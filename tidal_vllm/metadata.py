@@ -143,7 +143,10 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
 
         Where no layer is sparse, whatever the dense backend supports.
         """
-        slides = isinstance(kv_cache_spec, SlidingWindowSpec)
+        slides = (
+            isinstance(kv_cache_spec, SlidingWindowSpec)
+            and resolve(vllm_config).window(kv_cache_spec.sliding_window) is not None
+        )
         kernels, backend = choose_implementations(
             vllm_config,
             vllm_config.model_config.get_head_size(),
@@ -292,8 +295,8 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         from vllm.distributed.parallel_state import is_global_first_rank
 
         if is_global_first_rank():
-            model = self.vllm_config.model_config.model
-            lines = [format_plan(self.plan, config, model_name=model)]
+            model = self.vllm_config.model_config
+            lines = [format_plan(self.plan, config, model.max_model_len, model.model)]
             if self.state is not None:
                 lines += [f"kernels: {self.state.kernels.why}", str(self.state)]
             lines.append(f"dense attention: {dense_backend.get_name()}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from tidal_vllm.config import TidalConfig
+from tidal_vllm.lengths import format_length, shown_lengths
 from tidal_vllm.policy import (
     LayerPlan,
     Role,
@@ -17,9 +18,16 @@ WIDTH = 80
 
 
 def format_plan(
-    plan: LayerPlan, config: TidalConfig, model_name: str = "this model"
+    plan: LayerPlan,
+    config: TidalConfig,
+    max_model_len: int,
+    model_name: str = "this model",
 ) -> str:
-    """The start-up table: lines of at most 80 columns, no trailing newline."""
+    """The start-up table: lines of at most 80 columns, no trailing newline.
+
+    Args:
+        max_model_len: vLLM's; what is read is not shown for longer sequences.
+    """
     if len(model_name) > 40:
         model_name = "..." + model_name[-37:]
     title = f"TIDAL sparse decoding of {model_name}, {plan.num_layers} layers"
@@ -33,14 +41,16 @@ def format_plan(
     if plan.source:
         rows.append(("roles from", plan.source))
     if plan.sparse:
-        rows += _budget_rows(plan, config)
+        rows += _budget_rows(plan, config, max_model_len)
     lines = [line for row in rows for line in _row(*row)]
     if plan.off_reason:
         lines += _row("OFF", f"every step is dense: {plan.off_reason}")
     return "\n".join([title, *lines])
 
 
-def _budget_rows(plan: LayerPlan, config: TidalConfig) -> list[tuple[str, str]]:
+def _budget_rows(
+    plan: LayerPlan, config: TidalConfig, max_model_len: int
+) -> list[tuple[str, str]]:
     rule = SelectionRule.from_config(config)
     budget = (
         f"{rule.token_budget} tokens per set: {rule.budget_blocks} blocks of "
@@ -54,21 +64,24 @@ def _budget_rows(plan: LayerPlan, config: TidalConfig) -> list[tuple[str, str]]:
     if rule.sparse_threshold < rule.keep_all_len:
         threshold += f" (up to {rule.keep_all_len} every block is kept)"
     at_least = "at least " if config.scope == "query_head" else ""
-    share_32k, share_128k = (kv_read_share(plan, config, n * 1024) for n in (32, 128))
     alone = plan.num_full_layers < plan.num_layers
     whose = ", of the full-attention layers" if alone else ""
     return [
         ("budget", budget),
         ("forced", f"{sink}{recent}, within the budget"),
         ("sparse above", threshold),
-        (
-            "KV read",
-            f"{at_least}{share_32k:.1%} of dense at 32K, {share_128k:.1%} at 128K"
-            f"{whose}",
-        ),
+        ("KV read", f"{at_least}{_shares(plan, config, max_model_len)}{whose}"),
         ("selection", _selection_text(config)),
         ("correction", _correction_text(config)),
     ]
+
+
+def _shares(plan: LayerPlan, config: TidalConfig, max_model_len: int) -> str:
+    shares = [
+        f"{kv_read_share(plan, config, length):.1%} at {format_length(length)}"
+        for length in shown_lengths(max_model_len)
+    ]
+    return ", ".join(shares).replace("% at", "% of dense at", 1)
 
 
 def _selection_text(config: TidalConfig) -> str:

@@ -18,10 +18,10 @@ from vllm.utils.torch_utils import startup_omp_num_threads
 
 from tidal_vllm import log_filters, shutdown
 from tidal_vllm.plugin import BACKEND_PATH, NAME
-from tidal_vllm.startup import chosen_backends
+from tidal_vllm.startup import chosen_backends, has_convolutions
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
@@ -80,6 +80,11 @@ class TidalCpuPlatform(CpuPlatform):
         for name in sorted(chosen_backends(vllm_config)):
             _require_tidal(name)
         _refuse_speculation_without_triton(vllm_config)
+        if vllm_config.model_config is not None:
+            from tidal_vllm.backend import refuse_model
+
+            refuse_model(vllm_config.model_config)  # its dense attention is ours too
+            _refuse_what_has_no_pytorch_code(vllm_config.model_config)
         parallel = vllm_config.parallel_config
         executor = parallel.distributed_executor_backend
         automatic_worker = parallel.worker_cls == "auto"
@@ -151,6 +156,25 @@ def _refuse_speculation_without_triton(vllm_config: "VllmConfig") -> None:
             f"speculative_config.method = {speculation.method}: speculative decoding "
             "needs Triton, which is off without an accelerator; allowed: no "
             "speculative_config"
+        )
+
+
+def _refuse_what_has_no_pytorch_code(model_config: "ModelConfig") -> None:
+    """It would fail in the first step: vLLM looks for the kernels no earlier."""
+    from vllm.triton_utils import HAS_TRITON
+
+    quantization = model_config.quantization
+    if quantization is not None and "awq" in quantization:
+        raise ValueError(
+            f"quantization = {quantization}: its kernels need an accelerator; allowed "
+            "None, or a method that vLLM runs in PyTorch (int8_per_channel_weight_only)"
+        )
+    keeps_states = model_config.is_hybrid or model_config.is_attention_free
+    if keeps_states and not HAS_TRITON and not has_convolutions(model_config):
+        raise ValueError(
+            f"{model_config.architecture} keeps states (Mamba, linear attention) whose "
+            "kernels need Triton, which is off without an accelerator; allowed are "
+            "models with full attention, sliding windows and short convolutions"
         )
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllm import envs
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import max_decode_query_len
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -29,6 +30,7 @@ from tidal_vllm.correction import (
     pollutes,
 )
 from tidal_vllm.metrics import CorrectionCounters
+from tidal_vllm.promises import check_promises
 from tidal_vllm.startup import resolve
 
 logger = init_logger("vllm.tidal.scheduler")
@@ -41,9 +43,11 @@ class CorrectionMixin:
     are those from there to `num_computed_tokens`.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        startup = resolve(self.vllm_config)
+    def __init__(self, vllm_config: VllmConfig, *args, **kwargs) -> None:
+        startup = resolve(vllm_config)
+        # Again, and before vLLM makes what would break a promise.
+        check_promises(vllm_config, startup)
+        super().__init__(vllm_config, *args, **kwargs)
         self.layer_plan, self.selection_rule = startup.plan, startup.rule
         sparse = self.layer_plan.sparse
         self.correction_interval = (

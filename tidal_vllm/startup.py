@@ -10,6 +10,7 @@ from typing import Any
 
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.layer_kinds import LayerKind, layer_kinds, why_not_correctable
+from tidal_vllm.lengths import limit_plan
 from tidal_vllm.plugin import NAME
 from tidal_vllm.policy import LayerPlan, SelectionRule, all_dense, plan_layers
 from tidal_vllm.profiles import Profile, find_profile, near_miss
@@ -18,11 +19,31 @@ from tidal_vllm.profiles.fingerprint import config_sha256
 
 @dataclass(frozen=True)
 class Startup:
-    """What was asked for, and what follows from it for this model."""
+    """What was asked for, and what follows from it for this model.
+
+    Attributes:
+        kinds: The kind of every layer, over all pipeline stages; empty where TIDAL is
+            not selected.
+        never_slides: Tokens. A window of so many or more holds every sequence: its
+            layer has full attention. None: windows are what the model says.
+    """
 
     config: TidalConfig
     plan: LayerPlan
     rule: SelectionRule
+    kinds: tuple[LayerKind, ...] = ()
+    never_slides: int | None = None
+
+    @property
+    def full_layers(self) -> tuple[int, ...]:
+        """Indices of the layers with full attention, ascending."""
+        return _full_layers(self.kinds)
+
+    def window(self, sliding_window: int | None) -> int | None:
+        """The window that a layer of vLLM's really has; None: full attention."""
+        if sliding_window is None or self.never_slides is None:
+            return sliding_window
+        return sliding_window if sliding_window < self.never_slides else None
 
 
 def chosen_backends(vllm_config: Any) -> set[str]:
@@ -56,42 +77,63 @@ def resolve(vllm_config: Any) -> Startup:
         plan = all_dense(
             num_layers, "nowhere", "the attention backend TIDAL is not selected"
         )
-    else:
-        config = TidalConfig.from_additional_config(vllm_config.additional_config)
-        config.check_max_model_len(model_config.max_model_len)
-        name, shape = model_config.model, model_sha256(model_config)
-        profile = find_profile(config.profile, name, num_layers, config_sha256=shape)
-        if profile is not None:
-            config = _with_settings(config, profile, vllm_config)
-        full = full_layers(model_config)
-        plan = plan_layers(config, num_layers, profile, full)
-        mismatch = near_miss(name, num_layers, config_sha256=shape)
-        if profile is None and plan.warning and mismatch:
-            plan = replace(plan, warning=f"{mismatch}; {plan.warning}")
-    return Startup(config, plan, SelectionRule.from_config(config))
+        return Startup(config, plan, SelectionRule.from_config(config))
+    config = TidalConfig.from_additional_config(vllm_config.additional_config)
+    config.check_max_model_len(model_config.max_model_len)
+    name, shape = model_config.model, model_sha256(model_config)
+    profile = find_profile(config.profile, name, num_layers, config_sha256=shape)
+    if profile is not None:
+        config = _with_settings(config, profile, vllm_config)
+    used = profile if config.select_layers is None else None
+    kinds, never_slides = _kinds_of_layers(model_config, used)
+    plan = plan_layers(config, num_layers, profile, _full_layers(kinds))
+    mismatch = near_miss(name, num_layers, config_sha256=shape)
+    if profile is None and plan.warning and mismatch:
+        plan = replace(plan, warning=f"{mismatch}; {plan.warning}")
+    plan = limit_plan(plan, config, model_config.max_model_len)
+    rule = SelectionRule.from_config(config)
+    return Startup(config, plan, rule, kinds, never_slides)
 
 
-def kinds_of_layers(model_config: Any) -> tuple[LayerKind, ...]:
-    """The kind of every layer of vLLM's model, over all pipeline stages."""
-    return layer_kinds(
+def _kinds_of_layers(
+    model_config: Any, profile: Profile | None
+) -> tuple[tuple[LayerKind, ...], int | None]:
+    """The kind of every layer, and from which length on a window never slides.
+
+    A profile whose layers have full attention whatever the length was measured beside
+    windows: those stay what they are.
+    """
+    model = (
         model_config.hf_text_config,
         model_config.get_total_num_hidden_layers(),
-        model_config.get_sliding_window(),
-        model_config.is_hybrid,
     )
+    window, has_state = model_config.get_sliding_window(), model_config.is_hybrid
+    kinds = layer_kinds(*model, window, has_state)
+    # NOTE: with -1 vLLM lowers max_model_len once the layers are made.
+    fitted = model_config.original_max_model_len == -1
+    longest = model_config.max_model_len
+    if window is None or window < longest or fitted:
+        return kinds, None
+    named = {*profile.dense_layers, *profile.select_layers} if profile else set()
+    if named and named <= {*_full_layers(kinds)}:
+        return kinds, None
+    return layer_kinds(*model, None, has_state), longest
 
 
-def full_layers(model_config: Any) -> tuple[int, ...]:
-    """Indices of the layers with full attention, ascending."""
-    kinds = kinds_of_layers(model_config)
+def has_convolutions(model_config: Any) -> bool:
+    """Whether the states that the model keeps are those of short convolutions."""
+    return "conv" in (getattr(model_config.hf_text_config, "layer_types", None) or ())
+
+
+def _full_layers(kinds: tuple[LayerKind, ...]) -> tuple[int, ...]:
     return tuple(i for i, kind in enumerate(kinds) if kind is LayerKind.FULL)
 
 
-def uncorrectable(vllm_config: Any) -> str | None:
+def uncorrectable(vllm_config: Any, startup: Startup) -> str | None:
     """Why this model's tokens cannot be corrected; None where they can."""
     model_config, scheduler = vllm_config.model_config, vllm_config.scheduler_config
     return why_not_correctable(
-        kinds_of_layers(model_config),
+        startup.kinds,
         has_state=model_config.is_hybrid,
         # NOTE: None until vLLM's configuration is complete; then mostly False.
         frees_blocks=not scheduler.disable_hybrid_kv_cache_manager,

@@ -174,12 +174,13 @@ def test_config_hash_is_of_the_shape():
 # What the backend makes of one
 
 
-def startup(tidal: dict, max_model_len: int = 4096):
+def startup(tidal: dict, max_model_len: int = 8192):
     """`resolve` with the parts of vLLM's config that it reads."""
     shape = types.SimpleNamespace(to_dict=lambda: SHAPE)
     model = types.SimpleNamespace(
         model="mine",
         max_model_len=max_model_len,
+        original_max_model_len=max_model_len,
         hf_text_config=shape,
         get_total_num_hidden_layers=lambda: 8,
         get_sliding_window=lambda: None,

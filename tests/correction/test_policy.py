@@ -186,5 +186,5 @@ def test_interval_beyond_any_output():
     ],
 )
 def test_the_start_up_table_says_so(settings, text):
-    table = format_plan(PLAN, TidalConfig(**SETTINGS, **settings))
+    table = format_plan(PLAN, TidalConfig(**SETTINGS, **settings), 1024)
     assert f"correction {text}" in " ".join(table.split())

@@ -1,6 +1,7 @@
 """One flag selects backend and scheduler; what cannot be corrected is refused."""
 
 import pytest
+from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -10,6 +11,8 @@ from tidal_vllm.scheduler import TidalAsyncScheduler, TidalScheduler
 from .harness import engine_kwargs
 from .models import SPARSE
 
+CONNECTOR = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+NATIVE = {"kv_offloading_size": 1.0, "kv_offloading_backend": "native"}
 CORRECTING = SPARSE | {"correction_interval": 8}
 
 
@@ -58,8 +61,12 @@ def test_asynchronous_where_vllm_is(model, monkeypatch):
 
 @pytest.mark.parametrize(
     "tidal",
-    [None, SPARSE | {"select_layers": [], "correction_interval": 8}],
-    ids=["dense", "off"],
+    [
+        None,
+        SPARSE | {"select_layers": [], "correction_interval": 8},
+        CORRECTING | {"token_budget": 1024},
+    ],
+    ids=["dense", "off", "no sequence is longer than the budget"],
 )
 def test_vllms_own_where_every_step_is_dense(model, tidal):
     assert scheduler_class(model, tidal) is Scheduler
@@ -131,9 +138,48 @@ def test_any_other_is_respected_where_it_does_no_harm(model, tidal, kwargs):
             },
             "kv_transfer_config = ExampleConnector: ",
         ),
+        (NATIVE, "kv_offloading_size = 1.0: .*kv_offloading_backend = native. copies"),
+        (NATIVE | {"kv_offloading_backend": "lmcache"}, "kv_offloading_size = 1.0: "),
     ],
-    ids=["threshold", "batch", "interval", "connector"],
+    ids=[
+        "threshold",
+        "batch",
+        "interval",
+        "connector",
+        "microbatches",
+        "offloading",
+        "lmcache",
+    ],
 )
 def test_refused_at_start_up(model, kwargs, message):
     with pytest.raises(ValueError, match=message):
         scheduler_class(model, CORRECTING, **kwargs)
+
+
+def test_offloading_is_respected_where_it_does_no_harm(model):
+    tidal = SPARSE | {"publish_polluted": True}
+    arguments = EngineArgs(model=str(model), **engine_kwargs(tidal, **NATIVE))
+    config = arguments.create_engine_config()
+    assert config.kv_transfer_config.kv_connector == "OffloadingConnector"
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "message"),
+    [
+        (None, "kv_transfer_config", CONNECTOR, "kv_transfer_config = ExampleConn"),
+        ("parallel_config", "enable_dbo", True, "enable_dbo = True: both halves of a"),
+    ],
+)
+def test_the_scheduler_refuses_what_has_changed_since(model, part, key, value, message):
+    """vLLM's CPU platform, for one, turns microbatches off by itself."""
+
+    def make_scheduler(tidal):
+        arguments = EngineArgs(model=str(model), **engine_kwargs(tidal))
+        config = arguments.create_engine_config()
+        setattr(getattr(config, part) if part else config, key, value)
+        TidalScheduler(vllm_config=config)
+
+    with pytest.raises(ValueError, match=message):
+        make_scheduler(SPARSE)
+    with pytest.raises(TypeError, match="missing"):  # vLLM's, which needs more
+        make_scheduler(SPARSE | {"select_layers": []})

@@ -309,7 +309,8 @@ def test_an_engine_whose_every_decode_is_captured(llm):
         llm.reset_prefix_cache()
         wanted = serve(llm, ARRIVALS, logprobs=2)
         decoded = counters(llm)
-    with captured(llm, [1, 2, 3, 4], **SETTINGS | {"token_budget": 2048}):
+    all_kept = {"token_budget": 2048, "min_sparse_len": 2046}
+    with captured(llm, [1, 2, 3, 4], **SETTINGS | all_kept):
         llm.reset_prefix_cache()
         found = serve(llm, ARRIVALS, logprobs=2)
         counted = counters(llm)

@@ -13,9 +13,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from tidal_vllm import backend, dense, ops
 from tidal_vllm.backend import TidalBackend
 from tidal_vllm.dense import ReferenceBackend, rows_from
-from tidal_vllm.startup import resolve
 
-from .harness import runner
 from .models import ROLES
 from .replay import builders, common_metadata
 
@@ -131,18 +129,6 @@ class TestSupport:
         assert (on_gpu[0].name, on_cpu[0].name) == ("LBNHC", "LBHNC")
         assert {*on_gpu} == {*on_cpu} == {*KVCacheLayout}
         assert len(on_gpu) == len(on_cpu) == len(KVCacheLayout)
-
-
-def test_microbatches_are_refused(engine, random_llama):
-    """Their halves would share the selection."""
-    config = SimpleNamespace(parallel_config=SimpleNamespace(use_ubatching=True))
-    llm = engine(random_llama, tidal=ROLES)
-    startup = resolve(runner(llm).vllm_config)
-    with pytest.raises(ValueError, match="enable_dbo = True: both halves"):
-        backend._check_microbatches(config, startup)
-    dense_plan = dataclasses.replace(startup.plan, off_reason="none is sparse")
-    off = dataclasses.replace(startup, plan=dense_plan)
-    backend._check_microbatches(config, off)
 
 
 @pytest.mark.parametrize("name", ["FLASH_ATTN", "TRITON_ATTN"])

@@ -33,7 +33,7 @@ def configure(model_root):
             "model": str(write_model(model_root, model)),
             "attention_backend": "TIDAL",
             "skip_tokenizer_init": True,
-            "max_model_len": 256,
+            "max_model_len": 8192,
         }
         if tidal is not None:
             arguments["additional_config"] = {"tidal": tidal}
@@ -87,12 +87,14 @@ ENGINES: dict[str, dict] = {
     "soft_cap": {},
     "kv_sharing": {},
     "sinks": {},
-    "unselected": {"model": "llama", "attention_backend": None},
+    # Granite passes arguments to its layers that others do not: `sinks=None`.
+    "unselected": {"model": "granite", "attention_backend": None},
     "sparse": {"model": "llama"},
     "sliding_window": {"attention_backend": None},
     "some_layers_slide": {
         "additional_config": {"tidal": {"token_budget": 64, "select_layers": [1]}}
     },
+    "never_slides": {},
     "speculative": {
         "model": "llama",
         "speculative_config": {

@@ -15,7 +15,7 @@ LLAMA = {
     "head_dim": 32,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 16384,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "tie_word_embeddings": False,
     "dtype": "float32",
@@ -56,6 +56,7 @@ MODELS: dict[str, dict] = {
         "sliding_window": 64,
     },
     "some_layers_slide": {"sliding_window": 64, "layer_types": INTERLEAVED},
+    "never_slides": {"sliding_window": 256, "layer_types": INTERLEAVED},
     "no_layer_slides": {"sliding_window": 64, "layer_types": ALL_FULL},
     "gemma3": {
         "architectures": ["Gemma3ForCausalLM"],
@@ -116,6 +117,24 @@ MODELS: dict[str, dict] = {
         "num_experts": 0,
         "mlp_only_layers": [],
     },
+    "granite": {
+        "architectures": ["GraniteForCausalLM"],
+        "model_type": "granite",
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+    },
+    "dual_chunk": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "dual_chunk_attention_config": {
+            "chunk_size": 128,
+            "local_size": 16,
+            "original_max_position_embeddings": 512,
+        },
+    },
+    "block_diffusion": {"canvas_length": 32},
     "alibi": {
         "architectures": ["BloomForCausalLM"],
         "model_type": "bloom",

@@ -1,5 +1,7 @@
 """Models with sliding windows or states beside full attention: roles and refusals."""
 
+import json
+
 import pytest
 
 from tidal_vllm.policy import Role
@@ -14,6 +16,12 @@ HYBRIDS = {
     "qwen3_next": ODD,
 }
 STATES = ("lfm2", "granite4", "qwen3_next")
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    """Without Triton the platform refuses states."""
+    monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", True)
 
 
 @pytest.mark.parametrize("model", HYBRIDS)
@@ -75,10 +83,57 @@ def test_a_window_that_no_layer_uses(configure):
     assert resolve(configure(model="no_layer_slides")).plan.count(Role.OTHER) == 0
 
 
+SHORT = {"token_budget": 32, "select_block_size": 4}
+
+
 @pytest.mark.parametrize("model", ["sliding_window", "some_layers_slide"])
 def test_a_window_that_is_disabled(configure, model):
-    config = configure(model=model, disable_sliding_window=True, max_model_len=64)
-    assert resolve(config).plan.count(Role.OTHER) == 0
+    config = configure(
+        SHORT, model=model, disable_sliding_window=True, max_model_len=64
+    )
+    assert resolve(config).plan.count(Role.SPARSE) == 3
+
+
+@pytest.mark.parametrize("model", ["sliding_window", "some_layers_slide"])
+def test_a_window_that_holds_every_sequence_is_full_attention(configure, model):
+    settings = SHORT | {"correction_interval": 8}
+    startup = resolve(configure(settings, model=model, max_model_len=64))
+    assert startup.plan.count(Role.SPARSE) == 3
+    assert startup.full_layers == tuple(range(6))
+    assert (startup.window(64), startup.window(63)) == (None, 63)
+
+    startup = resolve(configure(SHORT, model=model, max_model_len=65))
+    assert startup.plan.count(Role.OTHER) == (6 if model == "sliding_window" else 3)
+    assert startup.window(64) == 64
+
+
+def test_windows_stay_where_vllm_has_not_settled_max_model_len(configure):
+    """With -1 it may lower it when the layers are made: they would not fit the plan."""
+    window = {"sliding_window": 1 << 20}
+    settled = configure(SHORT, model="sliding_window", hf_overrides=window)
+    assert resolve(settled).plan.sparse
+    fitted = {"hf_overrides": window, "max_model_len": -1}
+    config = configure(SHORT, model="sliding_window", **fitted)
+    assert config.model_config.max_model_len == 16384
+    assert resolve(config).plan.count(Role.OTHER) == 6
+
+
+def test_windows_stay_beside_a_profile_that_was_measured_beside_them(
+    configure, tmp_path
+):
+    path = tmp_path / "beside_windows.json"
+    fields = {"name": "x", "models": [], "num_hidden_layers": 6, "source": "this test"}
+
+    def roles(dense, select):
+        layers = {"dense_layers": dense, "select_layers": select}
+        path.write_text(json.dumps(fields | layers))
+        settings = SHORT | {"profile": str(path)}
+        return resolve(
+            configure(settings, model="some_layers_slide", max_model_len=64)
+        ).plan
+
+    assert roles([1], [3]).layers(Role.OTHER) == (0, 2, 4)
+    assert roles([0, 1], [2]).layers(Role.SPARSE) == (3, 4, 5)
 
 
 def test_prints_every_layer_once(engines):
@@ -91,3 +146,9 @@ def test_prints_every_layer_once(engines):
 
 def test_a_model_of_windows_runs_unselected(engines):
     assert engines["sliding_window"]["tokens"]
+
+
+def test_a_model_whose_windows_never_slide_runs_as_one_without(engines):
+    with_windows, without = engines["never_slides"], engines["sparse"]
+    assert with_windows["tokens"] == without["tokens"]
+    assert with_windows["counters"] == without["counters"]

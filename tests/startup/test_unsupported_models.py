@@ -7,6 +7,14 @@ MODELS = {
     "head_size_48": ("head_size = 48", "allowed [32, 64, 80, 96, 112, 128"),
     "mla": ("use_mla = True", "allowed are models with separate K and V heads"),
     "encoder": ("attn_type = encoder_only", "allowed decoder"),
+    "dual_chunk": (
+        "dual_chunk_attention_config = {'chunk_size': 128, ",
+        "allowed are models without dual chunk attention (Qwen2.5-1M)",
+    ),
+    "block_diffusion": (
+        "canvas_length = 32",
+        "allowed are models without block diffusion",
+    ),
 }
 ARGUMENTS = {
     "kv_cache_fp8": (
@@ -34,6 +42,13 @@ ARGUMENTS = {
         "attention_backend = FLASH_ATTN: not available without an accelerator",
         "allowed: TIDAL (sparse decoding), or none (dense attention)",
     ),
+}
+AWQ = {
+    "quant_method": "awq",
+    "bits": 4,
+    "group_size": 32,
+    "zero_point": True,
+    "version": "gemm",
 }
 # With speculative decoding: our settings, more of vLLM's, the message.
 SPECULATION = {
@@ -90,8 +105,38 @@ HARMLESS_FIELDS = {
 def test_refuses_model(refusal, model_root, case):
     given, allowed = MODELS[case]
     message = refusal(model=case, runner="pooling" if case == "encoder" else "auto")
-    assert f"cannot run {model_root / case}: {given}: " in message
-    assert allowed in message
+    assert f"cannot run {model_root / case}: {given}" in message
+    assert f": {allowed}" in message
+
+
+# What vLLM would look for in the first step only, TIDAL selected or not.
+NO_KERNELS = {
+    "granite4": (
+        {},
+        "GraniteMoeHybridForCausalLM keeps states (Mamba, linear attention) whose ",
+    ),
+    "qwen3_next": ({}, "Qwen3NextForCausalLM keeps states"),
+    "llama": (
+        {"quantization_config": AWQ},
+        "quantization = auto_awq: its kernels need an",
+    ),
+}
+
+
+@pytest.mark.parametrize("model", NO_KERNELS)
+def test_refuses_what_needs_an_accelerator(refusal, model):
+    fields, reason = NO_KERNELS[model]
+    given = {"hf_overrides": fields, "dtype": "float16", "attention_backend": None}
+    message = refusal(model=model, **given)
+    assert reason in message
+    assert "; allowed " in message
+
+
+def test_refuses_a_model_for_other_kernels_unselected_too(refusal):
+    """Without an accelerator dense attention is ours as well."""
+    assert "dual_chunk_attention_config = " in refusal(
+        model="dual_chunk", attention_backend=None
+    )
 
 
 def test_an_mla_model_gives_that_one_reason(refusal):
@@ -158,3 +203,23 @@ def test_every_field_that_vllm_asks_about_has_a_case():
 @pytest.mark.parametrize("case", LAYERS)
 def test_refuses_layers_when_they_are_built(engines, case):
     assert LAYERS[case] in engines[case]["error"]
+
+
+def test_refuses_arguments_that_only_some_models_give_their_layers(configure):
+    from vllm.config import set_current_vllm_config
+
+    from tidal_vllm.attention import TidalImpl
+
+    shape = {"num_heads": 2, "head_size": 32, "scale": 1.0}
+    absent = {"sinks": None, "chunk_lookback": -1, "dual_chunk_attention_config": None}
+    with set_current_vllm_config(configure()):
+        TidalImpl(**shape, **absent)
+        for given, reply in (
+            ({"sinks": torch.ones(2)}, "sinks = a tensor of [2]: not supp"),
+            ({"chunk_lookback": 1}, "chunk_lookback = 1: not supported by the TIDAL"),
+            ({"dual_chunk_attention_config": {}}, "dual_chunk_attention_config = {}: "),
+        ):
+            with pytest.raises(ValueError) as refused:
+                TidalImpl(**shape, **absent | given)
+            assert str(refused.value).startswith(reply)
+            assert f"allowed {absent[next(iter(given))]}" in str(refused.value)

@@ -116,7 +116,7 @@ def test_sparse_is_off_with_a_reason(num_layers, settings, profile, reason):
     assert made.roles == (D,) * num_layers
     assert reason in made.off_reason
     check_pipeline_stage(made, 0, num_layers)
-    table = format_plan(made, TidalConfig(**settings)).splitlines()
+    table = format_plan(made, TidalConfig(**settings), 128 * K).splitlines()
     assert any(line.startswith("  OFF ") for line in table)
 
 
@@ -356,7 +356,7 @@ def test_one_choice_for_all_layers_or_one_per_select_layer():
 
 def test_table():
     made = plan_layers(TidalConfig(), 32, make_profile(select=(2, 13), num_layers=32))
-    assert format_plan(made, TidalConfig(), model_name="org/eight") == (
+    assert format_plan(made, TidalConfig(), 128 * 1024, "org/eight") == (
         "TIDAL sparse decoding of org/eight, 32 layers\n"
         "  DENSE 2      0-1\n"
         "  SELECT 2     2, 13\n"
@@ -372,7 +372,7 @@ def test_table():
 
 
 def test_table_when_off():
-    assert format_plan(all_dense(8, "", "a test wants it"), TidalConfig()) == (
+    assert format_plan(all_dense(8, "", "a test wants it"), TidalConfig(), 4096) == (
         "TIDAL sparse decoding of this model, 8 layers\n"
         "  DENSE 8      0-7\n"
         "  SELECT 0     none\n"
@@ -394,7 +394,9 @@ def test_table_when_off():
 )
 def test_table_fits_a_log(settings):
     config = TidalConfig(**settings)
-    table = format_plan(plan(126, **settings), config, "/models/" + "long-" * 30)
+    table = format_plan(
+        plan(126, **settings), config, 1_000_000, "/models/" + "long-" * 30
+    )
     assert max(map(len, table.splitlines())) <= 80
     assert table == table.strip()
 

@@ -157,7 +157,7 @@ def test_the_share_is_that_of_the_full_layers():
 
 
 def test_table():
-    lines = format_plan(plan(), TidalConfig(), model_name="org/third").splitlines()
+    lines = format_plan(plan(), TidalConfig(), 131072, "org/third").splitlines()
     assert lines[:8] == [
         "TIDAL sparse decoding of org/third, 18 layers",
         "  DENSE 2      2, 5",

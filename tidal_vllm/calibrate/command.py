@@ -29,8 +29,9 @@ from tidal_vllm.calibrate.result import Job, NotCalibrated, Result, more_evidenc
 from tidal_vllm.calibrate.run import calibrate
 from tidal_vllm.calibrate.state import State
 from tidal_vllm.config import SCOPES, TidalConfig, TidalConfigError
+from tidal_vllm.layer_kinds import LayerKind
 from tidal_vllm.profiles import PROJECT_DIR, find_profile, load_profile, model_names
-from tidal_vllm.startup import full_layers, model_sha256, uncorrectable
+from tidal_vllm.startup import model_sha256, resolve, uncorrectable
 
 LEAST_LOSS = 0.0001  # takes 38,413 tokens to prove
 LEAST_BLOCKS, LEAST_BUDGET = 4, 8  # what is forced by default fits into both
@@ -138,7 +139,7 @@ class _Request:
             decode_tokens=given.decode_tokens,
             num_layers=self.num_layers,
             full_layers=self.full_layers,
-            correctable=uncorrectable(self.vllm_config) is None,
+            correctable=uncorrectable(self.vllm_config, self.startup) is None,
             group_size=config.get_num_attention_heads(parallel)
             // config.get_num_kv_heads(parallel),
             kv_block_size=self.vllm_config.cache_config.block_size or 16,
@@ -180,10 +181,11 @@ class _Request:
         full = job.full_layers
         first = min(job.first_select, len(full) - 1)
         settings = complete_settings(job.config, full[:first], [full[first]])
-        more = {
-            "max_model_len": longest + max(answer, job.decode_tokens) + 1,
-            **self.more,
-        }
+        length = longest + max(answer, job.decode_tokens) + 1
+        if LayerKind.WINDOW in self.startup.kinds:
+            # In an engine for shorter sequences they would be full attention.
+            length = max(length, self.model_config.get_sliding_window() + 1)
+        more = {"max_model_len": length, **self.more}
         return _Starter(engine_kwargs(self.given.model, settings, **more))
 
     def _check_numbers(self) -> None:
@@ -269,7 +271,8 @@ class _Request:
         self.model_config = self.vllm_config.model_config
         self.sha256 = model_sha256(self.model_config)
         self.num_layers = self.model_config.get_total_num_hidden_layers()
-        self.full_layers = full_layers(self.model_config)
+        self.startup = resolve(self.vllm_config)
+        self.full_layers = self.startup.full_layers
         most = len(self.full_layers) - 2
         if most < 0:
             reason = f"only its layers {list(self.full_layers)} attend to everything: "
