@@ -6,6 +6,7 @@ files below a temporary folder of the run.
 """
 
 import contextlib
+import getpass
 import os
 import shutil
 import signal
@@ -31,8 +32,10 @@ class Leftovers:
         self._given = {name: os.environ.get(name) for name in ("TMPDIR", MARK)}
         self._mark = f"{MARK}={self._folder.name}".encode()
         os.environ |= {"TMPDIR": str(self._folder), MARK: self._folder.name}
-        # Where pytest keeps the folders of its last runs.
+        # What is meant to stay: pytest's folders of the last runs, PyTorch's cache.
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", usual)
+        cache = Path(usual, f"torchinductor_{getpass.getuser()}")
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
         tempfile.tempdir = None
         self._shared: set[Path] = set()
         self._ended = threading.Event()

@@ -214,7 +214,8 @@ def test_more_than_one_window_of_context_is_freed(case):
     """What is checked above is attention without the blocks behind the window."""
     if WINDOWED not in case.groups():
         pytest.skip("nothing is freed where vLLM keeps one group")
-    case.answers()
+    for _ in range(2):  # then from the prefix cache, which has only what was kept
+        case.answers()
     tables = runner(case.llm).input_batch.block_table.block_tables
     windowed, full = tables[0].block_table.cpu, tables[-1].block_table.cpu
     used = NUM_PROMPT_TOKENS // 16
