@@ -19,7 +19,8 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
        padding: 0 1rem; color: #1c2733; background: #fff; }
 h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .2rem .7rem; border-bottom: 1px solid #d8dee6; text-align: right }
+th, td { padding: .2rem .5rem; border-bottom: 1px solid #d8dee6; text-align: right;
+         white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
 tr.best td { background: #e3f1e7; font-weight: 600 }
 svg { max-width: 100%; height: auto } svg text { font: 10px system-ui, sans-serif }
@@ -38,12 +39,11 @@ def describe(job: Job, result: Result, seconds: float) -> str:
         f"  {_sure(chosen.measured)}",
         f"  {_stable(result)}",
         f"  runner-up: {_runner_up(result)}",
-        f"Recommended: {_setting(best)}, {_correction(result.interval)}: "
-        f"reads {best.read_share:.0%} of the KV",
+        f"Recommended: {_setting(best)}, {_correction(result.interval)}",
         f"  {_did(best.measured)}",
         f"  {_sure(best.measured)}; --max-loss asks for {1 - job.max_loss:.1%}",
-        f"  captures {best.captured:.1%} of the attention mass on average, "
-        f"{best.captured_worst:.1%} in the worst layer and head",
+        f"  reads {best.read_share:.0%} of the KV; captures {best.captured:.1%} of the "
+        f"attention mass, {best.captured_worst:.1%} in the worst head",
         f"{seconds:.0f} s",
     ]
     if result.dense.judged and 2 * result.dense.right < result.dense.judged:
@@ -77,9 +77,10 @@ def _page(job: Job, result: Result, fields: dict[str, Any]) -> str:
         f"Runner-up: {escape(_runner_up(result))}. {escape(_stable(result))}.</p>",
         f"<p>Recommended: <b>{escape(_setting(best))}</b>, "
         f"{_correction(result.interval)}; reads {best.read_share:.0%} of the KV. "
-        f"With them it {escape(_did(best.measured))}: {_sure(best.measured)}; "
-        f"<code>--max-loss {job.max_loss:g}</code> asks for {1 - job.max_loss:.1%}. "
-        f"It captures {best.captured:.1%} of the attention mass on average, "
+        f"Decoded so, the model {escape(_did(best.measured))}. That is "
+        f"{_sure(best.measured)}, where <code>--max-loss {job.max_loss:g}</code> asks "
+        f"for {1 - job.max_loss:.1%}. The selection captures {best.captured:.1%} of "
+        "the attention mass on average, "
         f"{best.captured_worst:.1%} in the worst layer and head.</p>",
         f"<p class=note>{asked['count']} prompts ({escape(kinds)}) of "
         f"{asked['mean_tokens']} tokens on average; {measured['seconds']} s; "
@@ -89,11 +90,11 @@ def _page(job: Job, result: Result, fields: dict[str, Any]) -> str:
         "<h2>What one layer's selection costs another</h2>",
         "<p class=note>Row: the layer that selects. Column: the layer that attends to "
         "that selection. Left: attention mass that the worst head loses although "
-        "another choice of blocks would have held it, in the worst 5 % of decode "
+        "another choice of blocks would have held it, in the worst 5% of decode "
         "steps; the choice of layers minimises its sum. Right: mass that the worst "
         "head captures there. Outlined: what the chosen layers give to whom.</p>",
-        _heat_map(result, result.loss, "avoidable loss", (178, 24, 43)),
-        _heat_map(result, result.captured, "captured mass", (33, 102, 172)),
+        _heat_map(result, result.loss, "avoidable loss (red: all)", (178, 24, 43)),
+        _heat_map(result, result.captured, "captured mass (blue: all)", (33, 102, 172)),
         "<h2>Choices of layers that were run</h2>",
         _tried_table(result),
         "<h2>Budget, block size and scope</h2>",
@@ -145,7 +146,7 @@ def _correction(interval: int | None) -> str:
 
 
 def _sure(measured: Measured) -> str:
-    return f"at least {measured.sure_agreement:.1%} with 95 % confidence"
+    return f"at least {measured.sure_agreement:.1%} with 95% confidence"
 
 
 def _stable(result: Result) -> str:
@@ -157,11 +158,10 @@ def _runner_up(result: Result) -> str:
     if other is None:
         return "none was run"
     _, select = result.roles(other.choice)
-    return (
-        f"{format_layers(select)}, {other.choice.num_full} full layers instead of "
-        f"{result.chosen.choice.num_full}, agreement {other.measured.agreement:.1%}, "
-        f"{_verdict(other)}"
-    )
+    full, ours = other.choice.num_full, result.chosen.choice.num_full
+    size = "as many full layers" if full == ours else f"{full} full layers, not {ours}"
+    agreement = f"agreement {other.measured.agreement:.1%}"
+    return f"SELECT {format_layers(select)} ({size}), {agreement}, {_verdict(other)}"
 
 
 def _verdict(tried: Tried) -> str:

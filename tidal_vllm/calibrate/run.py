@@ -141,7 +141,7 @@ class _Calibration:
             cure = more_evidence(missing, measured.steps, self.job)
         return (
             f"too few tokens to tell. The best choice, SELECT layers {select}, "
-            f"{agrees} tokens: at least {measured.sure_agreement:.1%} with 95 % "
+            f"{agrees} tokens: at least {measured.sure_agreement:.1%} with 95% "
             f"confidence, and a loss of {loss:g} asks for {1 - loss:.1%}. {missing} "
             f"more tokens have to agree. {cure}"
         )
