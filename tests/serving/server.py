@@ -15,7 +15,7 @@ from pathlib import Path
 import openai
 
 VLLM = Path(sys.executable).with_name("vllm")
-START_S, STOP_S = 240, 120
+START_S, STOP_S = 500, 200
 HOST = "127.0.0.1"
 
 
