@@ -11,7 +11,7 @@ from engine.harness import child_environment
 from .harness import engine_kwargs
 from .models import EXACT, random_prompt
 
-pytestmark = [pytest.mark.extended, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.extended
 
 CHILD = Path(__file__).with_name("child.py")
 PROMPTS = [random_prompt(n, seed=n) for n in (60, 40, 10)]

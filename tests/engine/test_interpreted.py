@@ -12,7 +12,7 @@ from .harness import run_interpreted
 from .interpreted_child import EXACT, REUSING, WINDOWED, answers, start
 from .models import build_random_model
 
-pytestmark = [pytest.mark.extended, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.extended
 
 
 @pytest.fixture(scope="module")

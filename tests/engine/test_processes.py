@@ -16,7 +16,7 @@ from tidal_vllm.planted import make_prompt
 from .harness import child_environment, engine_kwargs, generate, tokens
 from .models import MAX_LEN, ROLES, random_prompt
 
-pytestmark = [pytest.mark.extended, pytest.mark.timeout(1200)]
+pytestmark = pytest.mark.extended
 
 CHILD = Path(__file__).with_name("child.py")
 PROMPTS = [random_prompt(n, seed=n) for n in (300, 20, 90)]

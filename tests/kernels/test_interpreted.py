@@ -18,7 +18,6 @@ TIERS = [
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
-@pytest.mark.timeout(1200)  # a minute of one core, and more where others use it too
 @pytest.mark.parametrize("tier", TIERS)
 def test_parity(tier):
     environment = {

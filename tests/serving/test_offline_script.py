@@ -1,5 +1,6 @@
 """`LLM(...)` in a plain script, its engine in a spawned process: output and ending."""
 
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,8 @@ SCRIPT = Path(__file__).with_name("ask_offline.py")
 def output(planted) -> str:
     done = subprocess.run(
         [sys.executable, SCRIPT, planted.folder],
+        # vLLM's 5 seconds for the engine's end are for machines that are not busy.
+        env=os.environ | {"VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "100"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -10,8 +10,6 @@ from tidal_vllm.planted import make_prompt
 from .clients import NUM_PLAIN, NUM_STREAMS, Clients
 from .server import START_S, Server, command, wait_until, warnings
 
-pytestmark = pytest.mark.timeout(600)
-
 TIDAL = {"token_budget": 256}
 MAX_LEN = 2048
 NO_PROFILE = "no profile knows this model: starting with the safest roles"

@@ -27,7 +27,6 @@ needs_nvcc = pytest.mark.skipif(
 pytestmark = [
     pytest.mark.extended,
     pytest.mark.serial,
-    pytest.mark.timeout(900),  # a whole build on a busy machine
 ]
 
 
