@@ -15,7 +15,6 @@ from vllm.logger import init_logger
 from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import PlatformEnum
 from vllm.utils.mem_constants import GiB_bytes
-from vllm.utils.torch_utils import startup_omp_num_threads
 
 from tidal_vllm.plugin import BACKEND_PATH, NAME
 from tidal_vllm.startup import chosen_backends
@@ -74,6 +73,7 @@ class TidalCpuPlatform(CpuPlatform):
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         from vllm.config import CompilationMode, CUDAGraphMode
+        from vllm.utils.torch_utils import startup_omp_num_threads
 
         for name in sorted(chosen_backends(vllm_config)):
             _require_tidal(name)
