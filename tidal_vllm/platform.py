@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.tidal.platform")
 
-STOCK_BLOCK_SIZE = 128  # tokens, what CpuPlatform sets where the user does not
-
 
 class TidalCpuPlatform(CpuPlatform):
     """vLLM on plain PyTorch, with TIDAL as its only attention backend.
@@ -182,6 +180,8 @@ def _set_kv_cache_default(vllm_config: "VllmConfig") -> None:
     programs use more than the rest. Here: 4 GiB, more if one sequence of
     `max_model_len` needs more, never over half of the memory that is free now.
     """
+    from tidal_vllm.backend import kv_block_size
+
     cache, model = vllm_config.cache_config, vllm_config.model_config
     stated = (
         cache.kv_cache_memory_bytes is not None
@@ -198,7 +198,8 @@ def _set_kv_cache_default(vllm_config: "VllmConfig") -> None:
         * model.get_head_size()
         * model.dtype.itemsize
     )
-    one_sequence = token_bytes * (model.max_model_len + 2 * STOCK_BLOCK_SIZE)
+    longest = model.max_model_len + 2 * kv_block_size(vllm_config)
+    one_sequence = token_bytes * longest
     free = psutil.virtual_memory().available // parallel.world_size
     cache.kv_cache_memory_bytes = min(max(4 * GiB_bytes, one_sequence), free // 2)
 
