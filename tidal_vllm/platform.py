@@ -43,6 +43,11 @@ class TidalCpuPlatform(CpuPlatform):
 
     def __init__(self) -> None:
         super().__init__()
+        # vLLM takes the V2 runner wherever Triton is, even if only its interpreter,
+        # which does not cover all of that runner.
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+        # One of vLLM's dependencies would start building CUDA programs behind its back.
+        os.environ.setdefault("HUMMING_DISABLE_PARALLEL_BUILD", "1")
         # NOTE: at its end, every process of vLLM's empties the accelerator's caches
         # wherever the platform is not its own CPU one; without one, that raises.
         torch.accelerator.empty_cache = lambda: None
@@ -89,8 +94,6 @@ class TidalCpuPlatform(CpuPlatform):
         # Attention is PyTorch on all cores; vLLM would leave one thread for serving.
         threads = startup_omp_num_threads(parallel.local_world_size)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-        # One of vLLM's dependencies would start building CUDA programs behind its back.
-        os.environ.setdefault("HUMMING_DISABLE_PARALLEL_BUILD", "1")
         _quieten_shutdown()
         compilation = vllm_config.compilation_config
         compilation.mode = CompilationMode.NONE

@@ -16,7 +16,7 @@ from tidal_vllm.plugin import register
 
 from .harness import child_environment
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.compat, pytest.mark.timeout(180)]
 
 LOOK_UP = """
 from vllm.v1.attention.backends.registry import AttentionBackendEnum

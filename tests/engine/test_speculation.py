@@ -8,7 +8,7 @@ from .harness import run_interpreted
 from .models import build_random_model
 from .speculative_child import LENGTHS, MAX_TOKENS, NUM_LAYERS, SETTINGS, VOCAB_SIZE
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.compat, pytest.mark.timeout(1200)]
 BUDGET = SETTINGS["token_budget"]
 
 

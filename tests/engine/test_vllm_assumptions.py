@@ -60,6 +60,8 @@ from tidal_vllm.versions import unsupported_vllm
 from .harness import runner
 from .models import NUM_LAYERS, ROLES
 
+pytestmark = pytest.mark.compat
+
 
 def parameters(function):
     return list(inspect.signature(function).parameters)

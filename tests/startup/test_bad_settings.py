@@ -8,6 +8,8 @@ import json
 
 import pytest
 
+pytestmark = pytest.mark.compat
+
 PIPELINE = {"pipeline_parallel_size": 2}
 KV_BLOCK_16 = {"block_size": 16}
 
