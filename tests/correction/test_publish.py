@@ -2,7 +2,7 @@
 
 import pytest
 
-from tidal_vllm.backend import ASYNC_SCHEDULER, SYNC_SCHEDULER
+from tidal_vllm.backend import ASYNC_SCHEDULER
 
 from .harness import ask, correcting, generate, params, scheduler
 from .models import BLOCK_SIZE, SPARSE, random_prompt
@@ -34,11 +34,11 @@ def difference(found, wanted):
 
 
 @pytest.mark.parametrize("interval", [None, 8])
-@pytest.mark.parametrize("scheduler_cls", [SYNC_SCHEDULER, ASYNC_SCHEDULER])
-def test_a_shared_prefix_is_dense(engines, scheduler_cls, interval):
+@pytest.mark.parametrize("kind", [{}, {"scheduler_cls": ASYNC_SCHEDULER}])
+def test_a_shared_prefix_is_dense(engines, kind, interval):
     """The second conversation continues the first one's answer."""
     # NOTE: the asynchronous one publishes what a step decoded when it learns of it.
-    llm = engines(SPARSE, scheduler_cls=scheduler_cls)
+    llm = engines(SPARSE, **kind)
     asked = first_turn(llm, interval) + random_prompt(9, seed=8)
     found, num_cached = next_token_logprobs(llm, asked)
     wanted, _ = next_token_logprobs(engines(), asked)
