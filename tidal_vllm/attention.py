@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from tidal_vllm.metadata import TidalMetadata
 from tidal_vllm.policy import Role

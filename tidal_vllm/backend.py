@@ -81,6 +81,8 @@ class Support:
     """The preferred one. Any is read right."""
     block_size: int
     """Tokens; what a KV block must be a multiple of."""
+    default_block_size: int
+    """Tokens of a KV block where the user does not say."""
     head_sizes: tuple[int, ...] = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
 
@@ -91,6 +93,7 @@ ON_CPU = Support(
     # quarter more (benchmarks/bench_reference_ops.py).
     layout=KVCacheLayout.LBHNC,
     block_size=1,
+    default_block_size=128,
 )
 ON_GPU = Support(
     dtypes=(torch.bfloat16, torch.float16),
@@ -98,11 +101,24 @@ ON_GPU = Support(
     # All heads of a token side by side: a set that they share is read in long runs.
     layout=KVCacheLayout.LBNHC,
     block_size=16,
+    default_block_size=16,
 )
 
 
 def supported_here() -> Support:
     return ON_CPU if current_platform.device_type == "cpu" else ON_GPU
+
+
+def kv_block_size(vllm_config: "VllmConfig") -> int:
+    """Tokens of a KV block, as far as the config tells.
+
+    NOTE: vLLM 0.33 makes up its mind once the model is loaded, where the user did not
+    say. Until then the config holds a default that may be another.
+    """
+    cache = vllm_config.cache_config
+    if cache.user_specified_block_size or cache.block_size != cache.DEFAULT_BLOCK_SIZE:
+        return cache.block_size
+    return supported_here().default_block_size
 
 
 class TidalBackend(AttentionBackend):
@@ -236,8 +252,7 @@ def check_setup(vllm_config: "VllmConfig") -> None:
         choose_implementations(
             vllm_config, model_config.get_head_size(), cache_config.cache_dtype
         )
-    if cache_config.block_size is not None:
-        startup.config.check_kv_block_size(cache_config.block_size)
+    startup.config.check_kv_block_size(kv_block_size(vllm_config))
     check_promises(vllm_config, startup)
     _check_pipeline_stages(vllm_config, startup.plan)
     _set_scheduler(vllm_config, startup)

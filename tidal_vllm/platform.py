@@ -14,7 +14,6 @@ from vllm.logger import init_logger
 from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import PlatformEnum
 from vllm.utils.mem_constants import GiB_bytes
-from vllm.utils.torch_utils import startup_omp_num_threads
 
 from tidal_vllm import log_filters, shutdown
 from tidal_vllm.plugin import BACKEND_PATH, NAME
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
 logger = init_logger("vllm.tidal.platform")
-
-STOCK_BLOCK_SIZE = 128  # tokens, what CpuPlatform sets where the user does not
 
 
 class TidalCpuPlatform(CpuPlatform):
@@ -48,6 +45,11 @@ class TidalCpuPlatform(CpuPlatform):
         super().__init__()
         log_filters.install_all()
         shutdown.end_with_parent()
+        # vLLM takes the V2 runner wherever Triton is, even if only its interpreter,
+        # which does not cover all of that runner.
+        os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+        # One of vLLM's dependencies would start building CUDA programs behind its back.
+        os.environ.setdefault("HUMMING_DISABLE_PARALLEL_BUILD", "1")
         # NOTE: at its end, every process of vLLM's empties the accelerator's caches
         # wherever the platform is not its own CPU one; without one, that raises.
         torch.accelerator.empty_cache = lambda: None
@@ -76,6 +78,7 @@ class TidalCpuPlatform(CpuPlatform):
     @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         from vllm.config import CompilationMode, CUDAGraphMode
+        from vllm.utils.torch_utils import startup_omp_num_threads
 
         for name in sorted(chosen_backends(vllm_config)):
             _require_tidal(name)
@@ -101,8 +104,6 @@ class TidalCpuPlatform(CpuPlatform):
         # Attention is PyTorch on all cores; vLLM would leave one thread for serving.
         threads = startup_omp_num_threads(parallel.local_world_size)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-        # One of vLLM's dependencies would start building CUDA programs behind its back.
-        os.environ.setdefault("HUMMING_DISABLE_PARALLEL_BUILD", "1")
         shutdown.install()
         compilation = vllm_config.compilation_config
         compilation.mode = CompilationMode.NONE
@@ -185,6 +186,8 @@ def _set_kv_cache_default(vllm_config: "VllmConfig") -> None:
     programs use more than the rest. Here: 4 GiB, more if one sequence of
     `max_model_len` needs more, never over half of the memory that is free now.
     """
+    from tidal_vllm.backend import kv_block_size
+
     cache, model = vllm_config.cache_config, vllm_config.model_config
     stated = (
         cache.kv_cache_memory_bytes is not None
@@ -201,7 +204,8 @@ def _set_kv_cache_default(vllm_config: "VllmConfig") -> None:
         * model.get_head_size()
         * model.dtype.itemsize
     )
-    one_sequence = token_bytes * (model.max_model_len + 2 * STOCK_BLOCK_SIZE)
+    longest = model.max_model_len + 2 * kv_block_size(vllm_config)
+    one_sequence = token_bytes * longest
     free = psutil.virtual_memory().available // parallel.world_size
     cache.kv_cache_memory_bytes = min(max(4 * GiB_bytes, one_sequence), free // 2)
 

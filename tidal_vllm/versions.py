@@ -1,9 +1,15 @@
-"""Which vLLM this package was written against; one place says it."""
+"""Which vLLM this package was written against; one place says it.
+
+A release outside the range is refused. To support another one: extend the range, name
+it in `TESTED`, and let `.ci/run` install it and run the tests marked `compat`.
+"""
 
 from importlib.metadata import PackageNotFoundError, version
 
 SUPPORTED_VLLM = ">=0.32,<0.34"
 _FIRST, _END = (0, 32), (0, 34)
+# The releases that CI runs on, each with the torch that it requires.
+TESTED = {"0.32.0": "2.13.0", "0.33.0": "2.14.0"}
 
 
 def unsupported_vllm(found: str | None = None) -> str | None:

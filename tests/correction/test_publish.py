@@ -2,8 +2,12 @@
 
 import pytest
 
+from tidal_vllm.backend import ASYNC_SCHEDULER
+
 from .harness import ask, correcting, generate, params, scheduler
 from .models import BLOCK_SIZE, SPARSE, random_prompt
+
+pytestmark = pytest.mark.compat
 
 PROMPT = random_prompt(96, seed=7)
 MAX_TOKENS = 80
@@ -30,9 +34,11 @@ def difference(found, wanted):
 
 
 @pytest.mark.parametrize("interval", [None, 8])
-def test_a_shared_prefix_is_dense(engines, interval):
+@pytest.mark.parametrize("kind", [{}, {"scheduler_cls": ASYNC_SCHEDULER}])
+def test_a_shared_prefix_is_dense(engines, kind, interval):
     """The second conversation continues the first one's answer."""
-    llm = engines(SPARSE)
+    # NOTE: the asynchronous one publishes what a step decoded when it learns of it.
+    llm = engines(SPARSE, **kind)
     asked = first_turn(llm, interval) + random_prompt(9, seed=8)
     found, num_cached = next_token_logprobs(llm, asked)
     wanted, _ = next_token_logprobs(engines(), asked)

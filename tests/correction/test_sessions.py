@@ -5,6 +5,8 @@ import pytest
 from .harness import core, correcting, kv_of, params, relative_errors, scheduler
 from .models import EXACT, SPARSE, random_prompt
 
+pytestmark = pytest.mark.compat
+
 TURNS = [random_prompt(60, seed=1), random_prompt(7, seed=2), random_prompt(5, seed=3)]
 TURN_TOKENS = 20
 

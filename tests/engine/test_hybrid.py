@@ -38,7 +38,10 @@ def windowed_kwargs(**more):
     return {"max_num_batched_tokens": 64, "kv_cache_memory_bytes": 96 * MiB} | more
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+STATES = pytest.param("lfm2", marks=pytest.mark.compat)
+
+
+@pytest.fixture(scope="module", params=["exaone4", "gemma3", STATES])
 def folder(request, tmp_path_factory):
     word, fields = FAMILIES[request.param]
     return build_random_model(
@@ -154,7 +157,13 @@ GROUPS = {
 }
 
 
-@pytest.fixture(scope="module", params=GROUPS)
+FOUR_GROUPS = pytest.param("four full groups", marks=pytest.mark.compat)
+
+
+@pytest.fixture(
+    scope="module",
+    params=["one full group", FOUR_GROUPS, "no hybrid KV cache manager"],
+)
 def case(engine, planted, tmp_path_factory, request):
     idle_after, kwargs, groups = GROUPS[request.param]
     root = tmp_path_factory.mktemp("windowed")

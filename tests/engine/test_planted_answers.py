@@ -194,6 +194,7 @@ def test_a_sliding_window_of_the_same_budget_fails(two_hops, select_block_size):
     assert_only_the_first_word_is_right(answers, two_hops.prompts)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("wrong", [None, 4, 6], ids=["none", "early", "late"])
 def test_two_hops_fail_under_the_wrong_second_select_layer(two_hops, wrong):
     first, second = two_hops.spec.select_layers
@@ -204,6 +205,7 @@ def test_two_hops_fail_under_the_wrong_second_select_layer(two_hops, wrong):
     assert_only_the_first_word_is_right(answers, two_hops.prompts)
 
 
+@pytest.mark.compat
 def test_more_select_layers_than_needed_do_no_harm(two_hops):
     first, second = two_hops.spec.select_layers
     select_layers = [first, second - 1, second, second + 1]

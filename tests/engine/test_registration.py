@@ -15,6 +15,8 @@ from tidal_vllm.plugin import register
 
 from .harness import child_environment
 
+pytestmark = pytest.mark.compat
+
 LOOK_UP = """
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 print("before:", "TIDAL" in AttentionBackendEnum.__members__)

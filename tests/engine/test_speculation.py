@@ -8,7 +8,7 @@ from .harness import run_interpreted
 from .models import build_random_model
 from .speculative_child import LENGTHS, MAX_TOKENS, NUM_LAYERS, SETTINGS, VOCAB_SIZE
 
-pytestmark = pytest.mark.extended
+pytestmark = [pytest.mark.extended, pytest.mark.compat]
 BUDGET = SETTINGS["token_budget"]
 
 

@@ -12,19 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import vllm.v1.worker.cpu_worker as stock_cpu_worker
 from vllm import _custom_ops
 from vllm.config import (
     AttentionConfig,
-    CacheConfig,
     CompilationConfig,
     CUDAGraphMode,
-    ParallelConfig,
 )
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.platforms import builtin_platform_plugins, current_platform
-from vllm.platforms.cpu import CpuPlatform
+from vllm.platforms import builtin_platform_plugins
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -37,28 +33,22 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
-from vllm.v1.worker.block_table import ComputeSlotMappingKernel
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2ModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-from vllm.v1.worker.gpu_worker import Worker
 
 from tidal_vllm import backend as backend_module
 from tidal_vllm.attention import TidalImpl
 from tidal_vllm.backend import TidalBackend
-from tidal_vllm.cpu_worker import (
-    TidalCpuModelRunner,
-    TidalCpuWorker,
-    compute_slot_mapping,
-)
 from tidal_vllm.metadata import TidalMetadataBuilder
-from tidal_vllm.platform import TidalCpuPlatform
 from tidal_vllm.plugin import NAME, register
 from tidal_vllm.versions import unsupported_vllm
 
 from .harness import runner
 from .models import NUM_LAYERS, ROLES
+
+pytestmark = pytest.mark.compat
 
 
 def parameters(function):
@@ -353,72 +343,3 @@ class TestGraphs:
         source = inspect.getsource(Attention.__init__)
         made = source.index("self.impl = impl_cls(")
         assert made < source.index("static_forward_context[prefix] = self")
-
-
-class TestPlatform:
-    """platform.py"""
-
-    def test_ours_is_in_use(self):
-        assert isinstance(current_platform, TidalCpuPlatform)
-        assert not current_platform.is_cpu()
-        assert current_platform.is_out_of_tree()
-
-    @pytest.mark.parametrize(
-        "hook",
-        [
-            "get_attn_backend_cls",
-            "check_and_update_config",
-            "import_kernels",
-            "register_triton_kernel_overrides",
-        ],
-    )
-    def test_hooks(self, hook):
-        stock, ours = (getattr(cls, hook) for cls in (CpuPlatform, TidalCpuPlatform))
-        assert len(parameters(stock)) == len(parameters(ours))
-
-    def test_config_fields(self):
-        assert ParallelConfig().worker_cls == "auto"
-        assert CacheConfig().kv_cache_memory_bytes is None
-        assert 0 < CacheConfig().gpu_memory_utilization < 1
-
-
-class TestCpuWorker:
-    """cpu_worker.py"""
-
-    def test_the_worker_builds_its_runner_by_a_name_in_its_module(self, llm):
-        source = inspect.getsource(stock_cpu_worker.CPUWorker.init_device)
-        assert "= CPUModelRunner(" in source
-        assert stock_cpu_worker.CPUModelRunner is TidalCpuModelRunner
-        assert type(runner(llm)) is TidalCpuModelRunner
-
-    @pytest.mark.parametrize(
-        ("base", "name"),
-        [
-            (Worker, "_maybe_get_memory_pool_context"),
-            (Worker, "determine_available_memory"),
-            (Worker, "init_device"),
-            (GPUModelRunner, "_sample"),
-            (GPUModelRunner, "_bookkeeping_sync"),
-            (GPUModelRunner, "profile_run"),
-        ],
-    )
-    def test_methods_that_are_overridden_or_called(self, base, name):
-        assert callable(getattr(base, name))
-        ours = TidalCpuWorker if base is Worker else TidalCpuModelRunner
-        assert issubclass(ours, base)
-
-    def test_the_runner_rewinds_generators_by_an_offset_that_the_cpu_lacks(self):
-        """Once either changes, `TidalCpuModelRunner` can go."""
-        source = inspect.getsource(GPUModelRunner._bookkeeping_sync)
-        assert "gen.set_offset(gen.get_offset() - 4)" in source
-        assert "self.discard_request_mask.np[:num_reqs]" in source
-        assert "self.input_batch.generators" in source
-        with pytest.raises(RuntimeError, match="offset"):
-            torch.Generator().get_offset()
-
-    def test_the_slot_mapping_kernel_has_our_parameters(self):
-        kernel = ComputeSlotMappingKernel.kernel
-        names = getattr(kernel, "arg_names", None)  # of Triton, or of the override
-        if names is None:
-            names = parameters(getattr(kernel, "func", kernel))
-        assert list(names) == parameters(compute_slot_mapping)

@@ -8,6 +8,8 @@ import json
 
 import pytest
 
+pytestmark = pytest.mark.compat
+
 PIPELINE = {"pipeline_parallel_size": 2}
 KV_BLOCK_16 = {"block_size": 16}
 
@@ -241,10 +243,11 @@ def test_refuses_a_broken_profile_among_the_projects(refusal, tmp_path, monkeypa
         ({}, {}),
         ({"token_budget": 512, "select_layers": [2]}, {}),
         ({"select_block_size": 16}, KV_BLOCK_16),
+        ({"select_block_size": 64}, {}),
         ({"select_layers": [2, 3]}, PIPELINE),
         ({"preset": "tidaldecode"}, {}),
     ],
-    ids=["defaults", "explicit", "kv_block_16", "pipeline", "preset"],
+    ids=["defaults", "explicit", "kv_block_16", "kv_block_128", "pipeline", "preset"],
 )
 def test_accepts_the_same_without_the_mistake(configure, settings, arguments):
     config = configure(settings, **arguments)

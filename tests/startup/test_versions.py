@@ -1,12 +1,17 @@
 """vLLM outside the supported range: refused, with what was found and is allowed."""
 
 import importlib.metadata
+import re
+from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
-from tidal_vllm.versions import SUPPORTED_VLLM, unsupported_vllm
+from tidal_vllm.versions import SUPPORTED_VLLM, TESTED, unsupported_vllm
 
 from .fresh import run_python, write_distribution
+
+pytestmark = pytest.mark.compat
 
 
 @pytest.mark.parametrize(
@@ -36,6 +41,11 @@ def test_looks_at_the_installed_one():
     assert unsupported_vllm() is None
 
 
+def test_ci_runs_on_the_installed_one_and_its_torch():
+    torch = importlib.metadata.version("torch").split("+")[0]
+    assert TESTED[importlib.metadata.version("vllm")] == torch
+
+
 def test_says_that_vllm_is_missing(monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
@@ -52,6 +62,17 @@ def test_the_range_is_that_of_the_package():
     assert sorted(vllm.removeprefix("vllm").split(",")) == sorted(
         SUPPORTED_VLLM.split(",")
     )
+
+
+def test_every_python_of_ours_is_one_of_vllms():
+    """So that pip names the Python, where it is too old, and not vLLM's releases."""
+    pyproject = Path(__file__).parents[2] / "pyproject.toml"
+    (ours,) = re.findall(r'^requires-python = "(.*?)"', pyproject.read_text(), re.M)
+    ours = SpecifierSet(ours)
+    vllms = SpecifierSet(importlib.metadata.metadata("vllm")["Requires-Python"])
+    pythons = [f"3.{minor}.9" for minor in range(8, 20)]
+    assert {*ours.filter(pythons)} <= {*vllms.filter(pythons)}
+    assert "3.11.9" in ours
 
 
 SELECT = """

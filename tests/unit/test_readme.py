@@ -10,6 +10,7 @@ import pytest
 
 from tidal_vllm.cli import main
 from tidal_vllm.config import PRESETS, TidalConfig
+from tidal_vllm.versions import TESTED, unsupported_vllm
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -72,6 +73,43 @@ def test_configuration_table_is_the_configuration():
 @pytest.mark.parametrize("text", re.findall(r"--additional-config '(.*?)'", README))
 def test_configuration_examples_are_accepted(text):
     TidalConfig.from_additional_config(json.loads(text))
+
+
+def table_behind(comment: str) -> list[list[str]]:
+    """The cells of each row of a README table, its head first."""
+    lines = README.split(f"<!-- {comment} -->")[1].strip().splitlines()
+    rows = lines[: next(i for i, line in enumerate(lines) if line[:1] != "|")]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    return [cells[0], *cells[2:]]
+
+
+def test_the_support_table_is_what_ci_runs():
+    head, *rows = table_behind("table: tidal_vllm/versions.py")
+    assert head == ["vLLM", "torch", "Python", "what CI runs"]
+    assert {vllm: torch for vllm, torch, *_ in rows} == TESTED
+    assert not any(map(unsupported_vllm, TESTED))
+    (pythons,) = re.findall(
+        r"^requires-python = (.*)", (ROOT / "pyproject.toml").read_text(), re.MULTILINE
+    )
+    first, end = re.findall(r"[>=<]3\.(\d+)", pythons)
+    assert {python for *_, python, _ in rows} == {f"3.{first} to 3.{int(end) - 1}"}
+    ci = (ROOT / ".ci/run").read_text()
+    for number, (vllm, _, _, runs) in enumerate(rows):
+        # The first is what bootstrap.py installs where nothing is asked for.
+        chosen = f" --vllm {vllm}" if number else ""
+        for arguments in re.findall(r"`(.*?)`", runs):
+            assert re.search(rf"bootstrap\.py{chosen} {arguments}\s", ci), (vllm, ci)
+    assert {*re.findall(r"--vllm (\S+)", ci)} == {*list(TESTED)[1:]}
+
+
+def test_the_releases_are_those_that_the_set_up_installs():
+    tree = ast.parse((ROOT / "bootstrap.py").read_text())
+    constants = {
+        node.targets[0].id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    assert ast.literal_eval(constants["TORCH"]) == TESTED
 
 
 def test_the_measured_table_is_what_was_measured():

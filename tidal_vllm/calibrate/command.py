@@ -142,7 +142,7 @@ class _Request:
             correctable=uncorrectable(self.vllm_config, self.startup) is None,
             group_size=config.get_num_attention_heads(parallel)
             // config.get_num_kv_heads(parallel),
-            kv_block_size=self.vllm_config.cache_config.block_size or 16,
+            kv_block_size=self.kv_block_size,
         )
         self._check_evidence(job)
         return job
@@ -256,6 +256,8 @@ class _Request:
         """Let vLLM read the config; it refuses what the backend cannot run."""
         from vllm.engine.arg_utils import EngineArgs
 
+        from tidal_vllm.backend import kv_block_size
+
         model = self.given.model
         if os.path.isdir(model) and not os.path.exists(f"{model}/config.json"):
             raise TidalConfigError("MODEL", model, "this folder holds no config.json")
@@ -269,6 +271,7 @@ class _Request:
             reason = f"vLLM refuses it: {str(error).strip()}"
             raise TidalConfigError("MODEL", model, reason) from None
         self.model_config = self.vllm_config.model_config
+        self.kv_block_size = kv_block_size(self.vllm_config)
         self.sha256 = model_sha256(self.model_config)
         self.num_layers = self.model_config.get_total_num_hidden_layers()
         self.startup = resolve(self.vllm_config)
@@ -297,7 +300,7 @@ class _Request:
             reason = f"must be below the shortest prompt, {shortest} tokens: up to the "
             reason += "budget sparse attention is dense"
             raise TidalConfigError("--budget", budget, reason)
-        config.check_kv_block_size(self.vllm_config.cache_config.block_size or 16)
+        config.check_kv_block_size(self.kv_block_size)
         return config
 
     def _tokenizer(self) -> Any:
