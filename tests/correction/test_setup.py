@@ -146,7 +146,6 @@ def test_any_other_is_respected_where_it_does_no_harm(model, tidal, kwargs):
         "batch",
         "interval",
         "connector",
-        "microbatches",
         "offloading",
         "lmcache",
     ],

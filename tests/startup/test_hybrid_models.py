@@ -3,7 +3,12 @@
 import json
 
 import pytest
+import torch
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
+from tidal_vllm.dense import ReferenceBuilder
+from tidal_vllm.metadata import TidalMetadataBuilder
 from tidal_vllm.policy import Role
 from tidal_vllm.startup import resolve
 
@@ -105,6 +110,21 @@ def test_a_window_that_holds_every_sequence_is_full_attention(configure, model):
     startup = resolve(configure(SHORT, model=model, max_model_len=65))
     assert startup.plan.count(Role.OTHER) == (6 if model == "sliding_window" else 3)
     assert startup.window(64) == 64
+
+
+def test_a_window_that_never_slides_limits_cuda_graphs(configure, monkeypatch):
+    """As a full-attention layer does, whose kernels may not be captured."""
+    always, never = AttentionCGSupport.ALWAYS, AttentionCGSupport.NEVER
+    monkeypatch.setattr(ReferenceBuilder, "_cudagraph_support", always)
+    shape = {"block_size": 16, "num_kv_heads": 2, "head_size": 32}
+    spec = SlidingWindowSpec(**shape, dtype=torch.float32, sliding_window=64)
+    settings = SHORT | {"select_layers": [1]}
+    for max_model_len, support in ((64, never), (65, always)):
+        config = configure(
+            settings, model="some_layers_slide", max_model_len=max_model_len
+        )
+        found = TidalMetadataBuilder.get_cudagraph_support(config, spec)
+        assert found is support
 
 
 def test_windows_stay_where_vllm_has_not_settled_max_model_len(configure):

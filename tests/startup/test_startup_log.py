@@ -66,3 +66,11 @@ def test_warns_that_no_profile_knows_the_model(configure, tidal_log, given):
 def test_does_not_warn_where_the_roles_are_given(configure, tidal_log):
     configure({"select_layers": [2]})
     assert not [line for line in tidal_log if "no profile" in line]
+
+
+def test_warns_that_no_sequence_is_longer_than_the_budget(configure, tidal_log):
+    config = configure({"token_budget": 4096, "select_layers": [2]}, max_model_len=4097)
+    (warning,) = [line for line in tidal_log if "sparse decoding is off" in line]
+    assert warning.startswith("WARNING sparse decoding is off: tidal.token_budget = 40")
+    assert "must be below max_model_len - 1 = 4096" in warning
+    assert config.scheduler_config.scheduler_cls is None, "there is nothing to correct"
