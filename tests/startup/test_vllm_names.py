@@ -5,15 +5,13 @@ import importlib
 import importlib.util
 import pkgutil
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from .harness import child_environment
+from .fresh import run_python
 
 pytestmark = pytest.mark.compat
 
@@ -103,11 +101,6 @@ def test_our_platform_is_imported_before_vllm_knows_its_platform():
         "print('platform:', found._current_platform)\n"
         "print('then:', type(found.current_platform).__name__)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert "platform: None" in done.stdout, done.stdout + done.stderr
+    done = run_python(code)
+    assert "platform: None" in done.stdout, done.stdout
     assert "then: TidalCpuPlatform" in done.stdout
