@@ -26,7 +26,9 @@ NO_TORCH = (
     *("cli", "calibrate.choice", "calibrate.baselines", "calibrate.report"),
 )
 # At import; the others of MAY_IMPORT_VLLM do it where they need it.
-NO_VLLM = (*NO_TORCH, "ops", "metrics", "demo", "doctor", "calibrate.recorder")
+NO_VLLM = (
+    *(*NO_TORCH, "ops", "metrics", "demo", "doctor", "probe", "calibrate.recorder"),
+)
 MAY_IMPORT_VLLM = {
     "plugin",
     "backend",
@@ -40,6 +42,7 @@ MAY_IMPORT_VLLM = {
     "metrics",
     "demo",
     "doctor",
+    "probe",
     "calibrate",
 }
 # What a module of the package may import of it, at its top level or inside; a folder
@@ -48,11 +51,12 @@ BELOW = {
     "__init__": set(),
     "versions": set(),
     "config": set(),
+    "cuda_build": set(),
     "profiles": {"config"},
     "policy": {"config", "profiles"},
     "correction": {"policy"},
     "plan_table": {"config", "policy"},
-    "ops": {"config"},
+    "ops": {"config", "cuda_build"},
     "planted": set(),
     "metrics": {"policy"},
     "plugin": {"versions", "platform", "startup", "backend"},
@@ -83,7 +87,7 @@ BELOW = {
     "cpu_worker": {"metrics"},
     "platform": {"backend", "cpu_worker", "plugin", "startup"},
 }
-TOP = {"cli", "demo", "doctor", "calibrate"}
+TOP = {"cli", "demo", "doctor", "probe", "calibrate"}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
