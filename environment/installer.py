@@ -6,7 +6,13 @@ from dataclasses import dataclass
 
 # Settings of pip's that change nothing about what is installed from where.
 HARMLESS = {
-    *("cache-dir", "default-timeout", "disable-pip-version-check", "no-cache-dir"),
+    *(
+        "cache-dir",
+        "config-file",
+        "default-timeout",
+        "disable-pip-version-check",
+        "no-cache-dir",
+    ),
     *("no-color", "no-input", "no-python-version-warning", "progress-bar", "quiet"),
     *("require-virtualenv", "resume-retries", "retries", "root-user-action"),
     *("timeout", "verbose", "break-system-packages", "user", "no-warn-script-location"),

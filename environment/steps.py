@@ -233,7 +233,7 @@ class Environment:
         """What each step's outcome depends on, those before it included."""
         digest, keys = hashlib.sha256(), []
         for part in parts:
-            digest.update(json.dumps(part.decided_by).encode())
+            digest.update(json.dumps([part.title, *part.decided_by]).encode())
             keys.append(digest.hexdigest()[:16])
         return keys
 

@@ -107,7 +107,13 @@ def _probe_findings(
         env=os.environ | OFFLINE,
         start_new_session=True,  # so that all of an engine's processes can be ended
     )
-    timer = threading.Timer(TIMEOUT, _end, [process])
+    late = threading.Event()
+
+    def give_up() -> None:
+        late.set()
+        _end(process)
+
+    timer = threading.Timer(TIMEOUT, give_up)
     timer.start()
     name, log = stages[0], []
     try:
@@ -125,8 +131,7 @@ def _probe_findings(
             yield Finding(name, ok, found, advice if ok else FIXES[name](found))
             if not ok or name == stages[-1]:
                 return
-        late = not timer.is_alive()
-        said = [f"no answer within {TIMEOUT} s"] if late else log
+        said = [f"no answer within {TIMEOUT} s"] if late.is_set() else log
         found = last_words("".join(said), process.wait())
         yield Finding(name, False, found, FIXES[name](found))
     finally:

@@ -16,6 +16,7 @@ from textwrap import shorten
 from typing import NamedTuple
 
 import tidal_vllm
+from tidal_vllm.metrics import COUNTING_WORKER
 from tidal_vllm.plugin import CPU_PLATFORM_PATH, NAME, cpu_platform, register
 
 MARK = "tidal-vllm doctor: "  # vLLM logs to stdout too
@@ -163,7 +164,7 @@ def _run_engine() -> Seen:
                 SamplingParams(temperature=0, max_tokens=len(prompt.answer_token_ids)),
                 use_tqdm=False,
             )
-            (counters, *_) = llm.collective_rpc("tidal_counters")
+            (counters, *_) = llm.collective_rpc("decode_counters")
         finally:
             llm.llm_engine.engine_core.shutdown()
     return judge_answer(
@@ -198,6 +199,7 @@ def _tiny_model(folder: Path) -> tuple[dict, "tidal_vllm.planted.PlantedSpec"]:
         "additional_config": {"tidal": tidal},
         "max_model_len": 1024,
         "max_num_seqs": 4,
+        "worker_extension_cls": COUNTING_WORKER,
     }
     return arguments, spec
 

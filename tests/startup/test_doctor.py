@@ -152,7 +152,7 @@ def test_a_vllm_that_lacks_a_name(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(BREAK_SCHEDULER)
     status, lines = examine(first_on_path=tmp_path)
     assert status == 1
-    found = "tidal_vllm.scheduler: ImportError: cannot import name 'gone'"
+    found = "ImportError: cannot import name 'gone' from 'vllm.utils'"
     assert_ends_with(lines, "modules", found, "lacks what tidal_vllm")
 
 

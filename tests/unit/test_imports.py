@@ -22,6 +22,8 @@ NO_TORCH = (
         "startup",
         "versions",
         "plugin",
+        "cuda_build",
+        "fair_timing",
     ),
     *("cli", "calibrate.choice", "calibrate.baselines", "calibrate.report"),
 )
@@ -87,7 +89,7 @@ BELOW = {
     "cpu_worker": {"metrics"},
     "platform": {"backend", "cpu_worker", "plugin", "startup"},
 }
-TOP = {"cli", "demo", "doctor", "probe", "calibrate"}
+TOP = {"cli", "demo", "fair_timing", "doctor", "probe", "calibrate"}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
