@@ -10,6 +10,7 @@ CMAKE_ARGS is handed on, for instance "-DTIDAL_CUDA_ARCHS=90a" for one GPU alone
 """
 
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -21,17 +22,15 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
+# NOTE: the package itself cannot be imported in a build environment.
+BUILD = runpy.run_path(str(ROOT / "tidal_vllm/cuda_build.py"))
+find_nvcc, find_cmake = BUILD["find_nvcc"], BUILD["find_cmake"]
 SWITCH = "TIDAL_BUILD_CUDA"
 # Outside pip's isolated build environment, where torch is not installed.
 FIND_TORCH = (
     "import importlib.util as u; s = u.find_spec('torch'); "
     "print(s.submodule_search_locations[0] if s else '')"
 )
-
-
-def find_nvcc():
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
 
 
 def find_torch():
@@ -51,7 +50,7 @@ def decide():
     torch = find_torch()
     if find_nvcc() is None:
         reason = "nvcc is not found"
-    elif shutil.which("cmake") is None:
+    elif find_cmake() is None:
         reason = "cmake is not found"
     elif torch is None:
         reason = f"torch is not installed for {sys.executable}"
@@ -71,13 +70,14 @@ class CMakeBuild(build_ext):
     def build_extension(self, extension):
         build = Path(self.build_temp).resolve()
         configure = [
-            *("cmake", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"),
+            *(find_cmake(), "-S", str(ROOT), "-B", str(build)),
+            "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_CUDA_COMPILER={find_nvcc()}",
             f"-DTORCH_DIR={find_torch()}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         jobs = str(self.parallel or os.cpu_count() or 1)
-        for command in (configure, ["cmake", "--build", str(build), "-j", jobs]):
+        for command in (configure, [find_cmake(), "--build", str(build), "-j", jobs]):
             if subprocess.call(command):
                 raise CompileError(f"this failed: {' '.join(command)}")
         target = Path(self.get_ext_fullpath(extension.name))

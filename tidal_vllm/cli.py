@@ -23,12 +23,22 @@ def main(argv: list[str] | None = None) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from tidal_vllm.doctor import examine
 
-    ready = True
-    for finding in examine():
-        print(finding, flush=True)
-        ready = finding.ok
-    print("Ready: tidal-vllm demo" if ready else "Not ready: see the fix above.")
-    return 0 if ready else 1
+    live = sys.stdout.isatty()
+    erase = "\r\033[K" if live else ""
+
+    def announce(name: str) -> None:
+        print(f"...   {name}", end="" if live else "\n", flush=True)
+
+    findings = []
+    for finding in examine(engine=arguments.engine, on_start=announce):
+        print(f"{erase}{finding}", flush=True)
+        findings.append(finding)
+    if not findings[-1].ok:
+        print("Not ready: see the fix above.")
+        return 1
+    warned = any(finding.fix for finding in findings)
+    print("Ready" + (", but see the warning above" if warned else ": tidal-vllm demo"))
+    return 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -74,6 +84,11 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser(
         "doctor", help="check this machine; exit code 0 if all is well, else 1"
+    )
+    doctor.add_argument(
+        "--engine",
+        action="store_true",
+        help="also start an engine of a tiny model, and check its answer",
     )
     doctor.set_defaults(run=_doctor)
 

@@ -1,12 +1,15 @@
-"""`tidal-vllm demo`: one model, the same long prompts, dense and sparse."""
+"""`tidal-vllm demo`: one model, the same long prompts, dense and sparse in turn."""
 
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from tidal_vllm.config import TidalConfig
+from tidal_vllm.fair_timing import Race, waiting_and_running
 from tidal_vllm.lengths import limit_plan
+from tidal_vllm.metrics import COUNTING_WORKER
 from tidal_vllm.plan_table import format_plan
 from tidal_vllm.planted import (
     PlantedPrompt,
@@ -19,6 +22,7 @@ from tidal_vllm.policy import plan_layers
 ANSWER_WORDS = 24
 DEPTHS = (0.1, 0.5, 0.9)
 KV_CACHE_BYTES = 1 << 30
+TRIALS = 5
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,21 @@ class Answer:
     """Mean time of a decode step, after the first token."""
     attended: float
     """Tokens that a SPARSE layer attended to, mean over the answer's tokens."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All answers to one prompt, dense and sparse, and how their times compare."""
+
+    prompt: PlantedPrompt
+    dense: list[Answer]
+    sparse: list[Answer]
+    race: Race
+
+    @property
+    def wrong_answers(self) -> int:
+        planted = len(self.prompt.answer_token_ids)
+        return sum(a.right_tokens < planted for a in (*self.dense, *self.sparse))
 
 
 def run_demo(model_dir: Path, contexts: list[int], token_budget: int) -> int:
@@ -56,21 +75,24 @@ def run_demo(model_dir: Path, contexts: list[int], token_budget: int) -> int:
     config = TidalConfig(**tidal)
     longest = _max_model_len(prompts)
     plan = limit_plan(plan_layers(config, spec.num_layers, None), config, longest)
-    print(format_plan(plan, config, longest, "the planted model"))
+    print(format_plan(plan, config, longest, "the planted model"), flush=True)
+    backend = {"attention_backend": "TIDAL", "additional_config": {"tidal": tidal}}
 
-    dense = _ask("dense: LLM(model)", model_dir, prompts, {})
-    sparse = _ask(
-        'sparse: LLM(model, attention_backend="TIDAL")',
-        model_dir,
-        prompts,
-        {"attention_backend": "TIDAL", "additional_config": {"tidal": tidal}},
-    )
-    print(_table(prompts, dense, sparse))
-    wrong = sum(
-        answer.right_tokens < len(prompt.answer_token_ids)
-        for answers in (dense, sparse)
-        for prompt, answer in zip(prompts, answers, strict=True)
-    )
+    engines = []
+    try:
+        for title, chosen in (
+            ("dense: LLM(model)", {}),
+            ('sparse: LLM(model, attention_backend="TIDAL")', backend),
+        ):
+            engines.append(_start(title, model_dir, prompts, chosen))
+        comparisons = [_compare(*engines, prompt) for prompt in prompts]
+    finally:
+        for llm in engines:
+            # NOTE: at exit, Python would wait for the engine's process before vLLM
+            # tells it to stop.
+            llm.llm_engine.engine_core.shutdown()
+    print(_table(comparisons))
+    wrong = sum(comparison.wrong_answers for comparison in comparisons)
     print(
         f"\n{wrong} answers are wrong." if wrong else "\nEvery answer is exact.",
         "Each is a chain of words hidden in the prompt, known by construction.",
@@ -82,14 +104,14 @@ def _max_model_len(prompts: list[PlantedPrompt]) -> int:
     return max(len(prompt.prompt_token_ids) for prompt in prompts) + 64
 
 
-def _ask(
-    title: str, model_dir: Path, prompts: list[PlantedPrompt], backend: dict
-) -> list[Answer]:
-    """Start an engine, ask it every prompt alone, and stop it."""
+def _start(title: str, model_dir: Path, prompts: list[PlantedPrompt], backend: dict):
+    import torch
     from vllm import LLM
 
     print(f"\n{title}\n  starting vLLM ...", end=" ", flush=True)
     start = time.perf_counter()
+    # Two engines share the accelerator; vLLM would claim nearly all of it for one.
+    share = {"gpu_memory_utilization": 0.4} if torch.accelerator.is_available() else {}
     llm = LLM(
         str(model_dir),
         max_model_len=_max_model_len(prompts),
@@ -97,36 +119,49 @@ def _ask(
         max_num_seqs=4,
         disable_log_stats=False,
         use_tqdm_on_load=False,
+        worker_extension_cls=COUNTING_WORKER,
         **backend,
+        **share,
     )
     print(f"{time.perf_counter() - start:.0f} s", flush=True)
-    try:
-        return [_answer(llm, prompt) for prompt in prompts]
-    finally:
-        # NOTE: at exit, Python would wait for the engine's process before vLLM
-        # tells it to stop.
-        llm.llm_engine.engine_core.shutdown()
+    return llm
+
+
+def _compare(dense_llm, sparse_llm, prompt: PlantedPrompt) -> Comparison:
+    """Let both answer in turn, once their prefix caches hold the prompt."""
+    length = len(prompt.prompt_token_ids)
+    print(f"  {length:>6} tokens of context:", end=" ", flush=True)
+    dense, sparse = [_answer(dense_llm, prompt)], [_answer(sparse_llm, prompt)]
+    before = waiting_and_running()
+    for trial in range(TRIALS):
+        turns = [(dense, dense_llm), (sparse, sparse_llm)]
+        for answers, llm in turns if trial % 2 else reversed(turns):
+            answers.append(_answer(llm, prompt))
+    after = waiting_and_running()
+    race = Race(
+        [answer.seconds_per_token for answer in dense[1:]],
+        [answer.seconds_per_token for answer in sparse[1:]],
+        waited=after[0] - before[0],
+        ran=after[1] - before[1],
+    )
+    print(f"... {_shorten(sparse[-1].text)}", flush=True)
+    return Comparison(prompt, dense, sparse, race)
 
 
 def _answer(llm, prompt: PlantedPrompt) -> Answer:
     from vllm import SamplingParams
 
-    print(
-        f"  {len(prompt.prompt_token_ids):>6} tokens of context:", end=" ", flush=True
-    )
     before = _counters(llm)
     (output,) = llm.generate(
         {"prompt_token_ids": prompt.prompt_token_ids},
         SamplingParams(temperature=0, max_tokens=len(prompt.answer_token_ids)),
         use_tqdm=False,
     )
-    answer = _read(output, prompt, before, _counters(llm))
-    print(f"... {_shorten(answer.text)}", flush=True)
-    return answer
+    return _read(output, prompt, before, _counters(llm))
 
 
 def _counters(llm) -> dict[str, int]:
-    return llm.collective_rpc("tidal_counters")[0]
+    return llm.collective_rpc("decode_counters")[0]
 
 
 def _read(output, prompt: PlantedPrompt, before: dict, after: dict) -> Answer:
@@ -152,26 +187,28 @@ def _shorten(text: str, width: int = 44) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
-def _table(
-    prompts: list[PlantedPrompt], dense: list[Answer], sparse: list[Answer]
-) -> str:
+def _table(comparisons: list[Comparison]) -> str:
     lines = [
         "",
         "           exact answer tokens  tokens attended      decode, ms/token",
         "  context     dense   sparse    dense   sparse    dense   sparse  speed-up",
         "  -------  --------  -------  -------  -------  -------  -------  --------",
     ]
-    for prompt, full, few in zip(prompts, dense, sparse, strict=True):
+    for comparison in comparisons:
+        prompt, race = comparison.prompt, comparison.race
         planted = len(prompt.answer_token_ids)
-        speedup = full.seconds_per_token / few.seconds_per_token
-        lines.append(
-            f"  {len(prompt.prompt_token_ids):>7}"
-            f"  {f'{full.right_tokens}/{planted}':>8}"
-            f"  {f'{few.right_tokens}/{planted}':>7}"
-            f"  {full.attended:>7.0f}  {few.attended:>7.0f}"
-            f"  {1e3 * full.seconds_per_token:>7.1f}"
-            f"  {1e3 * few.seconds_per_token:>7.1f}  {speedup:>7.2f}x"
-        )
+        cells = [f"  {len(prompt.prompt_token_ids):>7}"]
+        for answers, width in ((comparison.dense, 8), (comparison.sparse, 7)):
+            right = min(answer.right_tokens for answer in answers)
+            cells.append(f"{f'{right}/{planted}':>{width}}")
+        for answers in (comparison.dense, comparison.sparse):
+            cells.append(f"{median(a.attended for a in answers):>7.0f}")
+        for seconds in (race.dense, race.sparse):
+            cells.append(f"{1e3 * median(seconds):>7.1f}")
+        told = "?" if race.why_unclear() else f"{race.speed_up:.2f}x"
+        lines.append("  ".join([*cells, f"{told:>8}"]))
     lines.append("  Tokens attended: per step, by each layer that may be SPARSE.")
-    lines.append("  One run each; a busy machine slows dense decoding most.")
+    lines.append(f"  Times: medians of {TRIALS} answers, dense and sparse in turn.")
+    reasons = dict.fromkeys(c.race.why_unclear() for c in comparisons)
+    lines += [f"  ?: {reason}" for reason in reasons if reason]
     return "\n".join(lines)

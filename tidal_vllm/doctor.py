@@ -1,35 +1,43 @@
 """`tidal-vllm doctor`: is this machine ready, and if not, what mends it.
 
-Whatever may break on import is imported in a process of its own (`probe`), so that
-the doctor lives to say what broke.
+Whatever may break is tried in a process of its own (`probe`), so that the doctor lives
+to say what broke.
 """
 
-import importlib.util
+import contextlib
 import json
 import os
-import pickle
 import platform
+import re
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from textwrap import shorten
+from importlib.metadata import PackageNotFoundError, requires, version
 
 from tidal_vllm import __version__
-from tidal_vllm.plugin import NAME
+from tidal_vllm.probe import MARK, STAGES
 from tidal_vllm.versions import SUPPORTED_VLLM, unsupported_vllm
 
-# CUDA builds of these come with vLLM's wheel and break imports beside a CPU torch.
-CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
+# Builds of these for another torch break imports beside it.
+BESIDE_TORCH = ("torchvision", "torchaudio", "torchcodec")
 PLUGINS = ("tidal", "tidal_cpu")
-TIMEOUT = 600  # seconds; a cold disk takes its time
-_MARK = "tidal-vllm doctor: "  # vLLM logs to stdout too
+ON_REQUEST = "engine"
+FIRST_VLLM = "vllm==0.32.0"
+TIMEOUT = 900  # seconds; a cold disk takes its time
+# Nothing is fetched or told, whatever a stage asks vLLM for.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at."""
+    """One thing looked at.
+
+    Attributes:
+        fix: What mends it; beside `ok`: what would make it better.
+    """
 
     name: str
     ok: bool
@@ -37,33 +45,41 @@ class Finding:
     fix: str = ""
 
     def __str__(self) -> str:
-        line = f"{'ok' if self.ok else 'FAIL':4}  {self.name:8}  {self.found}"
-        return line if self.ok else f"{line}\n      {'fix':8}  {self.fix}"
+        state = "FAIL" if not self.ok else "WARN" if self.fix else "ok"
+        line = f"{state:4}  {self.name:8}  {self.found}"
+        return f"{line}\n      {'fix':8}  {self.fix}" if self.fix else line
 
 
-def examine() -> Iterator[Finding]:
+def examine(
+    *, engine: bool = False, on_start: Callable[[str], None] = lambda name: None
+) -> Iterator[Finding]:
     """Look at everything, in the order in which things depend on each other.
 
     Ends after the first failure, which would only repeat itself below.
+
+    Args:
+        engine: Also start an engine, and ask it something.
+        on_start: Called with each thing's name before it is looked at.
     """
-    for finding in _findings():
+    for finding in _findings(engine, on_start):
         yield finding
         if not finding.ok:
             return
 
 
-def _findings() -> Iterator[Finding]:
+def _findings(engine: bool, on_start: Callable[[str], None]) -> Iterator[Finding]:
     python = f"Python {platform.python_version()} ({sys.executable})"
     yield Finding("package", True, f"tidal_vllm {__version__}, {python}")
     reason = unsupported_vllm()
-    reinstall = f"pip install 'vllm{SUPPORTED_VLLM}'"
-    yield Finding("vLLM", not reason, reason or version("vllm"), reinstall)
+    fix = f"pip install 'vllm{SUPPORTED_VLLM}'" if reason else ""
+    yield Finding("vLLM", not reason, reason or version("vllm"), fix)
     try:
         yield Finding("torch", True, version("torch"))
     except PackageNotFoundError:
-        yield Finding("torch", False, "not installed", reinstall)
-    yield from _probe_findings()
+        yield Finding("torch", False, "not installed", _fix_torch())
     yield _profiles()
+    stages = [name for name in STAGES if engine or name != ON_REQUEST]
+    yield from _probe_findings(stages, on_start)
 
 
 def _profiles() -> Finding:
@@ -74,124 +90,117 @@ def _profiles() -> Finding:
         names = ", ".join(sorted(profile.name for profile in list_profiles()))
     except TidalConfigError as error:
         return Finding("profiles", False, str(error), "mend or remove that file")
-    return Finding("profiles", bool(names), names or "none", "reinstall tidal_vllm")
+    fix = "" if names else "reinstall tidal_vllm"
+    return Finding("profiles", bool(names), names or "none", fix)
 
 
-def _probe_findings() -> Iterator[Finding]:
-    done = run_python("from tidal_vllm.doctor import probe; probe()")
-    lines = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
-    stages = list(STAGES)
-    for line in lines:
-        name, ok, found = json.loads(line.removeprefix(_MARK))
-        stages.remove(name)
-        yield Finding(name, ok, found, FIXES[name]())
-    if stages:  # the process died on the way, or the line above says why
-        yield Finding(stages[0], False, last_words(done), FIXES[stages[0]]())
+def _probe_findings(
+    stages: list[str], on_start: Callable[[str], None]
+) -> Iterator[Finding]:
+    code = f"from tidal_vllm.probe import run_stages; run_stages({stages})"
+    process = subprocess.Popen(
+        _python_command(code),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=os.environ | OFFLINE,
+        start_new_session=True,  # so that all of an engine's processes can be ended
+    )
+    late = threading.Event()
+
+    def give_up() -> None:
+        late.set()
+        _end(process)
+
+    timer = threading.Timer(TIMEOUT, give_up)
+    timer.start()
+    name, log = stages[0], []
+    try:
+        for line in process.stdout:
+            _, mark, said = line.partition(MARK)
+            if not mark:
+                log.append(line)
+                continue
+            name, *outcome = json.loads(said)
+            if not outcome:
+                on_start(name)
+                continue
+            ok, found, advice = outcome
+            found = found if ok else root_cause(log, found)
+            yield Finding(name, ok, found, advice if ok else FIXES[name](found))
+            if not ok or name == stages[-1]:
+                return
+        said = [f"no answer within {TIMEOUT} s"] if late.is_set() else log
+        found = last_words("".join(said), process.wait())
+        yield Finding(name, False, found, FIXES[name](found))
+    finally:
+        timer.cancel()
+        _end(process)
 
 
-def probe() -> None:
-    """Print the outcome of each stage as a line of JSON; stop at the first failure."""
-    for name, stage in STAGES.items():
-        try:
-            ok, found = True, stage()
-        except Exception as error:
-            ok, found = False, f"{type(error).__name__}: {error}"
-        print(_MARK + json.dumps([name, ok, shorten(found, 300)]), flush=True)
-        if not ok:
-            return
+def _end(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
-def _import_everything() -> str:
-    import transformers.models.llama.modeling_llama  # noqa: F401
-    from vllm import LLM  # noqa: F401
-
-    return "torch, transformers and vllm import"
-
-
-def _find_device() -> str:
-    import torch
-    from vllm.platforms import current_platform as device
-
-    kind, where = device.device_type, type(device).__name__
-    if not kind:
-        raise RuntimeError("vLLM found no device to run on")
-    if kind == "cpu":
-        cores = len(os.sched_getaffinity(0))
-        return f"cpu, {torch.get_num_threads()} threads on {cores} cores ({where})"
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(
-            f"vLLM found a GPU that torch {torch.__version__} cannot use"
-        )
-    memory = device.get_device_total_memory() / 2**30
-    return f"{kind}, {device.get_device_name()}, {memory:.0f} GiB ({where})"
+def root_cause(log: list[str], found: str) -> str:
+    """The error that vLLM's front end only points to, else what was found."""
+    if "root cause" not in found:
+        return found
+    errors = [match[1] for line in log if (match := _ERROR.search(line))]
+    return errors[-1] if errors else found
 
 
-def _register() -> str:
-    from vllm.plugins import load_general_plugins
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    load_general_plugins()
-    AttentionBackendEnum[NAME].get_class()
-    return f"--attention-backend {NAME.lower()} is known to vLLM"
+_ERROR = re.compile(r"\b((?!EngineDeadError)\w+(?:Error|Exception): .+)")
 
 
-def _reach_spawned_processes() -> str:
-    """A spawned engine unpickles the choice before it has loaded any plug-in."""
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    choice = pickle.dumps(AttentionBackendEnum[NAME])
-    done = run_python(f"import pickle; print(pickle.loads({choice!r}).name)")
-    if done.returncode or NAME not in done.stdout.split():
-        raise RuntimeError(last_words(done))
-    return "the choice reaches spawned processes"
+def last_words(said: str, status: int) -> str:
+    """The last line that a process wrote, and how it ended."""
+    lines = said.strip().splitlines()
+    return f"{lines[-1] if lines else 'no message'} (exit status {status})"
 
 
-def _describe_kernels() -> str:
-    import torch
-    from vllm.platforms import current_platform
-
-    from tidal_vllm import ops
-
-    return ops.describe(torch.device(current_platform.device_type))
-
-
-STAGES: dict[str, Callable[[], str]] = {
-    "imports": _import_everything,
-    "device": _find_device,
-    "plug-in": _register,
-    "spawn": _reach_spawned_processes,
-    "kernels": _describe_kernels,
-}
-
-
-def _fix_imports() -> str:
-    present = [name for name in CUDA_ONLY if importlib.util.find_spec(name)]
-    if "+cpu" in version("torch") and present:
+def _fix_imports(found: str) -> str:
+    broken = [name for name in BESIDE_TORCH if name in found]
+    if broken:
         return (
-            f"pip uninstall {' '.join(CUDA_ONLY)} (CUDA builds, which break imports "
-            f"beside a CPU build of torch; present: {', '.join(present)})"
+            f"{_pip()} uninstall {' '.join(broken)} (a build for another torch, which "
+            "breaks what imports it)"
         )
-    return f"reinstall vLLM and its torch: pip install 'vllm{SUPPORTED_VLLM}'"
+    return _fix_torch()
 
 
-def _fix_device() -> str:
-    return _fix_plugins() or (
-        "install tidal_vllm into vLLM's environment, its CPU platform steps in where "
-        "there is no GPU; where there is one, install the CUDA build of torch"
+def _fix_torch() -> str:
+    """The torch that this vLLM wants, where another one is here; else all anew."""
+    with contextlib.suppress(PackageNotFoundError):
+        pins = [r for r in requires("vllm") or [] if r.startswith("torch==")]
+        if pins and not version("torch").startswith(pins[0].removeprefix("torch==")):
+            return f"{_pip()} install '{pins[0]}', which vLLM {version('vllm')} needs"
+    return (
+        f"reinstall vLLM and its torch: {_pip()} install --force-reinstall "
+        f"'vllm{SUPPORTED_VLLM}'"
     )
 
 
-def _fix_registration() -> str:
-    return _fix_plugins() or "install tidal_vllm into vLLM's environment again"
+def _fix_device(found: str) -> str:
+    if "torch" in found:  # a GPU that it cannot use
+        return "install a build of torch for this GPU and its driver"
+    return _fix_plugins("tidal_cpu") or _fix_code(found) or _install_here()
 
 
-def _fix_plugins() -> str:
+def _fix_registration(found: str) -> str:
+    return _fix_plugins("tidal") or _fix_code(found) or _install_here()
+
+
+def _fix_plugins(needed: str) -> str:
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is None:
         return ""
     given = [name for name in allowed.split(",") if name]
     missing = [name for name in PLUGINS if name not in given]
-    if not missing:
+    if needed in given:
         return ""
     return (
         f"VLLM_PLUGINS = {allowed!r} leaves out our plug-ins: unset it or set "
@@ -199,33 +208,56 @@ def _fix_plugins() -> str:
     )
 
 
-FIXES: dict[str, Callable[[], str]] = {
+def _fix_code(found: str) -> str:
+    """Our code is not what does not fit; a name that is missing is vLLM's."""
+    if not re.search(r"ImportError|AttributeError|ModuleNotFoundError", found):
+        return ""
+    return (
+        f"vLLM {version('vllm')} lacks what tidal_vllm {__version__} uses: "
+        f"{_pip()} install '{FIRST_VLLM}', or a newer tidal_vllm"
+    )
+
+
+def _fix_run(found: str) -> str:
+    return _fix_code(found) or (
+        "the message above names what is wrong with this machine or this installation; "
+        f"if it does not, start over: {_pip()} install --force-reinstall {FIRST_VLLM}"
+    )
+
+
+def _install_here() -> str:
+    return f"install tidal_vllm into vLLM's environment: {_pip()} install --no-deps ."
+
+
+def _pip() -> str:
+    return f"{sys.executable} -m pip"
+
+
+FIXES: dict[str, Callable[[str], str]] = {
     "imports": _fix_imports,
     "device": _fix_device,
     "plug-in": _fix_registration,
+    "modules": _fix_run,
     "spawn": _fix_registration,
-    "kernels": _fix_registration,
+    "kernels": _fix_run,
+    "config": _fix_run,
+    "engine": _fix_run,
 }
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:
     """Run code in a fresh interpreter, without the current folder on its path."""
-    code = f"import sys; sys.path = [p for p in sys.path if p]; {code}"
-    try:
-        return subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=TIMEOUT,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as late:
-        message = f"no answer within {TIMEOUT} s"
-        return subprocess.CompletedProcess(late.cmd, 1, "", message)
+    return subprocess.run(
+        _python_command(code),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=TIMEOUT,
+        check=False,
+    )
 
 
-def last_words(done: subprocess.CompletedProcess) -> str:
-    """The last line a process wrote on stderr, and how it ended."""
-    lines = done.stderr.strip().splitlines()
-    return f"{lines[-1] if lines else 'no message'} (exit status {done.returncode})"
+def _python_command(code: str) -> list[str]:
+    first = "import sys; sys.path = [p for p in sys.path if p]; "
+    return [sys.executable, "-c", first + code]

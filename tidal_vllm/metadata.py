@@ -301,6 +301,8 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
                 lines += [f"kernels: {self.state.kernels.why}", str(self.state)]
             lines.append(f"dense attention: {dense_backend.get_name()}")
             logger.info("%s", "\n".join(lines))
+            if self.state is not None and self.state.kernels.advice:
+                logger.warning("%s", self.state.kernels.advice)
 
 
 def _require_one_state(impls: dict[str, Any]) -> None:

@@ -78,3 +78,14 @@ def worker_counters(worker: Any) -> dict[str, int]:
                     for name, count in asdict(counters).items():
                         total[name] += count
     return total
+
+
+class CountingWorker:
+    """For vLLM's `worker_extension_cls`: any platform's worker tells its counters."""
+
+    def decode_counters(self) -> dict[str, int]:
+        """As `worker_counters`."""
+        return worker_counters(self)
+
+
+COUNTING_WORKER = f"{__name__}.{CountingWorker.__name__}"

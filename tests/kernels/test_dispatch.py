@@ -146,7 +146,7 @@ class TestRefused:
 
 
 def test_describes_what_the_doctor_asks():
-    assert ops.describe("cpu") == "PyTorch reference ops (CPU)"
+    assert ops.describe("cpu").why == "PyTorch reference ops (CPU)"
 
 
 def test_a_module_that_breaks_on_import_counts_as_not_built(tmp_path, monkeypatch):

@@ -6,27 +6,50 @@ from pathlib import Path
 import pytest
 import torch
 
-from tidal_vllm import doctor
+from tidal_vllm import doctor, ops, probe
 
 from .fresh import TIDAL_VLLM, run, run_python, write_distribution
 
-CHECKS = ["package", "vLLM", "torch", *doctor.STAGES, "profiles"]
+AT_ONCE = ["package", "vLLM", "torch", "profiles"]
 
 
-def examine(**kwargs) -> tuple[int, list[str]]:
-    done = run([TIDAL_VLLM, "doctor"], **kwargs)
+def examine(*options: str, **kwargs) -> tuple[int, list[str]]:
+    """The exit status, and what is said but the names of what is under way."""
+    done = run([TIDAL_VLLM, "doctor", *options], **kwargs)
     assert "Traceback" not in done.stdout
-    return done.returncode, done.stdout.splitlines()
+    lines = done.stdout.splitlines()
+    return done.returncode, [line for line in lines if not line.startswith("...")]
 
 
 def test_all_is_well_here():
-    status, lines = examine()
-    assert status == 0
-    *findings, last = lines
+    """Down to an engine that answers; each stage is named before it runs."""
+    done = run([TIDAL_VLLM, "doctor", "--engine"])
+    assert done.returncode == 0, done.stdout
+    *findings, last = done.stdout.splitlines()
     assert last.startswith("Ready")
-    assert [line.split()[:2] for line in findings] == [["ok", name] for name in CHECKS]
-    assert re.search(r"cpu, \d+ threads on \d+ cores \(TidalCpuPlatform\)", lines[4])
-    assert "PyTorch reference ops (CPU)" in lines[7]
+    expected = [["ok", name] for name in AT_ONCE]
+    for name in probe.STAGES:
+        expected += [["...", name], ["ok", name]]
+    assert [line.split()[:2] for line in findings] == expected
+    found = "\n".join(findings)
+    assert re.search(r"cpu, \d+ threads on \d+ cores \(TidalCpuPlatform\)", found)
+    assert "PyTorch reference ops (CPU)" in found
+    assert "vLLM configures a tiny model, with Tidal" in found
+    assert re.search(r"a planted answer is found, [1-9]\d* of its steps sparse", found)
+
+
+def test_an_engine_starts_on_request_only():
+    stages = [finding.name for finding in doctor.examine()]
+    assert stages == [*AT_ONCE, *probe.STAGES][:-1]
+
+
+@pytest.mark.parametrize(
+    "given, steps, said",
+    [([1, 2], 5, r"the answer is \[1, 2\], planted was"), ([1, 3], 0, "no step was")],
+)
+def test_an_engine_that_answers_wrongly_or_densely(given, steps, said):
+    with pytest.raises(RuntimeError, match=said):
+        probe.judge_answer(given, [1, 3], {"sparse_steps": steps})
 
 
 def assert_ends_with(lines: list[str], name: str, found: str, fix: str) -> None:
@@ -55,18 +78,18 @@ def test_vllm_plugins_leaves_out(allowed, name, found):
 
 
 @pytest.mark.parametrize(
-    "allowed, mended",
+    "stage, allowed, mended",
     [
-        ("", "tidal,tidal_cpu"),
-        ("other", "other,tidal,tidal_cpu"),
-        ("tidal_cpu", "tidal_cpu,tidal"),
-        ("tidal", "tidal,tidal_cpu"),
+        ("device", "", "tidal,tidal_cpu"),
+        ("plug-in", "other", "other,tidal,tidal_cpu"),
+        ("plug-in", "tidal_cpu", "tidal_cpu,tidal"),
+        ("device", "tidal", "tidal,tidal_cpu"),
     ],
 )
-def test_says_how_to_mend_vllm_plugins(monkeypatch, allowed, mended):
+def test_says_how_to_mend_vllm_plugins(monkeypatch, stage, allowed, mended):
     monkeypatch.setenv("VLLM_PLUGINS", allowed)
-    for fix in (doctor.FIXES["device"](), doctor.FIXES["plug-in"]()):
-        assert fix.endswith(f"leaves out our plug-ins: unset it or set {mended}")
+    fix = doctor.FIXES[stage]("")
+    assert fix.endswith(f"leaves out our plug-ins: unset it or set {mended}")
 
 
 @pytest.mark.parametrize("allowed", [None, "tidal,tidal_cpu,other"])
@@ -74,7 +97,7 @@ def test_leaves_vllm_plugins_alone(monkeypatch, allowed):
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     if allowed:
         monkeypatch.setenv("VLLM_PLUGINS", allowed)
-    for fix in (doctor.FIXES["device"](), doctor.FIXES["plug-in"]()):
+    for fix in (doctor.FIXES["device"](""), doctor.FIXES["plug-in"]("")):
         assert "VLLM_PLUGINS" not in fix
         assert "install tidal_vllm" in fix
 
@@ -98,10 +121,71 @@ def test_the_torchvision_trap(tmp_path):
     broken_package(tmp_path, "torchvision", code)
     status, lines = examine(first_on_path=tmp_path)
     assert status == 1
-    fix = "pip uninstall torchvision torchaudio torchcodec"
-    if "+cpu" not in torch.__version__:
-        fix = "reinstall vLLM and its torch"
-    assert_ends_with(lines, "imports", "operator torchvision::nms", fix)
+    assert_ends_with(
+        lines, "imports", "operator torchvision::nms", "pip uninstall torchvision ("
+    )
+
+
+def test_a_torch_that_this_vllm_was_not_built_for(monkeypatch):
+    installed = {"torch": "2.11.0", "vllm": "0.32.0"}
+    monkeypatch.setattr(doctor, "version", installed.__getitem__)
+    monkeypatch.setattr(doctor, "requires", lambda name: ["numpy", "torch==2.13.0"])
+    assert "install 'torch==2.13.0', which vLLM 0.32.0 needs" in doctor._fix_torch()
+    installed["torch"] = "2.13.0+cpu"
+    assert "reinstall vLLM and its torch" in doctor._fix_torch()
+
+
+BREAK_SCHEDULER = """
+import sys
+
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == "tidal_vllm.scheduler":
+            raise ImportError("cannot import name 'gone' from 'vllm.utils'")
+
+sys.meta_path.insert(0, Finder)
+"""
+
+
+def test_a_vllm_that_lacks_a_name(tmp_path):
+    """vLLM would import the module in mid-start only."""
+    (tmp_path / "sitecustomize.py").write_text(BREAK_SCHEDULER)
+    status, lines = examine(first_on_path=tmp_path)
+    assert status == 1
+    found = "ImportError: cannot import name 'gone' from 'vllm.utils'"
+    assert_ends_with(lines, "modules", found, "lacks what tidal_vllm")
+
+
+def test_the_cause_of_a_failed_engine_is_its_own():
+    log = [
+        "(EngineCore pid=7) ERROR torch.OutOfMemoryError: CUDA out of memory",
+        "EngineDeadError: EngineCore encountered an issue",
+    ]
+    front_end = "RuntimeError: Engine core initialization failed. See root cause above."
+    wanted = "OutOfMemoryError: CUDA out of memory"
+    assert doctor.root_cause(log, front_end) == wanted
+    assert doctor.root_cause(log, "ValueError: no") == "ValueError: no"
+
+
+@pytest.mark.parametrize(
+    "device, cuda, advised",
+    [("cuda", "13.0", True), ("cuda", None, False), ("cpu", "13.0", False)],
+    ids=["nvidia", "other_gpu", "cpu"],
+)
+def test_a_gpu_without_its_kernels(monkeypatch, device, cuda, advised):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    if device != "cpu":  # what a machine with Triton alone has to offer
+        offer = {name: ops.dispatch._CANDIDATES[name] for name in ("cuda", "reference")}
+        monkeypatch.setattr(ops.dispatch, "_CANDIDATES", offer)
+    kernels = ops.describe(device)
+    assert kernels.name == "reference"
+    assert ("TIDAL_BUILD_CUDA=1" in kernels.advice) is advised
+    assert ("not the CUDA kernels for it: _tidal_C.so" in kernels.advice) is advised
+
+
+def test_warns_where_something_could_be_better():
+    finding = doctor.Finding("kernels", True, "Triton kernels", "build them")
+    assert str(finding).startswith("WARN  kernels   Triton kernels\n      fix ")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +225,7 @@ def test_a_registration_that_does_not_survive_spawning(monkeypatch):
     plugin.register()
     monkeypatch.delitem(copyreg.dispatch_table, AttentionBackendEnum)
     with pytest.raises(RuntimeError, match="is not a valid AttentionBackendEnum"):
-        doctor._reach_spawned_processes()
+        probe._reach_spawned_processes()
 
 
 def test_a_gpu_that_torch_cannot_use(monkeypatch):
@@ -151,7 +235,7 @@ def test_a_gpu_that_torch_cannot_use(monkeypatch):
     monkeypatch.setattr("vllm.platforms.current_platform", Device())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="a GPU that torch .* cannot use"):
-        doctor._find_device()
+        probe._find_device()
 
 
 def test_names_the_gpu(monkeypatch):
@@ -162,13 +246,14 @@ def test_names_the_gpu(monkeypatch):
 
     monkeypatch.setattr("vllm.platforms.current_platform", Device())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert doctor._find_device() == "cuda, NVIDIA H200, 141 GiB (Device)"
+    assert probe._find_device().found == "cuda, NVIDIA H200, 141 GiB (Device)"
 
 
 def test_a_process_that_hangs(monkeypatch):
     monkeypatch.setattr(doctor, "TIMEOUT", 0.2)
-    done = doctor.run_python("import time; time.sleep(60)")
-    assert doctor.last_words(done) == "no answer within 0.2 s (exit status 1)"
+    (finding,) = doctor._probe_findings(["imports"], lambda name: None)
+    assert not finding.ok
+    assert finding.found.startswith("no answer within 0.2 s (exit status ")
 
 
 def test_ignores_packages_in_the_current_folder(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What bootstrap.py says when it cannot set things up."""
+"""What bootstrap.py says when it cannot set things up, and what it runs when it can."""
 
 import shutil
 import subprocess
@@ -13,17 +13,16 @@ SCRIPT = Path(__file__).parents[2] / "bootstrap.py"
 
 
 @pytest.fixture
-def bootstrap(tmp_path, monkeypatch):
+def bootstrap():
     spec = util.spec_from_file_location("bootstrap", SCRIPT)
     module = util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "STAMP", str(tmp_path / "no stamp"))
     return module
 
 
-def refusal(bootstrap, capsys) -> str:
+def refusal(bootstrap, capsys, check=None) -> str:
     with pytest.raises(SystemExit) as exit_info:
-        bootstrap.check_machine()
+        (check or (lambda: bootstrap.check_machine("0.33.0")))()
     assert exit_info.value.code == 1
     return capsys.readouterr().err
 
@@ -31,14 +30,16 @@ def refusal(bootstrap, capsys) -> str:
 def test_this_machine_is_accepted(bootstrap, monkeypatch):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(20 << 30))
-    bootstrap.check_machine()
+    bootstrap.check_machine("0.32.0")
+    bootstrap.check_disk()
 
 
-@pytest.mark.parametrize("found", [(3, 8, 1), (3, 14, 0)])
+@pytest.mark.parametrize("found", [(3, 8, 1), (3, 10, 9), (3, 14, 0)])
 def test_python_out_of_range(bootstrap, monkeypatch, capsys, found):
     monkeypatch.setattr(sys, "version_info", found)
     message = refusal(bootstrap, capsys)
-    assert f"this is Python 3.{found[1]}; allowed: 3.10 to 3.13" in message
+    said = f"this is Python 3.{found[1]}; allowed with vLLM 0.33.0: 3.11 to 3.13"
+    assert said in message
     assert "apt-get install python3.11" in message
 
 
@@ -57,21 +58,110 @@ def test_venv_missing(bootstrap, monkeypatch, capsys):
 def test_disk_full(bootstrap, monkeypatch, capsys):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 30))
-    message = refusal(bootstrap, capsys)
+    message = refusal(bootstrap, capsys, bootstrap.check_disk)
     assert "1.0 GiB are free" in message
     assert "needed: 12" in message
 
 
-def test_a_failing_step_is_named(bootstrap, capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        bootstrap.run_step("[1/1] Failing", [sys.executable, "-c", "exit(3)"])
-    assert exit_info.value.code == 1
-    assert "[1/1] Failing: exit status 3" in capsys.readouterr().err
+def test_what_old_pythons_parse():
+    """They have to come far enough to say that they are too old."""
+    import ast
+
+    tree = ast.parse(SCRIPT.read_text(), feature_version=(3, 7))
+    imported = {
+        alias.name
+        for node in tree.body
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
+    assert imported <= {"os", "shutil", "signal", "subprocess", "sys"}
+    assert not [node for node in tree.body if isinstance(node, ast.ImportFrom)]
 
 
-def test_unknown_word_shows_usage_and_installs_nothing():
+@pytest.mark.parametrize(
+    "arguments, mistake",
+    [
+        (["tests"], "tests is unknown; allowed: demo, test, setup, wheels"),
+        (["--vllm", "0.31.0", "test"], "--vllm 0.31.0; allowed: 0.32.0, 0.33.0"),
+        (["test", "--vllm", "0.33.0"], "--vllm has to stand before `test`"),
+        (["--vllm"], "--vllm needs a value"),
+        (["--quick", "demo"], "--quick is unknown; options: --vllm, --wheels, --full"),
+        (["--wheels", "/no/such", "demo"], "--wheels /no/such: there is no such"),
+        (["wheels"], "`wheels` takes one folder"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_mistake_shows_usage_and_installs_nothing(arguments, mistake):
     done = subprocess.run(
-        [sys.executable, SCRIPT, "tests"], capture_output=True, text=True
+        [sys.executable, SCRIPT, *arguments], capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert "python3 bootstrap.py test " in done.stdout
+    assert "python3 bootstrap.py test " in done.stderr
+    assert mistake in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments, folder, rest",
+    [
+        (["test", "tests/unit", "-k", "x"], ".venv", ["tests/unit", "-k", "x"]),
+        (["--vllm", "0.33.0", "--full", "demo"], ".venv-0.33.0", []),
+        (["--vllm=0.32.0", "setup"], ".venv", []),
+    ],
+)
+def test_each_vllm_has_its_folder(bootstrap, arguments, folder, rest):
+    options = bootstrap.Options(arguments)
+    assert Path(options.folder) == SCRIPT.parent / folder
+    assert options.rest == rest
+    assert options.full is ("--full" in arguments)
+
+
+PYTEST = ["python", "-m", "pytest"]
+
+
+@pytest.fixture
+def commands(bootstrap, monkeypatch):
+    monkeypatch.setattr(bootstrap.os, "sched_getaffinity", lambda pid: range(12))
+    return lambda *arguments: bootstrap.test_commands("python", arguments)
+
+
+PARALLEL = ["-n", "8", "--dist", "loadfile"]
+
+
+def test_the_tests_of_a_newcomer(commands):
+    assert commands("-k", "x") == [[*PYTEST, "--quick", *PARALLEL, "-k", "x"]]
+
+
+@pytest.mark.parametrize(
+    "given, others, alone",
+    [
+        ([], "not serial", "serial"),
+        (["-m", "compat"], "not serial and (compat)", "serial and (compat)"),
+        (["-mcompat or x"], "not serial and (compat or x)", "serial and (compat or x)"),
+    ],
+)
+def test_all_tests(commands, given, others, alone):
+    assert commands("--all", *given, "-x") == [
+        [*PYTEST, "-m", others, *PARALLEL, "-x"],
+        [*PYTEST, "-m", alone, "-x"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "statuses, expected",
+    [((0, 0), 0), ((0, 5), 0), ((5, 0), 0), ((5, 5), 5), ((1, 0), 1), ((5, 3), 3)],
+)
+def test_both_parts_run_and_the_first_failure_counts(
+    bootstrap, tmp_path, statuses, expected
+):
+    ran = tmp_path / "ran"
+    code = "import sys; open(sys.argv[1], 'a').write('x'); sys.exit(int(sys.argv[2]))"
+    commands = [[sys.executable, "-c", code, str(ran), str(s)] for s in statuses]
+    assert bootstrap.run_all(commands) == expected
+    assert ran.read_text() == "xx"
+
+
+def test_an_interrupted_part_is_the_last(bootstrap):
+    interrupted = [sys.executable, "-c", "import sys; sys.exit(2)"]
+    with pytest.raises(SystemExit) as exit_info:
+        bootstrap.run_all([interrupted, ["no such program"]])
+    assert exit_info.value.code == 2

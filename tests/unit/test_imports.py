@@ -25,11 +25,15 @@ NO_TORCH = (
         "versions",
         "plugin",
         "log_filters",
+        "cuda_build",
+        "fair_timing",
     ),
     *("cli", "calibrate.choice", "calibrate.baselines", "calibrate.report"),
 )
 # At import; the others of MAY_IMPORT_VLLM do it where they need it.
-NO_VLLM = (*NO_TORCH, "ops", "metrics", "demo", "doctor", "calibrate.recorder")
+NO_VLLM = (
+    *(*NO_TORCH, "ops", "metrics", "demo", "doctor", "probe", "calibrate.recorder"),
+)
 MAY_IMPORT_VLLM = {
     "plugin",
     "backend",
@@ -44,6 +48,7 @@ MAY_IMPORT_VLLM = {
     "metrics",
     "demo",
     "doctor",
+    "probe",
     "calibrate",
 }
 # What a module of the package may import of it, at its top level or inside; a folder
@@ -52,12 +57,13 @@ BELOW = {
     "__init__": set(),
     "versions": set(),
     "config": set(),
+    "cuda_build": set(),
     "profiles": {"config"},
     "policy": {"config", "profiles"},
     "correction": {"policy"},
     "lengths": {"config", "policy"},
     "plan_table": {"config", "lengths", "policy"},
-    "ops": {"config"},
+    "ops": {"config", "cuda_build"},
     "planted": set(),
     "metrics": {"policy"},
     "log_filters": set(),
@@ -93,7 +99,7 @@ BELOW = {
         *("backend", "cpu_worker", "log_filters", "plugin", "shutdown", "startup"),
     },
 }
-TOP = {"cli", "demo", "doctor", "calibrate"}
+TOP = {"cli", "demo", "fair_timing", "doctor", "probe", "calibrate"}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -8,12 +8,13 @@ face.
 import functools
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
 
 from tidal_vllm.config import KERNELS, TidalConfigError, check_choice
+from tidal_vllm.cuda_build import advise
 from tidal_vllm.ops import reference
 from tidal_vllm.ops.workspace import Workspace
 
@@ -55,6 +56,7 @@ class Kernels:
     Attributes:
         name: "reference", "triton" or "cuda".
         why: One line for the doctor and the start-up table.
+        advice: What would make faster kernels run here, and how; mostly empty.
         module: Has dense_decode, score_blocks, select_blocks and sparse_decode over
             given tensors; None for the reference.
     """
@@ -62,6 +64,7 @@ class Kernels:
     name: str
     why: str
     module: ModuleType | None = None
+    advice: str = ""
 
     @property
     def capturable(self) -> bool:
@@ -319,15 +322,24 @@ def choose(
         reason, kernels = _CANDIDATES[name](case)
         if kernels is not None:
             passed_over = f" ({'; '.join(reasons)})" if reasons else ""
-            return Kernels(kernels.name, kernels.why + passed_over, kernels.module)
+            why = kernels.why + passed_over
+            return replace(kernels, why=why, advice=_advise(case.device))
         reasons.append(reason)
     allowed = f"no implementation covers this set-up: {'; '.join(reasons)}"
     raise TidalConfigError("tidal.kernels", requested, allowed)
 
 
-def describe(device: torch.device | str, requested: str = "auto") -> str:
+def describe(device: torch.device | str) -> Kernels:
     """What would run on a device for an ordinary model, for the doctor."""
-    return choose(device, requested=requested, head_size=128, dtype=torch.bfloat16).why
+    return choose(device, head_size=128, dtype=torch.bfloat16)
+
+
+def _advise(device: torch.device) -> str:
+    """How to build the CUDA extension where it could run, and cannot be loaded."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return ""
+    module, reason = _load("tidal_vllm.ops.cuda")
+    return "" if module is not None else advise(reason)
 
 
 def _able(case: Case) -> str:

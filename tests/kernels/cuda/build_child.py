@@ -1,8 +1,12 @@
-"""Runs setup.py where torch is the folder given first; the rest are its arguments."""
+"""Runs setup.py where torch is the folder given first; the rest are its arguments.
+
+`--no-packages` among them hides the compiler that Python's packages bring.
+"""
 
 import runpy
 import subprocess
 import sys
+import sysconfig
 from types import SimpleNamespace
 
 folder, *sys.argv[1:] = sys.argv[1:]
@@ -16,6 +20,9 @@ def run(command, **how):
     return real(command, **how)
 
 
+if "--no-packages" in sys.argv:
+    sys.argv.remove("--no-packages")
+    sysconfig.get_path = lambda name: "/nowhere"
 subprocess.run = run
 sys.argv[0] = "setup.py"
 runpy.run_path("setup.py", run_name="__main__")

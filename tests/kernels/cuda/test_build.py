@@ -2,13 +2,15 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tidal_vllm import cuda_build
+from tidal_vllm.cuda_build import find_cmake, find_nvcc
 
 from .emulator import ROOT
 
@@ -19,9 +21,9 @@ TARGETS = ("sm_80", "sm_89", "sm_90a", "sm_100")
 # select.
 KERNELS = 3 * 2 * 2 * 4 + 2 + 2
 STUB = "int aoti_torch_get_current_cuda_stream(int d, void** s) { *s = 0; return d; }"
-NO_NVCC = shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists()
+NO_NVCC = find_nvcc() is None
 needs_nvcc = pytest.mark.skipif(
-    NO_NVCC or shutil.which("cmake") is None, reason="needs nvcc and cmake"
+    NO_NVCC or find_cmake() is None, reason="needs nvcc and cmake"
 )
 
 pytestmark = [
@@ -158,9 +160,27 @@ def test_a_torch_without_cuda_builds_nothing(tmp_path):
     assert line_of(done) == f"CUDA extension: not built: {wanted}"
 
 
+@pytest.mark.parametrize("layout", ["cu13", "cuda_nvcc", None])
+def test_finds_the_compiler_among_pythons_packages(monkeypatch, tmp_path, layout):
+    """Where neither PATH nor CUDA_HOME has one; vLLM's requirements bring one."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "none"))
+    monkeypatch.setattr(cuda_build.sysconfig, "get_path", lambda name: str(tmp_path))
+    if layout is not None:
+        nvcc = tmp_path / "nvidia" / layout / "bin/nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.touch(mode=0o755)
+        assert find_nvcc() == str(nvcc)
+        assert "nvidia-cuda-nvcc" not in cuda_build.how_to_build()
+    else:
+        assert find_nvcc() is None
+        assert "install cmake nvidia-cuda-nvcc" in cuda_build.how_to_build()
+    assert "TIDAL_BUILD_CUDA=1 " in cuda_build.how_to_build()
+
+
 def test_no_compiler_builds_nothing(torch_with_cuda, tmp_path):
     found = {"PATH": str(tmp_path), "CUDA_HOME": str(tmp_path)}
-    done = run_setup(torch_with_cuda, "--version", **found)
+    done = run_setup(torch_with_cuda, "--no-packages", "--version", **found)
     assert line_of(done) == "CUDA extension: not built: nvcc is not found"
 
 

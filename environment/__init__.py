@@ -1,0 +1,1 @@
+"""How bootstrap.py sets up an environment; the package itself needs none of it."""

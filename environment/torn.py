@@ -1,0 +1,46 @@
+"""Packages that an interrupted installation left half written."""
+
+import csv
+import shutil
+from pathlib import Path
+
+
+def remove_torn_packages(environment: Path) -> list[str]:
+    """Make pip and uv forget them, so that they are installed anew.
+
+    Both take a package for installed as soon as its metadata is there, which may be
+    before its files are.
+
+    Returns:
+        The names of those found.
+    """
+    torn = []
+    for packages in environment.glob("lib/python*/site-packages"):
+        for rest_of_pip in packages.glob("~*"):
+            shutil.rmtree(rest_of_pip, ignore_errors=True)
+        for metadata in sorted(packages.glob("*.dist-info")):
+            if not _is_whole(metadata):
+                shutil.rmtree(metadata)
+                torn.append(metadata.name.partition("-")[0])
+    return torn
+
+
+def _is_whole(metadata: Path) -> bool:
+    try:
+        with (metadata / "RECORD").open(newline="") as record:
+            rows = list(csv.reader(record))
+    except (OSError, csv.Error, UnicodeDecodeError):
+        return False
+    return all(
+        _has_size(metadata.parent / path, size)
+        for path, _, size in rows
+        if not path.endswith(".pyc")
+    )
+
+
+def _has_size(path: Path, size: str) -> bool:
+    try:
+        found = path.stat().st_size
+    except OSError:
+        return False
+    return not size or found == int(size)
