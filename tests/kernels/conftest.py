@@ -13,6 +13,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available() and not INTERPRETED
 collect_ignore_glob = [] if INTERPRETED or HAS_GPU else ["parity/*"]
 
+if INTERPRETED:
+    from interpreter import patch_once
+
+    patch_once()
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
