@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.extended
 ROOT = Path(__file__).parents[2]
 # Shared memory of one program, in bytes: two of them fit on sm_90, and the default of
 # the other GPUs is not exceeded by much.

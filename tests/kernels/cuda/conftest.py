@@ -3,7 +3,7 @@ import shutil
 import pytest
 import torch
 
-from .emulator import Emulator, compile_runner
+from .emulator import CSRC, HERE, Emulator, built_once
 from .gpu import Gpu
 
 WHERE = ["emulation", *(["gpu"] if torch.cuda.is_available() else [])]
@@ -13,7 +13,9 @@ WHERE = ["emulation", *(["gpu"] if torch.cuda.is_available() else [])]
 def runner(tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("needs g++ to run the CUDA kernels' source on the CPU")
-    return compile_runner(tmp_path_factory.mktemp("cuda") / "run")
+    names = ("run.cpp", "emulated_device.cpp", "emulation.cpp")
+    sources = [*(HERE / "host" / name for name in names), CSRC / "ops.cpp"]
+    return built_once(tmp_path_factory, "run", sources)
 
 
 @pytest.fixture(scope="module", params=WHERE)

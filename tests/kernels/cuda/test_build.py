@@ -24,7 +24,11 @@ needs_nvcc = pytest.mark.skipif(
     NO_NVCC or shutil.which("cmake") is None, reason="needs nvcc and cmake"
 )
 
-pytestmark = pytest.mark.timeout(900)  # a whole build on a busy machine
+pytestmark = [
+    pytest.mark.extended,
+    pytest.mark.serial,
+    pytest.mark.timeout(900),  # a whole build on a busy machine
+]
 
 
 @pytest.fixture(scope="module")

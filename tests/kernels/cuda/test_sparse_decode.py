@@ -8,6 +8,7 @@ from tidal_vllm.ops.reference import merge_states
 
 from .cases import (
     CASES,
+    EVERY,
     Case,
     assert_lse,
     assert_output,
@@ -18,8 +19,6 @@ from .cases import (
     run_sparse,
     sparse_oracle,
 )
-
-SCOPES = ("sequence", "kv_head", "query_head")
 
 
 def check(kernels, case, batch, blocks, lens):
@@ -33,27 +32,23 @@ def check(kernels, case, batch, blocks, lens):
     return got
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EVERY)
 def test_it_means_what_the_reference_says(kernels, name):
     case = CASES[name]
     batch = case.make()
     check(kernels, case, batch, *make_sets(batch, case, "sequence"))
 
 
-@pytest.mark.parametrize("scope", SCOPES[1:])
+@pytest.mark.extended
 @pytest.mark.parametrize(
-    "name",
+    "name, scope",
     [
-        "Llama-3 heads, 32 on 8",
-        "Qwen2.5-7B heads, 28 on 4, group 7",
-        "multi-query, 20 on 1: a second tile of four",
-        "fp8, head size 64",
-        "head size 256",
-        "LBHNC",
-        "single tokens",
-        "every edge, single tokens",
-        "selection blocks of 48 in 96",
-        "rows left out",
+        ("Llama-3 heads, 32 on 8", "kv_head"),
+        ("Qwen2.5-7B heads, 28 on 4, group 7", "query_head"),
+        ("multi-query, 20 on 1: a second tile of four", "query_head"),
+        ("fp8, head size 64", "kv_head"),
+        ("every edge, single tokens", "query_head"),
+        ("selection blocks of 48 in 96", "kv_head"),
     ],
 )
 def test_every_scope(kernels, name, scope):
@@ -62,7 +57,8 @@ def test_every_scope(kernels, name, scope):
     check(kernels, case, batch, *make_sets(batch, case, scope))
 
 
-@pytest.mark.parametrize("num_sets", [2, 4, 8])
+@pytest.mark.extended
+@pytest.mark.parametrize("num_sets", [2, 8])
 def test_sets_that_are_no_scope(kernels, num_sets):
     """Several KV heads on one set, and several sets within a KV head."""
     case = Case(8, 4, 64)
@@ -71,8 +67,8 @@ def test_sets_that_are_no_scope(kernels, num_sets):
     check(kernels, case, batch, blocks[:, :num_sets], lens[:, :num_sets])
 
 
-@pytest.mark.parametrize("splits", [1, 2, 5, 32])
-@pytest.mark.parametrize("size", [1, 16])
+@pytest.mark.extended
+@pytest.mark.parametrize("splits, size", [(2, 1), (5, 16), (32, 1)])
 def test_any_number_of_splits(kernels, splits, size):
     case = Case(4, 2, 64, lens=(900, 300, 0), splits=splits, select_block_size=size)
     batch = case.make()
@@ -88,8 +84,8 @@ def all_blocks(case: Case, num_sets: int):
     return rows.contiguous(), lens
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("size", [1, 16])
+@pytest.mark.extended
+@pytest.mark.parametrize("scope, size", [("kv_head", 16), ("query_head", 1)])
 def test_a_full_budget_is_dense(kernels, scope, size):
     """Bit for bit where the heads and the splits are the same."""
     case = Case(6, 2, 64, lens=(300, 0, 129, 16), splits=1, select_block_size=size)
@@ -100,6 +96,7 @@ def test_a_full_budget_is_dense(kernels, scope, size):
     assert torch.equal(sparse["lse"], dense["lse"])
 
 
+@pytest.mark.extended
 def test_the_order_within_a_set_changes_nothing(kernels):
     case = Case(4, 2, 64, lens=(500,))
     batch = case.make()
@@ -112,6 +109,7 @@ def test_the_order_within_a_set_changes_nothing(kernels):
     assert_output(again["output"], first["output"].float(), 0.01 + first["output"])
 
 
+@pytest.mark.extended
 def test_two_disjoint_sets_merged_are_their_union(kernels):
     case = Case(4, 2, 64, dtype=torch.float16, lens=(500, 90))
     batch = case.make()
@@ -131,6 +129,7 @@ def test_two_disjoint_sets_merged_are_their_union(kernels):
     assert (lse - whole["lse"]).abs().max() < 1e-5
 
 
+@pytest.mark.extended
 def test_a_batch_permuted_gives_the_results_permuted_bit_for_bit(kernels):
     case = Case(4, 2, 64, lens=(700, 0, 33, 300))
     batch = case.make()
@@ -143,6 +142,7 @@ def test_a_batch_permuted_gives_the_results_permuted_bit_for_bit(kernels):
     assert torch.equal(again["lse"], first["lse"][order])
 
 
+@pytest.mark.extended
 def test_a_padded_row_ignores_its_stale_set(kernels):
     case = Case(4, 2, 64, lens=(0, 40))
     batch = case.make()

@@ -35,9 +35,13 @@ def chosen(request, device):
     return ops.choose(device, requested=request.param, head_size=64, dtype=DTYPE)
 
 
-def test_one_step(chosen, device, monkeypatch):
+@pytest.fixture(autouse=True)
+def few_splits(monkeypatch):
     monkeypatch.setattr(workspace, "MAX_SPLITS", 3)
     monkeypatch.setattr(workspace, "MIN_SPLITS", 1)
+
+
+def test_one_step(chosen, device):
     paged = make_paged(device, (300, 0, 90), num_kv_heads=2, group=2, head_size=64)
     args = (paged.query, paged.kv_cache, paged.block_table)
     work = chosen.allocate_workspace(5, 4, 1, 64, 20, device)
@@ -75,6 +79,7 @@ def test_one_step(chosen, device, monkeypatch):
     assert_same_lse(work.lse[:3], exact_lse, paged)
 
 
+@pytest.mark.extended
 def test_rows_that_choose_beside_rows_that_keep_their_choice(chosen, device):
     """As a SELECT layer that attends to what it has chosen; two steps of it."""
     paged = make_paged(device, (300, 90, 0, 170), num_kv_heads=2, group=2, head_size=64)
