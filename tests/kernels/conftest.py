@@ -8,13 +8,14 @@ import os
 
 import pytest
 import torch
-from interpreter import patch_once
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available() and not INTERPRETED
 collect_ignore_glob = [] if INTERPRETED or HAS_GPU else ["parity/*"]
 
 if INTERPRETED:
+    from interpreter import patch_once
+
     patch_once()
 
 

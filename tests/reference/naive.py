@@ -1,4 +1,4 @@
-"""What the ops mean, in float64 and plain loops over K and V that were never paged."""
+"""What the ops mean, in float64, head by head, over K and V that were never paged."""
 
 import math
 
@@ -9,15 +9,14 @@ Rows = list[torch.Tensor]  # one [seq_len, num_kv_heads, head_size] per sequence
 
 def attend(query, keys, values, positions, scale):
     """One head: softmax(scale * q.k) over `positions`, its lse and its scores."""
-    scores = [scale * float(query @ keys[t]) for t in positions]
-    if not scores:
+    positions = list(positions)
+    if not positions:
         return torch.zeros(len(query), dtype=torch.float64), -math.inf, []
-    top = max(scores)
-    total = sum(math.exp(s - top) for s in scores)
-    output = torch.zeros(len(query), dtype=torch.float64)
-    for s, t in zip(scores, positions, strict=True):
-        output += math.exp(s - top) / total * values[t]
-    return output, top + math.log(total), scores
+    scores = scale * (keys[positions] @ query)
+    top = scores.max()
+    weights = (scores - top).exp()
+    output = weights @ values[positions] / weights.sum()
+    return output, float(top + weights.sum().log()), scores.tolist()
 
 
 def lse(scores) -> float:

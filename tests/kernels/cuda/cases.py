@@ -57,6 +57,7 @@ CASES = {
     "Qwen2.5-7B heads, 28 on 4, group 7": Case(28, 4),
     "multi-head, 6 on 6": Case(6, 6),
     "multi-query, 20 on 1: a second tile of four": Case(20, 1),
+    "16 heads over many tiles": Case(16, 1, head_size=64, lens=(900,), splits=1),
     "head size 64": Case(head_size=64),
     "head size 96": Case(head_size=96),
     "head size 256": Case(head_size=256),
