@@ -50,9 +50,14 @@ def test_logged_beside_vllms_statistics(llm, monkeypatch):
             lines.clear()
             monkeypatch.setattr(envs, "VLLM_LOG_STATS_INTERVAL", 0.0, raising=False)
             generate(llm, [PROMPT], 16)
+            logged = lines.copy()
+        with correcting(llm, None):
+            lines.clear()
+            generate(llm, [PROMPT], 16)
     finally:
         ours.removeHandler(handler)
     assert (
         "Corrections: 2, Corrected tokens: 12, Longest polluted run: 8, "
-        "Polluted tokens now: 7" in lines
+        "Polluted tokens now: 7" in logged
     )
+    assert lines == [], "of corrections that are off"

@@ -1,14 +1,18 @@
 """SIGTERM, as containers send it: to a server that is busy, and to one that starts."""
 
+import asyncio
+import os
 import signal
 from collections.abc import Iterator
 
 import pytest
+import uvicorn
 
+from tidal_vllm import shutdown
 from tidal_vllm.planted import make_prompt
 
 from .clients import NUM_PLAIN, NUM_STREAMS, Clients
-from .server import START_S, Server, command, wait_until, warnings
+from .server import HOST, START_S, Server, command, wait_until, warnings
 
 TIDAL = {"token_budget": 256}
 MAX_LEN = 2048
@@ -54,3 +58,36 @@ def test_a_server_that_starts(start):
     assert server.terminate() == 128 + signal.SIGTERM
     wait_until("all its processes end", lambda: not server.processes())
     assert "Traceback" not in log.read_text()
+
+
+def test_a_second_signal_lets_clients_go_at_once(monkeypatch):
+    from vllm.entrypoints.launchers import launcher
+
+    monkeypatch.setattr(shutdown, "CLIENT_S", 1e6)
+    monkeypatch.setattr(launcher.NoSignalServer, "shutdown", uvicorn.Server.shutdown)
+    shutdown._let_clients_go()
+
+    async def run() -> None:
+        asked = asyncio.Event()
+
+        async def app(scope, receive, send) -> None:
+            asked.set()
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        config = uvicorn.Config(app, host=HOST, port=0, lifespan="off")
+        server = launcher.NoSignalServer(config)
+        serving = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        address = server.servers[0].sockets[0].getsockname()
+        _, client = await asyncio.open_connection(*address)
+        client.write(b"POST / HTTP/1.1\r\nHost: me\r\nContent-Length: 2\r\n\r\n{")
+        await asked.wait()
+        server.should_exit = True
+        while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            await asyncio.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await serving
+
+    asyncio.run(asyncio.wait_for(run(), 300))
