@@ -8,6 +8,7 @@ A reader that wins logs the orderly end as an error (vLLM issue 48745).
 """
 
 import asyncio
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -34,6 +35,7 @@ CLIENT_S = 5.0  # for clients to read what they were sent
 def install() -> None:
     """End servers of this process in order; more than once is once."""
     from vllm.utils.async_utils import run_in_loop
+    from vllm.v1.engine import utils
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core_client import AsyncMPClient
     from vllm.v1.engine.exceptions import EngineDeadError
@@ -68,6 +70,22 @@ def install() -> None:
                 raise asyncio.CancelledError from None  # as the reader's stock end
             raise
 
+    stock_context = utils.zmq_socket_ctx
+
+    @contextlib.contextmanager
+    def zmq_socket_ctx(*args, **kwargs):
+        # NOTE: the stock one drops a KeyboardInterrupt of its body, which is the wait
+        # for an engine to start.
+        dropped = None
+        with stock_context(*args, **kwargs) as opened:
+            try:
+                yield opened
+            except KeyboardInterrupt as error:
+                dropped = error
+        if dropped is not None:
+            raise dropped
+
+    utils.zmq_socket_ctx = zmq_socket_ctx
     shutdown.is_orderly = True
     AsyncLLM.shutdown = shutdown
     AsyncMPClient.get_output_async = get_output_async
@@ -95,8 +113,8 @@ def end_with_parent() -> None:
 def _end_at_start_too() -> None:
     """Let a server end while it waits for its engine to start.
 
-    NOTE: the KeyboardInterrupt of vLLM's SIGTERM handler is dropped in that wait
-    (`zmq_socket_ctx`), and asyncio leaves a SIGINT for later.
+    NOTE: asyncio leaves a SIGINT until that is over, and the KeyboardInterrupt that
+    vLLM makes of a SIGTERM would leave a traceback.
     """
     handler = signal.getsignal(signal.SIGTERM)
     if getattr(handler, "__name__", None) == "_interrupt_init":

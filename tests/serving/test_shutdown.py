@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import uvicorn
+import zmq
 
 from tidal_vllm import shutdown
 from tidal_vllm.planted import make_prompt
@@ -58,6 +59,17 @@ def test_a_server_that_starts(start):
     assert server.terminate() == 128 + signal.SIGTERM
     wait_until("all its processes end", lambda: not server.processes())
     assert "Traceback" not in log.read_text()
+
+
+def test_an_interrupt_while_an_engine_starts_is_not_dropped():
+    from vllm.v1.engine import utils
+
+    shutdown.install()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        utils.zmq_socket_ctx("inproc://start", zmq.ROUTER, bind=True),
+    ):
+        raise KeyboardInterrupt
 
 
 def test_a_second_signal_lets_clients_go_at_once(monkeypatch):
