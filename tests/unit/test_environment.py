@@ -159,7 +159,7 @@ def test_finds_torn_packages(tmp_path, damage):
     metadata = packages / "one-1.dist-info"
     metadata.mkdir(parents=True)
     (packages / "one.py").write_text("1 + 1")
-    (packages / "~ther").mkdir()
+    (packages / "~umpy").mkdir()
     record = "one.py,sha256=x,5\none.pyc,,\none-1.dist-info/RECORD,,\n"
     (metadata / "RECORD").write_text(record)
     if damage == "gone":
@@ -171,7 +171,7 @@ def test_finds_torn_packages(tmp_path, damage):
     torn = damage != "none"
     assert remove_torn_packages(tmp_path) == (["one"] if torn else [])
     assert metadata.exists() is not torn
-    assert not (packages / "~ther").exists()
+    assert not (packages / "~umpy").exists()
 
 
 def test_an_environment_of_another_place_is_made_anew(environment, monkeypatch):
