@@ -226,7 +226,7 @@ class Environment:
                     step.say(f"half installed before: {', '.join(torn)}")
                     torn = []
                 part.act(step)
-            self._write_record(keys[:number])
+            self._write_record(keys[:number], complete=number == len(keys))
 
     @staticmethod
     def _keys(parts: list[Part]) -> list[str]:
@@ -243,8 +243,8 @@ class Environment:
         except (OSError, ValueError):
             return {}
 
-    def _write_record(self, done: list[str]) -> None:
-        self.record = {"done": done, "full": self.full}
+    def _write_record(self, done: list[str], complete: bool) -> None:
+        self.record = {"done": done, "full": self.full, "complete": complete}
         fresh = self._record_file.with_suffix(".new")
         fresh.write_text(json.dumps(self.record))
         fresh.replace(self._record_file)

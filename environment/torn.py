@@ -26,6 +26,9 @@ def remove_torn_packages(environment: Path) -> list[str]:
 
 
 def _is_whole(metadata: Path) -> bool:
+    # NOTE: both write it last, after a package's commands.
+    if not (metadata / "INSTALLER").exists():
+        return False
     try:
         with (metadata / "RECORD").open(newline="") as record:
             rows = list(csv.reader(record))

@@ -153,25 +153,28 @@ def test_goes_on_where_it_was_interrupted(environment, tmp_path, capsys):
     assert began == [1, 2, 2, 3, 2, 3]
 
 
-@pytest.mark.parametrize("damage", ["gone", "short", "no record", "none"])
+@pytest.mark.parametrize("damage", ["gone", "short", "no record", "unfinished", "none"])
 def test_finds_torn_packages(tmp_path, damage):
     packages = tmp_path / "lib/python3.11/site-packages"
     metadata = packages / "one-1.dist-info"
     metadata.mkdir(parents=True)
     (packages / "one.py").write_text("1 + 1")
-    (packages / "~ther").mkdir()
+    (packages / "~umpy").mkdir()
     record = "one.py,sha256=x,5\none.pyc,,\none-1.dist-info/RECORD,,\n"
     (metadata / "RECORD").write_text(record)
+    (metadata / "INSTALLER").write_text("pip")
     if damage == "gone":
         (packages / "one.py").unlink()
     elif damage == "short":
         (packages / "one.py").write_text("1 +")
     elif damage == "no record":
         (metadata / "RECORD").unlink()
+    elif damage == "unfinished":
+        (metadata / "INSTALLER").unlink()
     torn = damage != "none"
     assert remove_torn_packages(tmp_path) == (["one"] if torn else [])
     assert metadata.exists() is not torn
-    assert not (packages / "~ther").exists()
+    assert not (packages / "~umpy").exists()
 
 
 def test_an_environment_of_another_place_is_made_anew(environment, monkeypatch):
@@ -198,7 +201,7 @@ def test_a_gpu_or_a_wish_installs_everything(environment, monkeypatch):
     assert left_out not in titles()
     monkeypatch.setattr(steps, "has_nvidia_gpu", lambda: False)
     environment.full = True
-    environment._write_record([])
+    environment._write_record([], complete=False)
     assert left_out not in titles(), "what was once installed stays"
 
 
