@@ -100,6 +100,10 @@ class TidalCpuPlatform(CpuPlatform):
         compilation.custom_ops = ["none"]
 
     @classmethod
+    def get_punica_wrapper(cls) -> str:
+        return "tidal_vllm.cpu_lora.TidalPunicaWrapper"
+
+    @classmethod
     def import_kernels(cls) -> None:
         """There are none to import."""
 
