@@ -17,11 +17,13 @@ from vllm.platforms.interface import PlatformEnum
 from vllm.utils.mem_constants import GiB_bytes
 from vllm.utils.torch_utils import startup_omp_num_threads
 
+from tidal_vllm.cpu_refusals import explain_missing_packages, refuse_what_needs_a_gpu
 from tidal_vllm.plugin import BACKEND_PATH, NAME
 from tidal_vllm.startup import chosen_backends
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
@@ -72,12 +74,18 @@ class TidalCpuPlatform(CpuPlatform):
         return BACKEND_PATH
 
     @classmethod
+    def pre_register_and_update(
+        cls, parser: "FlexibleArgumentParser | None" = None
+    ) -> None:
+        explain_missing_packages()
+
+    @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         from vllm.config import CompilationMode, CUDAGraphMode
 
         for name in sorted(chosen_backends(vllm_config)):
             _require_tidal(name)
-        _refuse_speculation_without_triton(vllm_config)
+        refuse_what_needs_a_gpu(vllm_config)
         parallel = vllm_config.parallel_config
         executor = parallel.distributed_executor_backend
         automatic_worker = parallel.worker_cls == "auto"
@@ -163,19 +171,6 @@ def _require_tidal(name: str) -> None:
         raise ValueError(
             f"attention_backend = {name}: not available without an accelerator; "
             f"allowed: {NAME} (sparse decoding), or none (dense attention)"
-        )
-
-
-def _refuse_speculation_without_triton(vllm_config: "VllmConfig") -> None:
-    """Its sampler would fail in the first step that has a draft to verify."""
-    from vllm.triton_utils import HAS_TRITON
-
-    speculation = vllm_config.speculative_config
-    if speculation is not None and not HAS_TRITON:
-        raise ValueError(
-            f"speculative_config.method = {speculation.method}: speculative decoding "
-            "needs Triton, which is off without an accelerator; allowed: no "
-            "speculative_config"
         )
 
 

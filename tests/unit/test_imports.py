@@ -37,6 +37,9 @@ MAY_IMPORT_VLLM = {
     "scheduler",
     "platform",
     "cpu_worker",
+    "cpu_lora",
+    "cpu_moe",
+    "cpu_refusals",
     "metrics",
     "demo",
     "doctor",
@@ -80,8 +83,11 @@ BELOW = {
         "startup",
         "versions",
     },
-    "cpu_worker": {"metrics"},
-    "platform": {"backend", "cpu_worker", "plugin", "startup"},
+    "cpu_lora": set(),
+    "cpu_moe": set(),
+    "cpu_refusals": set(),
+    "cpu_worker": {"cpu_lora", "cpu_moe", "metrics"},
+    "platform": {"backend", "cpu_refusals", "cpu_worker", "plugin", "startup"},
 }
 TOP = {"cli", "demo", "doctor", "calibrate"}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
