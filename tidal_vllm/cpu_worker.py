@@ -11,6 +11,8 @@ from vllm.model_executor.layers.mamba.ops.cpu.causal_conv1d import (
 from vllm.model_executor.layers.mamba.short_conv import ShortConv
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from tidal_vllm.cpu_lora import logits_of_prompts
+
 
 class TidalCpuModelRunner(CPUModelRunner):
     """vLLM's CPU model runner, with seeded sampling in chunked prefills.
@@ -41,6 +43,12 @@ class TidalCpuModelRunner(CPUModelRunner):
             return super()._bookkeeping_sync(*args, **kwargs)
         finally:
             generators.update(held)
+
+    def _get_prompt_logprobs_dict(self, hidden_states, *args, **kwargs):
+        if self.lora_config is None:
+            return super()._get_prompt_logprobs_dict(hidden_states, *args, **kwargs)
+        with logits_of_prompts(self.model, hidden_states):
+            return super()._get_prompt_logprobs_dict(hidden_states, *args, **kwargs)
 
 
 # NOTE: the stock worker's init_device builds its V1 runner by this name.

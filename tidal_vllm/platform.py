@@ -16,11 +16,13 @@ from vllm.platforms.interface import PlatformEnum
 from vllm.utils.mem_constants import GiB_bytes
 
 from tidal_vllm import log_filters, shutdown
+from tidal_vllm.cpu_refusals import explain_missing_packages, refuse_what_needs_a_gpu
 from tidal_vllm.plugin import BACKEND_PATH, NAME
-from tidal_vllm.startup import chosen_backends, has_convolutions
+from tidal_vllm.startup import chosen_backends
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import VllmConfig
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
@@ -76,18 +78,23 @@ class TidalCpuPlatform(CpuPlatform):
         return BACKEND_PATH
 
     @classmethod
+    def pre_register_and_update(
+        cls, parser: "FlexibleArgumentParser | None" = None
+    ) -> None:
+        explain_missing_packages()
+
+    @classmethod
     def check_and_update_config(cls, vllm_config: "VllmConfig") -> None:
         from vllm.config import CompilationMode, CUDAGraphMode
         from vllm.utils.torch_utils import startup_omp_num_threads
 
         for name in sorted(chosen_backends(vllm_config)):
             _require_tidal(name)
-        _refuse_speculation_without_triton(vllm_config)
         if vllm_config.model_config is not None:
             from tidal_vllm.backend import refuse_model
 
             refuse_model(vllm_config.model_config)  # its dense attention is ours too
-            _refuse_what_has_no_pytorch_code(vllm_config.model_config)
+        refuse_what_needs_a_gpu(vllm_config)
         parallel = vllm_config.parallel_config
         executor = parallel.distributed_executor_backend
         automatic_worker = parallel.worker_cls == "auto"
@@ -109,6 +116,10 @@ class TidalCpuPlatform(CpuPlatform):
         compilation.mode = CompilationMode.NONE
         compilation.cudagraph_mode = CUDAGraphMode.NONE
         compilation.custom_ops = ["none"]
+
+    @classmethod
+    def get_punica_wrapper(cls) -> str:
+        return "tidal_vllm.cpu_lora.TidalPunicaWrapper"
 
     @classmethod
     def import_kernels(cls) -> None:
@@ -144,38 +155,6 @@ def _require_tidal(name: str) -> None:
         raise ValueError(
             f"attention_backend = {name}: not available without an accelerator; "
             f"allowed: {NAME} (sparse decoding), or none (dense attention)"
-        )
-
-
-def _refuse_speculation_without_triton(vllm_config: "VllmConfig") -> None:
-    """Its sampler would fail in the first step that has a draft to verify."""
-    from vllm.triton_utils import HAS_TRITON
-
-    speculation = vllm_config.speculative_config
-    if speculation is not None and not HAS_TRITON:
-        raise ValueError(
-            f"speculative_config.method = {speculation.method}: speculative decoding "
-            "needs Triton, which is off without an accelerator; allowed: no "
-            "speculative_config"
-        )
-
-
-def _refuse_what_has_no_pytorch_code(model_config: "ModelConfig") -> None:
-    """It would fail in the first step: vLLM looks for the kernels no earlier."""
-    from vllm.triton_utils import HAS_TRITON
-
-    quantization = model_config.quantization
-    if quantization is not None and "awq" in quantization:
-        raise ValueError(
-            f"quantization = {quantization}: its kernels need an accelerator; allowed "
-            "None, or a method that vLLM runs in PyTorch (int8_per_channel_weight_only)"
-        )
-    keeps_states = model_config.is_hybrid or model_config.is_attention_free
-    if keeps_states and not HAS_TRITON and not has_convolutions(model_config):
-        raise ValueError(
-            f"{model_config.architecture} keeps states (Mamba, linear attention) whose "
-            "kernels need Triton, which is off without an accelerator; allowed are "
-            "models with full attention, sliding windows and short convolutions"
         )
 
 

@@ -49,7 +49,8 @@ def build_random_model(folder: Path, family: str, **fields) -> Path:
     Args:
         folder: Made; the checkpoint is written there, without a tokenizer.
         family: "llama"; "qwen3" (norms on queries and keys); with sliding windows
-            "exaone4" and "gemma3"; with short convolutions "lfm2".
+            "exaone4" and "gemma3"; with short convolutions "lfm2"; mixtures of experts
+            "mixtral", "qwen2_moe" and "glm4_moe".
         fields: Of the configuration, other than usual.
     """
     import transformers
@@ -60,11 +61,18 @@ def build_random_model(folder: Path, family: str, **fields) -> Path:
         "exaone4": ("Exaone4Config", "Exaone4ForCausalLM"),
         "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
         "lfm2": ("Lfm2Config", "Lfm2ForCausalLM"),
+        "mixtral": ("MixtralConfig", "MixtralForCausalLM"),
+        "qwen2_moe": ("Qwen2MoeConfig", "Qwen2MoeForCausalLM"),
+        "glm4_moe": ("Glm4MoeConfig", "Glm4MoeForCausalLM"),
     }[family]
     config_class, model_class = (getattr(transformers, name) for name in names)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model_class(config_class(**_SHAPE | fields)).save_pretrained(folder)
+        model = model_class(config_class(**_SHAPE | fields))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # else zero: no bias
+                buffer.normal_(std=0.3)
+        model.save_pretrained(folder)
     return folder
 
 

@@ -56,6 +56,8 @@ class TestPlatform:
             "check_and_update_config",
             "import_kernels",
             "register_triton_kernel_overrides",
+            "pre_register_and_update",
+            "get_punica_wrapper",
         ],
     )
     def test_hooks(self, hook):
@@ -97,6 +99,7 @@ class TestCpuWorker:
             (Worker, "init_device"),
             (GPUModelRunner, "_sample"),
             (GPUModelRunner, "_bookkeeping_sync"),
+            (GPUModelRunner, "_get_prompt_logprobs_dict"),
             (GPUModelRunner, "profile_run"),
         ],
     )

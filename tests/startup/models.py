@@ -43,6 +43,13 @@ MODELS: dict[str, dict] = {
         "n_shared_experts": 1,
         "first_k_dense_replace": 1,
     },
+    "mixtral": {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "lacks_a_package": {"architectures": ["LacksAPackage"]},
     "encoder": {
         "architectures": ["BertModel"],
         "model_type": "bert",

@@ -37,6 +37,25 @@ ARGUMENTS = {
         "speculative_config.method = ngram: speculative decoding needs Triton",
         "allowed: no speculative_config",
     ),
+    "quantised_experts": (
+        {"model": "mixtral", "quantization": "fp8", "dtype": "bfloat16"},
+        "quantization = fp8: this model is a mixture of experts",
+        "allowed: a checkpoint that is not quantised",
+    ),
+    "adapters_of_experts": (
+        {"model": "mixtral", "enable_lora": True},
+        "lora_target_modules = None: this model is a mixture of experts",
+        "allowed: other modules, for instance q_proj",
+    ),
+    "adapters_of_experts_by_name": (
+        {
+            "model": "mixtral",
+            "enable_lora": True,
+            "lora_target_modules": ["q_proj", "experts"],
+        },
+        "lora_target_modules = ['q_proj', 'experts']: this model is a mixture",
+        "allowed: other modules, for instance q_proj",
+    ),
     "backend_of_one_kind_of_layer": (
         {"attention_config": {"backend_per_kind": {"full_attention": "FLASH_ATTN"}}},
         "attention_backend = FLASH_ATTN: not available without an accelerator",
@@ -149,6 +168,32 @@ def test_refuses_engine_argument(refusal, case):
     message = refusal(**arguments)
     assert given in message
     assert allowed in message
+
+
+def test_accepts_adapters_of_other_modules_beside_experts(configure):
+    configure(model="mixtral", enable_lora=True, lora_target_modules=["q_proj"])
+
+
+@pytest.mark.parametrize(
+    ("package", "advice"),
+    [
+        ("torchvision", f"Install torchvision, built for torch {torch.__version__}"),
+        ("a_package", "Install a_package ["),
+    ],
+)
+def test_names_the_package_that_a_model_lacks(
+    refusal, tmp_path, monkeypatch, package, advice
+):
+    from vllm.model_executor.models import ModelRegistry
+
+    code = f"raise ModuleNotFoundError(\"No module named '{package}'\")"
+    (tmp_path / f"lacks_{package}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(ModelRegistry.models, "LacksAPackage", None)
+    ModelRegistry.register_model("LacksAPackage", f"lacks_{package}:Model")
+    message = refusal(model="lacks_a_package")
+    assert f"LacksAPackage: vLLM's code for it needs {package}, which" in message
+    assert advice in message
 
 
 @pytest.mark.parametrize("case", SPECULATION)

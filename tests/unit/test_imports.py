@@ -45,6 +45,9 @@ MAY_IMPORT_VLLM = {
     "platform",
     "shutdown",
     "cpu_worker",
+    "cpu_lora",
+    "cpu_moe",
+    "cpu_refusals",
     "metrics",
     "demo",
     "doctor",
@@ -93,10 +96,14 @@ BELOW = {
         "startup",
         "versions",
     },
-    "cpu_worker": {"metrics"},
+    "cpu_lora": set(),
+    "cpu_moe": set(),
+    "cpu_refusals": {"startup"},
+    "cpu_worker": {"cpu_lora", "cpu_moe", "metrics"},
     "shutdown": set(),
     "platform": {
-        *("backend", "cpu_worker", "log_filters", "plugin", "shutdown", "startup"),
+        *("backend", "cpu_refusals", "cpu_worker", "log_filters", "plugin"),
+        *("shutdown", "startup"),
     },
 }
 TOP = {"cli", "demo", "fair_timing", "doctor", "probe", "calibrate"}
