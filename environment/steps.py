@@ -218,8 +218,9 @@ class Environment:
         finished = same.index(False) if False in same else len(same)
         if done and not finished:  # made by another Python, or in another place
             self._clear()
-        self._write_record(keys[:finished])
-        torn = remove_torn_packages(self.folder) if finished < len(parts) else []
+        interrupted = not self.record.get("complete")
+        torn = remove_torn_packages(self.folder) if interrupted else []
+        self._write_record(keys[:finished], complete=finished == len(keys))
         for number, part in enumerate(parts[finished:], finished + 1):
             with self._step(f"[{number}/{len(parts)}] {part.title}") as step:
                 if torn:
