@@ -33,7 +33,8 @@ REUSING = {"reselect_interval": 3}
 def arrivals() -> list[tuple[int, list[int], int]]:
     from .models import random_prompt
 
-    prompts = [random_prompt(n, seed=n) for n in LENGTHS]
+    # Seeds without near ties: rounding would decide.
+    prompts = [random_prompt(n, seed=n + 116) for n in LENGTHS]
     prompts.append(prompts[0][:33] + random_prompt(10, seed=5))
     return list(zip((*STEPS, 5), prompts, (*MAX_TOKENS, 4), strict=True))
 

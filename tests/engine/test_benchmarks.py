@@ -12,14 +12,14 @@ import torch
 from tidal_vllm import ops
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-# Runs several scripts in one process: NAME ARGUMENTS, as JSON.
+# Runs several scripts in one process: paths and arguments, as JSON.
 RUN = """
-import json, os, runpy, sys
-for name, arguments in json.loads(sys.argv[1]):
-    sys.argv = [os.path.join(sys.path[0], name), *arguments]
-    print("script:", name, flush=True)
+import json, runpy, sys
+for path, arguments in json.loads(sys.argv[1]):
+    sys.argv = [path, *arguments]
+    print("script:", path, flush=True)
     try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        runpy.run_path(path, run_name="__main__")
     except SystemExit as end:
         print("ended:", end.code, flush=True)
 """
@@ -27,11 +27,11 @@ for name, arguments in json.loads(sys.argv[1]):
 
 def run(*scripts: tuple[str, list[str]], **env: str) -> list[str]:
     """What each script printed, with how it ended in the last line."""
+    jobs = [(str(FOLDER / name), arguments) for name, arguments in scripts]
+    path = {"PYTHONPATH": f"{FOLDER}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps(scripts)],
-        env=os.environ
-        | {"PYTHONPATH": f"{FOLDER}:{os.environ.get('PYTHONPATH', '')}"}
-        | env,
+        [sys.executable, "-c", RUN, json.dumps(jobs)],
+        env=os.environ | path | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -56,7 +56,7 @@ def test_everything_is_interpreted(results, reference):
         assert results[name]["dense"] == "TRITON_ATTN"
         assert results[name]["runner"].startswith("vllm.v1.worker.cpu.")
         assert wanted["dense"] == "PyTorch reference ops"
-        assert wanted["runner"] == "vllm.v1.worker.cpu_model_runner"
+        assert wanted["runner"] == "tidal_vllm.cpu_worker"
 
 
 def test_exact_where_all_blocks_are_kept(results, reference):
