@@ -21,11 +21,6 @@ class TidalCpuExperts(UnquantizedFusedMoEMethod):
     is_monolithic = False  # vLLM's routers choose the experts
 
     def __init__(self, moe: FusedMoEConfig) -> None:
-        if moe.is_lora_enabled:
-            raise ValueError(
-                "enable_lora = True: without an accelerator, vLLM has no LoRA for "
-                "mixtures of experts; allowed with this model: False"
-            )
         super().__init__(moe)
         self.activate = activation_of(moe)
 

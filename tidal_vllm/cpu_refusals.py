@@ -28,7 +28,7 @@ def refuse_what_needs_a_gpu(vllm_config: "VllmConfig") -> None:
     _refuse_what_has_no_pytorch_code(model)
     if model.is_moe:
         _refuse_quantised_experts(vllm_config)
-        _refuse_adapters_of_experts(vllm_config)
+        _refuse_adapters_beside_experts(vllm_config)
 
 
 def _refuse_speculation_without_triton(vllm_config: "VllmConfig") -> None:
@@ -73,16 +73,11 @@ def _refuse_quantised_experts(vllm_config: "VllmConfig") -> None:
         )
 
 
-def _refuse_adapters_of_experts(vllm_config: "VllmConfig") -> None:
-    lora = vllm_config.lora_config
-    if lora is None:
-        return
-    targets = lora.target_modules
-    if targets is None or any("experts" in target for target in targets):
+def _refuse_adapters_beside_experts(vllm_config: "VllmConfig") -> None:
+    if vllm_config.lora_config is not None:
         raise ValueError(
-            f"lora_target_modules = {targets}: this model is a mixture of experts, and "
-            "adapters of experts need an accelerator; allowed: other modules, for "
-            "instance q_proj k_proj v_proj o_proj"
+            "enable_lora = True: this model is a mixture of experts, and LoRA for "
+            "those needs an accelerator; allowed with this model: False"
         )
 
 

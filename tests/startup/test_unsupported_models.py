@@ -42,19 +42,10 @@ ARGUMENTS = {
         "quantization = fp8: this model is a mixture of experts",
         "allowed: a checkpoint that is not quantised",
     ),
-    "adapters_of_experts": (
-        {"model": "mixtral", "enable_lora": True},
-        "lora_target_modules = None: this model is a mixture of experts",
-        "allowed: other modules, for instance q_proj",
-    ),
-    "adapters_of_experts_by_name": (
-        {
-            "model": "mixtral",
-            "enable_lora": True,
-            "lora_target_modules": ["q_proj", "experts"],
-        },
-        "lora_target_modules = ['q_proj', 'experts']: this model is a mixture",
-        "allowed: other modules, for instance q_proj",
+    "adapters_beside_experts": (
+        {"model": "mixtral", "enable_lora": True, "lora_target_modules": ["q_proj"]},
+        "enable_lora = True: this model is a mixture of experts",
+        "allowed with this model: False",
     ),
     "backend_of_one_kind_of_layer": (
         {"attention_config": {"backend_per_kind": {"full_attention": "FLASH_ATTN"}}},
@@ -168,10 +159,6 @@ def test_refuses_engine_argument(refusal, case):
     message = refusal(**arguments)
     assert given in message
     assert allowed in message
-
-
-def test_accepts_adapters_of_other_modules_beside_experts(configure):
-    configure(model="mixtral", enable_lora=True, lora_target_modules=["q_proj"])
 
 
 @pytest.mark.parametrize(
