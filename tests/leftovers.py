@@ -54,7 +54,7 @@ class Leftovers:
         self._ended.set()
         self._watch.join()
         shared = {path for path in self._shared - _mapped(os.getpid()) if path.exists()}
-        files = set(self._folder.iterdir())
+        files = {path for path in self._folder.iterdir() if not _is_vllms(path)}
         lines += [f"shared memory: {path}" for path in sorted(shared)]
         lines += [f"temporary file: {path}" for path in sorted(files)]
         for path in shared:
@@ -84,6 +84,15 @@ class Leftovers:
             new = {path for path, count in looks.items() if count <= LOOKS}
             for pid in self._processes() if new - self._shared else ():
                 self._shared |= new & _mapped(pid)
+
+
+def _is_vllms(path: Path) -> bool:
+    """Whether vLLM leaves it, too, where its processes end in order: nothing of ours.
+
+    Those are the sockets between its processes, and the file by which the ranks of an
+    engine find each other.
+    """
+    return path.is_socket() or path.name.startswith("vllm_dist_")
 
 
 def _command(pid: int) -> str:
