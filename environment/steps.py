@@ -181,6 +181,9 @@ class Environment:
         step.say("left out what only a GPU uses, which `pip check` will name")
 
     def _install_package(self, step: Step) -> None:
+        if not self.full:
+            os.environ.setdefault("TIDAL_BUILD_CUDA", "0")
+            step.say("without CUDA kernels, which only a GPU runs")
         step.run(self._installer.install("--editable", str(self.root), bare=True))
 
     def _keep_what_imports(self, step: Step) -> None:

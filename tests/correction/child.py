@@ -80,4 +80,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.path.append(str(Path(__file__).parents[1]))
+        from interpreter import patch_once
+
+        patch_once()
     main()

@@ -103,8 +103,10 @@ def replays(llm) -> dict:
 
 
 def main() -> None:
+    from ..interpreter import patch_once
     from .harness import Engines
 
+    patch_once()
     folder, windowed, results = map(Path, sys.argv[1:])
     # The interpreter runs one program after the other: fewer of them.
     workspace.MAX_SPLITS, workspace.MIN_SPLITS = 4, 2

@@ -75,6 +75,9 @@ def run(model: Path, speculation: dict | None, **engine) -> dict:
 
 
 def main() -> None:
+    from ..interpreter import patch_once
+
+    patch_once()
     model, results = Path(sys.argv[1]), Path(sys.argv[2])
     # NOTE: vLLM's drafting code asks the GPU for its age.
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
