@@ -180,7 +180,10 @@ def run_one(command):
     child = subprocess.Popen(command)
     # A terminal's Ctrl-C reaches the child as well, which has to end before we do.
     interrupt = signal.signal(signal.SIGINT, lambda *_: None)
-    terminate = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    # pytest cleans up behind SIGINT only.
+    terminate = signal.signal(
+        signal.SIGTERM, lambda *_: child.send_signal(signal.SIGINT)
+    )
     status = child.wait()
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, terminate)
@@ -194,7 +197,11 @@ def run_one(command):
 def main(arguments):
     options = Options(arguments)
     check_machine(options.vllm)
+    sys.path.insert(0, HERE)
     from environment.steps import Environment
+
+    # What pip prints is read, and all is installed into the environment.
+    os.environ.update(PIP_QUIET="0", PIP_VERBOSE="0", PIP_USER="0")
 
     environment = Environment(
         HERE,
@@ -206,14 +213,15 @@ def main(arguments):
         tests=options.word != "demo",
     )
     if not environment.is_ready():
-        check_disk()
+        if not environment.record.get("done"):
+            check_disk()
         environment.set_up()
     python = os.path.join(options.folder, "bin", "python")
     command = [python, "-m", "tidal_vllm.cli"]
-    os.chdir(HERE)
     if options.word == "wheels":
-        environment.fill(options.rest[0])
-    elif options.word == "test":
+        return environment.fill(os.path.abspath(options.rest[0]))
+    os.chdir(HERE)
+    if options.word == "test":
         sys.exit(run_all(test_commands(python, options.rest)))
     else:
         command += ["doctor"] if options.word == "setup" else ["demo", *options.rest]

@@ -77,8 +77,10 @@ class CMakeBuild(build_ext):
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         jobs = str(self.parallel or os.cpu_count() or 1)
+        # NOTE: cmake may be a script whose Python package pip's isolation hides.
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         for command in (configure, [find_cmake(), "--build", str(build), "-j", jobs]):
-            if subprocess.call(command):
+            if subprocess.call(command, env=env):
                 raise CompileError(f"this failed: {' '.join(command)}")
         target = Path(self.get_ext_fullpath(extension.name))
         target.parent.mkdir(parents=True, exist_ok=True)

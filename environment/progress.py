@@ -98,7 +98,10 @@ class Step:
         return status, "".join(output)
 
     def _read(self, child, command: list[str], output: list[str]) -> None:
-        with self.log.open("a") as log:
+        with (
+            child.stdout,  # closed whatever happens, so that the child cannot wait
+            self.log.open("a", encoding="utf-8", errors="replace") as log,
+        ):
             print("\n$", *command, file=log, flush=True)
             for raw in child.stdout:
                 line = raw.decode(errors="replace")
@@ -123,7 +126,7 @@ class Step:
         sys.stdout.flush()
 
     def _failure(self, status: int) -> str:
-        with self.log.open(errors="replace") as log:
+        with self.log.open(encoding="utf-8", errors="replace") as log:
             log.seek(self._begin)
             lines = log.read().splitlines()[-LAST_LINES:]
         return (

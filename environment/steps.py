@@ -81,7 +81,8 @@ class Environment:
     def is_ready(self) -> bool:
         """Whether every step is done, and nothing changed that decides one."""
         keys = self._keys(list(self._parts()))
-        return self.record.get("done", [])[: len(keys)] == keys
+        done = self.record.get("done", [])[: len(keys)]
+        return self.record.get("complete", False) and done == keys
 
     def set_up(self) -> None:
         """Do what is left to do; exit with a message where that fails."""
@@ -110,8 +111,10 @@ class Environment:
                     text=True,
                 )
                 step.run([*command, *installer.sources(), *listed.split(), *beside])
-        except StepFailed as failed:
+        except (StepFailed, subprocess.CalledProcessError) as failed:
             sys.exit(f"\n{failed}")
+        except KeyboardInterrupt:
+            sys.exit(130)
         print(f"Without network: python3 bootstrap.py --wheels {folder} test")
 
     def _parts(self) -> Iterator[Part]:
@@ -205,7 +208,7 @@ class Environment:
         return [*extras["test"], *extras["lint"]]
 
     def _required(self, step: Step, kind: str) -> list[str]:
-        return step.run([self.python, str(REQUIREMENTS), kind]).split()
+        return step.run([self.python, "-I", str(REQUIREMENTS), kind]).split()
 
     @property
     def _installer(self) -> Installer:
@@ -223,6 +226,8 @@ class Environment:
             self._clear()
         interrupted = not self.record.get("complete")
         torn = remove_torn_packages(self.folder) if interrupted else []
+        if torn:  # it belongs to one of the steps that install packages
+            finished = min(finished, 2)
         self._write_record(keys[:finished], complete=finished == len(keys))
         for number, part in enumerate(parts[finished:], finished + 1):
             with self._step(f"[{number}/{len(parts)}] {part.title}") as step:

@@ -31,19 +31,20 @@ def _is_whole(metadata: Path) -> bool:
         return False
     try:
         with (metadata / "RECORD").open(newline="") as record:
-            rows = list(csv.reader(record))
-    except (OSError, csv.Error, UnicodeDecodeError):
+            rows = [(row[0], row[2]) for row in csv.reader(record) if row]
+        sizes = {path: int(size) if size else None for path, size in rows}
+    except (OSError, csv.Error, ValueError, IndexError):
         return False
-    return all(
+    return bool(sizes) and all(
         _has_size(metadata.parent / path, size)
-        for path, _, size in rows
+        for path, size in sizes.items()
         if not path.endswith(".pyc")
     )
 
 
-def _has_size(path: Path, size: str) -> bool:
+def _has_size(path: Path, size: int | None) -> bool:
     try:
         found = path.stat().st_size
     except OSError:
         return False
-    return not size or found == int(size)
+    return size is None or found == size

@@ -6,7 +6,6 @@ files below a temporary folder of the run.
 """
 
 import contextlib
-import getpass
 import os
 import shutil
 import signal
@@ -34,7 +33,7 @@ class Leftovers:
         os.environ |= {"TMPDIR": str(self._folder), MARK: self._folder.name}
         # What is meant to stay: pytest's folders of the last runs, PyTorch's cache.
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", usual)
-        cache = Path(usual, f"torchinductor_{getpass.getuser()}")
+        cache = Path(usual, f"torchinductor_{os.environ.get('USER') or os.getuid()}")
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
         tempfile.tempdir = None
         self._shared: set[Path] = set()

@@ -11,6 +11,7 @@ from vllm.model_executor.layers.mamba.ops.cpu.causal_conv1d import (
 from vllm.model_executor.layers.mamba.short_conv import ShortConv
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from tidal_vllm import cpu_moe  # noqa: F401  it registers the experts and their ops
 from tidal_vllm.cpu_lora import logits_of_prompts
 
 

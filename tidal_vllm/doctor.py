@@ -212,6 +212,11 @@ def _fix_code(found: str) -> str:
     """Our code is not what does not fit; a name that is missing is vLLM's."""
     if not re.search(r"ImportError|AttributeError|ModuleNotFoundError", found):
         return ""
+    missing = re.search(r"No module named '(\w+)", found)
+    if missing and missing[1] not in ("vllm", "tidal_vllm"):
+        return f"{_pip()} install {missing[1]}"
+    if "vllm" not in found.replace("tidal_vllm", ""):
+        return ""
     return (
         f"vLLM {version('vllm')} lacks what tidal_vllm {__version__} uses: "
         f"{_pip()} install '{FIRST_VLLM}', or a newer tidal_vllm"

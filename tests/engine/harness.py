@@ -4,11 +4,12 @@ import copy
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,29 @@ def child_environment(**more: str) -> dict[str, str]:
     """The environment of a child that runs an engine as users do."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
     return inherited | {"VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"} | more
+
+
+def run_child(tmp_path: Path, jobs: list[dict], **env: str) -> list[dict]:
+    """Results of jobs of `child.py`, one after another in one child."""
+    asked, given, log = (tmp_path / name for name in ("jobs", "results", "log"))
+    asked.write_text(json.dumps(jobs))
+    with log.open("w") as printed:
+        child = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("child.py"), asked, given],
+            env=child_environment(**env),
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = child.wait()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # workers that outlive it too
+    print(log.read_text())
+    assert code == 0
+    assert "Traceback" not in log.read_text()
+    return json.loads(given.read_text())
 
 
 def run_interpreted(module: str, *arguments: Path, v2_runner: bool) -> str:

@@ -211,10 +211,12 @@ def test_a_model_built_otherwise_than_its_config_says_is_refused(
     from tidal_vllm import startup
 
     case = Planted(engine, planted, tmp_path, (4,))
-    monkeypatch.setattr(startup, "full_layers", lambda config: tuple(range(10)))
+    monkeypatch.setattr(startup, "_full_layers", lambda kinds: tuple(range(10)))
     with (
         pytest.raises(ValueError, match="TIDAL runs full attention in layers 1-4, 6-9"),
-        reconfigured(case.llm, select_layers=case.roles["select_layers"]),
+        reconfigured(
+            case.llm, select_layers=case.roles["select_layers"], token_budget=256
+        ),
     ):
         pass
 

@@ -10,11 +10,12 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
 from tidal_vllm import cpu_moe
 
-from .harness import generate
+from .harness import engine_kwargs, run_child
 from .models import ROLES, build_random_model, random_prompt
 
 # What each stands for: softmax whose weights are made to add up to one; softmax as it
 # is, beside shared experts behind a gate; sigmoid, chosen with a bias, then scaled.
+MAX_TOKENS = 16
 MODELS = {
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "qwen2_moe": {
@@ -38,23 +39,46 @@ MODELS = {
 }
 
 
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory) -> dict[str, dict]:
+    """An engine for each family; only engines for experts make groups for them."""
+    root, made = tmp_path_factory.mktemp("moe"), {}
+    for family, fields in MODELS.items():
+        folder = build_random_model(root / family, family, **fields)
+        made[family] = {
+            "kwargs": {"model": str(folder)} | engine_kwargs(ROLES),
+            "prompts": [random_prompt(length, seed=length) for length in (70, 41)],
+            "max_tokens": MAX_TOKENS,
+        }
+    return made
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory, jobs) -> dict[str, list[list[int]]]:
+    """Its answers. A process that imports nothing of ours but through vLLM."""
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    results = run_child(tmp_path_factory.mktemp("child"), [*jobs.values()], **env)
+    return {
+        family: result["tokens"] for family, result in zip(jobs, results, strict=True)
+    }
+
+
+@pytest.mark.extended
 @pytest.mark.parametrize("family", MODELS)
-def test_answers_are_those_of_transformers(engine, tmp_path, family):
-    folder = build_random_model(tmp_path, family, **MODELS[family])
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    prompts = [random_prompt(length, seed=length) for length in (70, 41)]
+def test_answers_are_those_of_transformers(jobs, given, family):
+    job = jobs[family]
+    model = AutoModelForCausalLM.from_pretrained(job["kwargs"]["model"]).eval()
     wanted = [
         model.generate(
             torch.tensor([prompt]),
-            max_new_tokens=16,
+            max_new_tokens=MAX_TOKENS,
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
         )[0, len(prompt) :].tolist()
-        for prompt in prompts
+        for prompt in job["prompts"]
     ]
-    answers = generate(engine(folder, tidal=ROLES), prompts, 16)
-    assert [answer.token_ids for answer in answers] == wanted
+    assert given[family] == wanted
 
 
 @pytest.mark.parametrize("case", ["all here", "half elsewhere", "weighted inputs"])

@@ -1,24 +1,16 @@
 """The same tokens through every way vLLM spreads an engine over processes."""
 
-import contextlib
-import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
-from pathlib import Path
 
 import pytest
 
 from tidal_vllm.planted import make_prompt
 
-from .harness import child_environment, engine_kwargs, generate, tokens
+from .harness import engine_kwargs, generate, run_child, tokens
 from .models import MAX_LEN, ROLES, random_prompt
 
 pytestmark = pytest.mark.extended
 
-CHILD = Path(__file__).with_name("child.py")
 PROMPTS = [random_prompt(n, seed=n) for n in (300, 20, 90)]
 MAX_TOKENS = 12
 # Exact, on the sparse path over all blocks; a SELECT layer on each of two stages.
@@ -51,29 +43,6 @@ def sparse(planted):
     return job, [prompt.answer_token_ids for prompt in prompts]
 
 
-def run(tmp_path, jobs, **env):
-    """Results of jobs, one after another in one child."""
-    asked, given, log = (tmp_path / name for name in ("jobs", "results", "log"))
-    asked.write_text(json.dumps(jobs))
-    with log.open("w") as printed:
-        child = subprocess.Popen(
-            [sys.executable, CHILD, asked, given],
-            env=child_environment(**env),
-            stdout=printed,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = child.wait()
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)  # workers that outlive it too
-    print(log.read_text())
-    assert code == 0
-    assert "Traceback" not in log.read_text()
-    return json.loads(given.read_text())
-
-
 def check(results, *cases):
     for result, (_, wanted) in zip(results, cases, strict=True):
         assert result["tokens"] == wanted
@@ -92,7 +61,7 @@ def arranged(case, start_method, **parallel):
 def test_engine_core_in_a_process_of_its_own(tmp_path, exact):
     """Spawned, then forked."""
     jobs = [arranged(exact, "spawn"), arranged(exact, "fork")]
-    check(run(tmp_path, jobs), exact, exact)
+    check(run_child(tmp_path, jobs), exact, exact)
 
 
 def test_parallel(tmp_path, exact, sparse):
@@ -109,7 +78,7 @@ def test_parallel(tmp_path, exact, sparse):
         arranged(exact, "fork", **pipeline),
         arranged(sparse, "fork", **pipeline),
     ]
-    results = run(tmp_path, jobs, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    results = run_child(tmp_path, jobs, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     assert [len(result["counters"]) for result in results] == [2, 2, 2, 2]
     check(results, exact, sparse, exact, sparse)
 
@@ -122,7 +91,7 @@ def test_ray(tmp_path, exact):
     job = arranged(exact, "spawn", **parallel) | {"ray": 2}
     # NOTE: Ray makes sockets there, and their paths must be short.
     with tempfile.TemporaryDirectory(prefix="r-") as folder:
-        results = run(
+        results = run_child(
             tmp_path,
             [job],
             VLLM_ENABLE_V1_MULTIPROCESSING="0",

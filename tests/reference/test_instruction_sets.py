@@ -30,14 +30,19 @@ here = torch.backends.cpu.get_cpu_capability()
 @pytest.mark.extended
 @pytest.mark.parametrize("name", SETS)
 def test_the_laws_hold(name):
-    if name == here:
+    if here not in SETS or name == here:
         pytest.skip("what this process runs on")
     if list(SETS).index(name) > list(SETS).index(here):
         pytest.skip(f"this processor has {here}")
     keys = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
     told = dict(zip(keys, SETS[name], strict=True))
     seen = "import torch; print(torch.backends.cpu.get_cpu_capability())"
-    run = [sys.executable, "-c", f"{seen}; import pytest; pytest.main()", "-q"]
+    run = [
+        sys.executable,
+        "-c",
+        f"{seen}; import sys, pytest; sys.exit(pytest.main())",
+        "-q",
+    ]
     run += ["-p", "no:cacheprovider", "-k", CORE, "tests/reference"]
     done = subprocess.run(
         run,
@@ -47,5 +52,5 @@ def test_the_laws_hold(name):
         env={**os.environ, **told, "PYTHONPATH": str(ROOT)},
     )
     assert done.stdout.startswith(name), done.stdout[-8000:] + done.stderr[-2000:]
-    assert "failed" not in done.stdout, done.stdout[-8000:]
+    assert done.returncode == 0, done.stdout[-8000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 15, done.stdout[-2000:]

@@ -47,6 +47,11 @@ def wait_until(what: str, true: Callable[[], bool], timeout: float = STOP_S) -> 
         time.sleep(0.2)
 
 
+def _environment() -> dict[str, str]:
+    """Without what vLLM sets for itself where a test ran an engine before."""
+    return {k: v for k, v in os.environ.items() if k != "VLLM_DIST_IDENT"}
+
+
 class Server:
     """A running server."""
 
@@ -63,7 +68,7 @@ class Server:
                 [*words, "--port", str(port)],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=os.environ | env,
+                env=_environment() | env,
                 start_new_session=True,
             )
 

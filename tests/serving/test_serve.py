@@ -15,6 +15,9 @@ from tidal_vllm.planted import PlantedPrompt, make_prompt
 from .clients import NUM_PLAIN, NUM_STREAMS, Clients
 from .server import Server, command, wait_until, warnings
 
+# The last tests stop the server of all others.
+pytestmark = pytest.mark.random_order(disabled=True)
+
 MAX_LEN = 2048
 BUDGET = 256
 TIDAL = {"token_budget": BUDGET, "select_layers": [2]}

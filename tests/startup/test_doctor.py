@@ -180,7 +180,7 @@ def test_a_gpu_without_its_kernels(monkeypatch, device, cuda, advised):
     kernels = ops.describe(device)
     assert kernels.name == "reference"
     assert ("TIDAL_BUILD_CUDA=1" in kernels.advice) is advised
-    assert ("not the CUDA kernels for it: _tidal_C.so" in kernels.advice) is advised
+    assert ("not the CUDA kernels for it: " in kernels.advice) is advised
 
 
 def test_warns_where_something_could_be_better():

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 # Modules that import where there is a GPU only: their source is read instead.
 NEED_A_GPU = {"vllm.vllm_flash_attn"}
 DOTTED = re.compile(r"vllm(\.[A-Za-z_]\w*)+")
-LOGGERS = "vllm.tidal"
+# Our loggers, and groups of entry points.
+NO_NAMES = ("vllm.tidal", "vllm.general_plugins", "vllm.platform_plugins")
 
 
 def sources() -> list[Path]:
@@ -50,7 +51,7 @@ def used_names(source: str) -> Iterator[str]:
                     yield alias.name
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             in_code = DOTTED.fullmatch(node.value)
-            if in_code and not node.value.startswith(LOGGERS):
+            if in_code and not node.value.startswith(NO_NAMES):
                 yield node.value
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):

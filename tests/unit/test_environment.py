@@ -153,7 +153,9 @@ def test_goes_on_where_it_was_interrupted(environment, tmp_path, capsys):
     assert began == [1, 2, 2, 3, 2, 3]
 
 
-@pytest.mark.parametrize("damage", ["gone", "short", "no record", "unfinished", "none"])
+@pytest.mark.parametrize(
+    "damage", ["gone", "short", "no record", "cut", "empty", "unfinished", "none"]
+)
 def test_finds_torn_packages(tmp_path, damage):
     packages = tmp_path / "lib/python3.11/site-packages"
     metadata = packages / "one-1.dist-info"
@@ -169,6 +171,8 @@ def test_finds_torn_packages(tmp_path, damage):
         (packages / "one.py").write_text("1 +")
     elif damage == "no record":
         (metadata / "RECORD").unlink()
+    elif damage in ("cut", "empty"):
+        (metadata / "RECORD").write_text(record[:30] if damage == "cut" else "")
     elif damage == "unfinished":
         (metadata / "INSTALLER").unlink()
     torn = damage != "none"

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,9 @@ def test_waiting_for_a_core_is_no_speed_up():
     assert "waiting for a core 30 % of its time" in race.why_unclear()
 
 
+@pytest.mark.skipif(
+    not Path("/proc/self/schedstat").exists(), reason="this kernel keeps no such time"
+)
 def test_counts_the_time_of_processes_below():
     code = "import sys; sum(range(2_000_000)); print(flush=True); sys.stdin.read()"
     before = waiting_and_running()

@@ -102,7 +102,7 @@ class _Request:
         given, config = self.given, self.model_config
         vocab_size, tokenizer = config.get_vocab_size(), self._tokenizer()
         longest = config.max_model_len - given.decode_tokens - 1
-        context = given.context or min(MOST_CONTEXT, longest)
+        context = self.context = given.context or min(MOST_CONTEXT, longest)
         if not 1 <= context <= longest:
             reason = (
                 f"must be 1..{longest}: {given.model} takes {config.max_model_len} "
@@ -177,6 +177,8 @@ class _Request:
 
     def engine(self, job: Job) -> _Starter:
         longest = max(len(prompt.token_ids) for prompt in job.prompts)
+        if job.further is not None:
+            longest = max(longest, self.context)
         answer = max(len(prompt.answer_ids or ()) for prompt in job.prompts)
         full = job.full_layers
         first = min(job.first_select, len(full) - 1)

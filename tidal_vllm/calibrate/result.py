@@ -187,6 +187,8 @@ def roles_of(layers: Sequence[int], of: Choice) -> tuple[list[int], list[int]]:
 
 def more_evidence(missing: int, steps: int, job: Job) -> str:
     """How a user's own prompts, which gave `steps`, can give so many more tokens."""
+    if not steps:
+        return "Give answers of two tokens or more: the prefill computes the first"
     prompts = math.ceil(missing / steps * len(job.prompts))
     cure = f"Give about {prompts} more prompts like these in --prompts"
     if free := sum(prompt.answer_ids is None for prompt in job.prompts):
