@@ -14,8 +14,9 @@ Arguments behind `demo` and `test` are handed on, for instance
     --wheels DIR      install from that folder alone, without network
     --full            install what only an NVIDIA GPU uses, too
 
-Nothing outside this folder is changed, but for the installer's cache. A second run reuses what the first one
-installed, and goes on where it was interrupted. ./.venv/setup.log tells the details.
+Nothing outside this folder is changed, but for the installer's cache. A second run
+reuses what the first one installed, and goes on where it was interrupted.
+./.venv/setup.log tells the details.
 """
 
 # NOTE: must run, far enough to say what is missing, on Pythons from 3.7 on: so do not

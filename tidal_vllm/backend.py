@@ -1,7 +1,10 @@
 """The backend class vLLM selects, and everything that it refuses at start-up."""
 
+import json
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from zlib import crc32
 
 import torch
 import vllm.envs as envs
@@ -30,6 +33,7 @@ logger = init_logger("vllm.tidal.backend")
 if _reason := unsupported_vllm():
     raise ImportError(_reason)
 
+TOLD = "TIDAL_VLLM_TOLD"  # warnings, and the process that gave each
 SYNC_SCHEDULER = "tidal_vllm.scheduler.TidalScheduler"
 ASYNC_SCHEDULER = "tidal_vllm.scheduler.TidalAsyncScheduler"
 
@@ -237,7 +241,6 @@ def check_setup(vllm_config: "VllmConfig") -> None:
     if not is_selected(vllm_config):
         if has_settings(vllm_config):
             _warn_once(
-                vllm_config,
                 "additional_config['tidal'] has no effect: the attention backend "
                 "TIDAL is not selected (--attention-backend tidal)",
             )
@@ -257,14 +260,18 @@ def check_setup(vllm_config: "VllmConfig") -> None:
     _check_pipeline_stages(vllm_config, startup.plan)
     _set_scheduler(vllm_config, startup)
     if startup.plan.warning:
-        _warn_once(vllm_config, startup.plan.warning)
+        _warn_once(startup.plan.warning)
 
 
-def _warn_once(vllm_config: "VllmConfig", warning: str) -> None:
-    """Warn of a config that the engine's process gets pickled and completes again."""
-    told = vars(vllm_config).setdefault("told_by_tidal", [])
-    if warning not in told:
-        told.append(warning)
+def _warn_once(warning: str) -> None:
+    """Warn, unless a process above has: the engine's completes the same config again.
+
+    NOTE: the environment is what such a process inherits; vLLM copies the config field
+    by field, so nothing can be noted there.
+    """
+    told, key = json.loads(os.environ.get(TOLD, "{}")), f"{crc32(warning.encode()):x}"
+    if told.setdefault(key, os.getpid()) == os.getpid():
+        os.environ[TOLD] = json.dumps(told)
         logger.warning(warning)
 
 
