@@ -18,6 +18,10 @@ OF_THE_CPU_PLATFORM = {
         "Inductor compilation was disabled by user settings",
         "Model Runner V2 requires Triton; using the V1 model runner instead.",
     ],
+    # Set by vLLM's own CPU worker; the next engine of the same process meets it.
+    "vllm.platforms.interface": [
+        "Unknown vLLM environment variable detected: VLLM_DIST_IDENT",
+    ],
     # For the CPU build's own kernels and thread binding.
     "vllm.v1.worker.cpu_worker": [
         "libtcmalloc is not found in LD_PRELOAD.",

@@ -47,11 +47,6 @@ def wait_until(what: str, true: Callable[[], bool], timeout: float = STOP_S) -> 
         time.sleep(0.2)
 
 
-def _environment() -> dict[str, str]:
-    """Without what vLLM sets for itself where a test ran an engine before."""
-    return {k: v for k, v in os.environ.items() if k != "VLLM_DIST_IDENT"}
-
-
 class Server:
     """A running server."""
 
@@ -68,7 +63,7 @@ class Server:
                 [*words, "--port", str(port)],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=_environment() | env,
+                env=os.environ | env,
                 start_new_session=True,
             )
 
