@@ -278,21 +278,23 @@ def run_child(tmp_path: Path, jobs: list[dict], **env: str) -> list[dict]:
         try:
             code = child.wait()
         finally:
-            _end_group(child.pid)
+            _end_session(child.pid)
     print(log.read_text())
     assert code == 0
     assert "Traceback" not in log.read_text()
     return json.loads(given.read_text())
 
 
-def _end_group(group: int) -> None:
+def _end_session(session: int) -> None:
     """Kill what of a child's processes does not end: what does unlinks its memory."""
+    from leftovers import living
+
     end = time.monotonic() + 60
-    with suppress(ProcessLookupError):
-        while time.monotonic() < end:
-            os.killpg(group, 0)
-            time.sleep(0.2)
-        os.killpg(group, signal.SIGKILL)
+    while (pids := living(session)) and time.monotonic() < end:
+        time.sleep(0.2)
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def run_interpreted(module: str, *arguments: Path, v2_runner: bool) -> str:

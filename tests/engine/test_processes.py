@@ -98,6 +98,8 @@ def test_ray(tmp_path, exact):
             RAY_TMPDIR=folder,
             RAY_AUTH_MODE="disabled",
             RAY_USAGE_STATS_ENABLED="0",
+            # A worker's helper unlinks its shared memory; Ray would kill that first.
+            RAY_kill_child_processes_on_worker_exit="0",
         )
     assert len(results[0]["counters"]) == 2
     check(results, exact)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import openai
+from leftovers import living
 
 VLLM = Path(sys.executable).with_name("vllm")
 START_S, STOP_S = 500, 200
@@ -114,16 +115,7 @@ class Server:
 
     def processes(self) -> list[int]:
         """The server and all that it started, as far as they live."""
-        alive = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            state, session = fields[0], int(fields[3])
-            if session == self.process.pid and state != "Z":
-                alive.append(int(folder.name))
-        return alive
+        return living(self.process.pid)
 
     def kill(self) -> None:
         for pid in self.processes():
