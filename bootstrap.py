@@ -8,7 +8,7 @@
     python3 bootstrap.py wheels DIR    set up, then fill DIR with all that it takes
 
 Arguments behind `demo` and `test` are handed on, for instance
-`python3 bootstrap.py test tests/unit -k config`. Options stand before these words:
+`python3 bootstrap.py test tests/plan -k config`. Options stand before these words:
 
     --vllm VERSION    0.32.0 (default), or 0.33.0, in ./.venv-0.33.0
     --wheels DIR      install from that folder alone, without network

@@ -23,7 +23,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 # NOTE: the package itself cannot be imported in a build environment.
-BUILD = runpy.run_path(str(ROOT / "tidal_vllm/cuda_build.py"))
+BUILD = runpy.run_path(str(ROOT / "tidal_vllm/kernels/cuda_build.py"))
 find_nvcc, find_cmake = BUILD["find_nvcc"], BUILD["find_cmake"]
 SWITCH = "TIDAL_BUILD_CUDA"
 # Outside pip's isolated build environment, where torch is not installed.

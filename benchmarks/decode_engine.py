@@ -86,7 +86,7 @@ class Engine:
         self.attention_s = _time_attention()
 
     def switch(self, sparse: bool) -> None:
-        from tidal_vllm.policy import all_dense
+        from tidal_vllm.plan.policy import all_dense
 
         layers = self.sparse_plan.num_layers
         dense_plan = all_dense(layers, "benchmark", "the dense half of a pair")
@@ -116,7 +116,7 @@ class Engine:
 
 def _time_attention() -> list[float]:
     """Add up the wall time of all attention calls in the returned cell."""
-    from tidal_vllm.attention import TidalImpl
+    from tidal_vllm.engine.attention import TidalImpl
 
     total, forward = [0.0], TidalImpl.forward
 

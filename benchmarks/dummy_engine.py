@@ -211,7 +211,7 @@ def run(job: dict) -> dict:
 
 
 def _counters(worker) -> dict:
-    from tidal_vllm.metrics import worker_counters
+    from tidal_vllm.engine.metrics import worker_counters
 
     return worker_counters(worker)
 

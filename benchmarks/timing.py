@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from machine import describe_run
 
-from tidal_vllm.ops import workspace
+from tidal_vllm.kernels import workspace
 
 L2_BYTES = 256 << 20  # more than any L2 of today
 COPY_BYTES = 2 << 30

@@ -1,6 +1,6 @@
 // dense_decode: one query token per sequence against all its tokens, keeping the lse of
 // each selection block; score_blocks, the same kernel without values: the lse alone.
-// Defined by tidal_vllm/ops/reference.py. Has run under the CPU emulation only, not yet
+// Defined by tidal_vllm/kernels/reference. Has run under the CPU emulation only, not yet
 // on a GPU.
 #pragma once
 

@@ -1,4 +1,4 @@
-// The four ops: tidal_vllm/ops/cuda.py says what they take, reference.py what they mean.
+// The four ops: tidal_vllm/kernels/cuda.py says what they take, reference.py what they mean.
 // Each checks its arguments (std::invalid_argument names argument, value and what is
 // allowed), then launches; nothing is allocated or waited for, so all can be captured.
 #pragma once

@@ -1,5 +1,5 @@
 // select_blocks: the forced blocks and the heaviest others of each row and set.
-// Defined by tidal_vllm/ops/reference.py. Has run under the CPU emulation only, not yet
+// Defined by tidal_vllm/kernels/reference. Has run under the CPU emulation only, not yet
 // on a GPU.
 //
 // Two kernels: `set_mass` sums the heads over as many thread blocks as the masses fill;

@@ -1,5 +1,5 @@
 // sparse_decode: one query token per sequence against its chosen selection blocks,
-// gathered through the block table. Defined by tidal_vllm/ops/reference.py. Has run
+// gathered through the block table. Defined by tidal_vllm/kernels/reference. Has run
 // under the CPU emulation only, not yet on a GPU.
 #pragma once
 

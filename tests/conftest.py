@@ -9,7 +9,8 @@ import signal
 from collections import Counter
 
 import pytest
-from leftovers import Leftovers
+
+from tests.leftovers import Leftovers
 
 # The models are tiny: more threads would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -125,7 +126,7 @@ def vllm_here():
 @pytest.fixture(scope="session")
 def engine(vllm_here):
     """`engine(model, tidal=..., **kwargs)`: see `harness.Engines`."""
-    from engine.harness import Engines
+    from tests.engine.harness import Engines
 
     engines = Engines()
     yield engines

@@ -7,17 +7,17 @@ from pathlib import Path
 from statistics import median
 
 from tidal_vllm.config import TidalConfig
+from tidal_vllm.engine.metrics import COUNTING_WORKER
 from tidal_vllm.fair_timing import Race, waiting_and_running
-from tidal_vllm.lengths import limit_plan
-from tidal_vllm.metrics import COUNTING_WORKER
-from tidal_vllm.plan_table import format_plan
+from tidal_vllm.plan.lengths import limit_plan
+from tidal_vllm.plan.policy import plan_layers
+from tidal_vllm.plan.table import format_plan
 from tidal_vllm.planted import (
     PlantedPrompt,
     PlantedSpec,
     build_planted_model,
     make_prompt,
 )
-from tidal_vllm.policy import plan_layers
 
 ANSWER_WORDS = 24
 DEPTHS = (0.1, 0.5, 0.9)

@@ -10,12 +10,9 @@ import copyreg
 import logging
 from collections.abc import Callable
 
-from tidal_vllm import log_filters
+from tidal_vllm.engine import log_filters
+from tidal_vllm.names import BACKEND_PATH, CPU_PLATFORM_PATH, NAME
 from tidal_vllm.versions import unsupported_vllm
-
-NAME = "TIDAL"
-BACKEND_PATH = "tidal_vllm.backend.TidalBackend"
-CPU_PLATFORM_PATH = "tidal_vllm.platform.TidalCpuPlatform"
 
 # vLLM configures handlers for the loggers below its own name only.
 logger = logging.getLogger("vllm.tidal")
@@ -36,7 +33,7 @@ def register() -> None:
     log_filters.install(log_filters.OF_THE_SCHEDULER)
     _check_setup_early(type(current_platform))
     if current_platform.is_cpu():
-        from tidal_vllm.platform import accept_tidal
+        from tidal_vllm.cpu.platform import accept_tidal
 
         accept_tidal(type(current_platform))
 
@@ -98,11 +95,11 @@ def _check_setup_early(platform_cls: type) -> None:
         return
 
     def check_and_update_config(cls, vllm_config) -> None:
-        from tidal_vllm.startup import has_settings, is_selected
+        from tidal_vllm.plan.resolve import has_settings, is_selected
 
         stock(vllm_config)
         if is_selected(vllm_config) or has_settings(vllm_config):
-            from tidal_vllm.backend import check_setup
+            from tidal_vllm.engine.backend import check_setup
 
             check_setup(vllm_config)
 

@@ -16,17 +16,18 @@ from textwrap import shorten
 from typing import NamedTuple
 
 import tidal_vllm
-from tidal_vllm.metrics import COUNTING_WORKER
-from tidal_vllm.plugin import CPU_PLATFORM_PATH, NAME, cpu_platform, register
+from tidal_vllm.engine.metrics import COUNTING_WORKER
+from tidal_vllm.names import CPU_PLATFORM_PATH, NAME
+from tidal_vllm.plugin import cpu_platform, register
 
 MARK = "tidal-vllm doctor: "  # vLLM logs to stdout too
 TINY_CONTEXT, TINY_BUDGET, TINY_ANSWER = 400, 64, 8  # tokens
 # Chosen at run time, which is a stage of its own.
 KERNEL_MODULES = (
-    *("tidal_vllm.ops.cuda", "tidal_vllm.ops.triton_", "tidal_vllm._tidal_C"),
+    *("tidal_vllm.kernels.cuda", "tidal_vllm.kernels.triton", "tidal_vllm._tidal_C"),
 )
 # They change vLLM, and are for the CPU platform alone.
-CPU_MODULES = ("tidal_vllm.platform", "tidal_vllm.cpu_moe", "tidal_vllm.cpu_worker")
+CPU_MODULES = ("tidal_vllm.cpu.platform", "tidal_vllm.cpu.moe", "tidal_vllm.cpu.worker")
 
 
 class Seen(NamedTuple):
@@ -132,9 +133,9 @@ def _describe_kernels() -> Seen:
     import torch
     from vllm.platforms import current_platform
 
-    from tidal_vllm import ops
+    from tidal_vllm.kernels import describe
 
-    kernels = ops.describe(torch.device(current_platform.device_type))
+    kernels = describe(torch.device(current_platform.device_type))
     return Seen(kernels.why, kernels.advice)
 
 

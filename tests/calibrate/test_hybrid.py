@@ -5,19 +5,18 @@ from pathlib import Path
 
 import pytest
 from calibration_baselines import random_spec
-from engine.models import (
+
+from tests.calibrate.test_command import ENGINE, QUICK, in_a_project  # noqa: F401
+from tests.engine.models import (
     build_random_model,
     build_windowed_planted_model,
     hybrid_layers,
 )
-
 from tidal_vllm import cli
+from tidal_vllm.plan.policy import Role
+from tidal_vllm.plan.resolve import resolve
 from tidal_vllm.planted import build_planted_model, make_prompt
-from tidal_vllm.policy import Role
 from tidal_vllm.profiles import load_profile
-from tidal_vllm.startup import resolve
-
-from .test_command import ENGINE, QUICK, in_a_project  # noqa: F401
 
 IDLE_AFTER = (1, 3, 4, 7)
 SLIDES, FULL = "sliding_attention", "full_attention"

@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 from calibration_baselines import build_distracted_model, random_spec
 
+from tests.calibrate.conftest import CONFIG
 from tidal_vllm.calibrate import baselines
 from tidal_vllm.calibrate.choice import assess, best_choices, candidates, over_steps
 from tidal_vllm.calibrate.engine import complete_settings
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.planted import PlantedSpec, build_planted_model, make_prompt
-
-from .conftest import CONFIG
 
 SEEDS = range(3)
 PROMPTS = 2

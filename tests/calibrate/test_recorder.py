@@ -6,7 +6,7 @@ import torch
 
 from tidal_vllm.calibrate.recorder import Recorder, merge_ranks
 from tidal_vllm.config import TidalConfig
-from tidal_vllm.ops import reference
+from tidal_vllm.kernels import reference
 
 HEADS, KV_HEADS, HEAD_SIZE, KV_BLOCK = 6, 2, 32, 16
 LAYERS = (1, 4, 5)  # of a hybrid model, say

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from .models import build_random_model
+from tests.engine.models import build_random_model
 
 
 @pytest.fixture(scope="session")

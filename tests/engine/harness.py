@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from vllm import LLM, SamplingParams, envs
 
-from tidal_vllm.attention import TidalImpl
-from tidal_vllm.backend import TidalBackend
-from tidal_vllm.sparse_state import choose_implementations
+from tidal_vllm.engine.attention import TidalImpl
+from tidal_vllm.engine.backend import TidalBackend
+from tidal_vllm.engine.state import choose_implementations
 
 MiB = 1 << 20
 
@@ -287,7 +287,7 @@ def run_child(tmp_path: Path, jobs: list[dict], **env: str) -> list[dict]:
 
 def _end_session(session: int) -> None:
     """Kill what of a child's processes does not end: what does unlinks its memory."""
-    from leftovers import living
+    from tests.leftovers import living
 
     end = time.monotonic() + 60
     while (pids := living(session)) and time.monotonic() < end:

@@ -5,7 +5,7 @@ import math
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from .harness import runner
+from tests.engine.harness import runner
 
 
 def common_metadata(query_lens, lens, prefilling=None, **fields):

@@ -31,7 +31,7 @@ LENGTHS, STEPS, MAX_TOKENS = (40, 20, 333, 150), (0, 0, 2, 6), 24
 
 
 def arrivals() -> list[tuple[int, list[int], int]]:
-    from .models import random_prompt
+    from tests.engine.models import random_prompt
 
     def prompt(seed: int, length: int) -> list[int]:
         words = [token % VOCAB_SIZE for token in random_prompt(30, seed)]
@@ -42,7 +42,7 @@ def arrivals() -> list[tuple[int, list[int], int]]:
 
 
 def run(model: Path, speculation: dict | None, **engine) -> dict:
-    from . import harness
+    from tests.engine import harness
 
     settings = SETTINGS | engine.pop("tidal", {})
     if speculation is not None:
@@ -75,7 +75,7 @@ def run(model: Path, speculation: dict | None, **engine) -> dict:
 
 
 def main() -> None:
-    from ..interpreter import patch_once
+    from tests.interpreter import patch_once
 
     patch_once()
     model, results = Path(sys.argv[1]), Path(sys.argv[2])

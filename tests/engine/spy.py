@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tidal_vllm import dense, ops
-from tidal_vllm.attention import TidalImpl
-from tidal_vllm.metadata import TidalMetadata, TidalMetadataBuilder
+from tidal_vllm import kernels as ops
+from tidal_vllm.engine import dense
+from tidal_vllm.engine.attention import TidalImpl
+from tidal_vllm.engine.metadata import TidalMetadata, TidalMetadataBuilder
 
 
 @dataclass

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from .harness import counters, generate, reconfigured, tokens
-from .models import MAX_LEN, ROLES, random_prompt
+from tests.engine.harness import counters, generate, reconfigured, tokens
+from tests.engine.models import MAX_LEN, ROLES, random_prompt
 
 PROMPTS = [random_prompt(n, seed=n) for n in (5, 64, 333, 600)]
 MAX_TOKENS = 24

@@ -12,12 +12,7 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from tidal_vllm import attention, sparse_state
-from tidal_vllm.dense import ReferenceBackend, count_decodes, rows_from
-from tidal_vllm.metadata import TidalMetadataBuilder, is_captured
-from tidal_vllm.sparse_state import choose_implementations
-
-from .harness import (
+from tests.engine.harness import (
     counters,
     generate,
     impls,
@@ -26,15 +21,20 @@ from .harness import (
     scheduler,
     serve,
 )
-from .models import ROLES, random_prompt
-from .replay import (
+from tests.engine.models import ROLES, random_prompt
+from tests.engine.replay import (
     Graph,
     builders,
     common_metadata,
     random_table,
     run_layers,
 )
-from .written_kernels import written_kernels
+from tests.engine.written_kernels import written_kernels
+from tidal_vllm.engine import attention
+from tidal_vllm.engine import state as sparse_state
+from tidal_vllm.engine.dense import ReferenceBackend, count_decodes, rows_from
+from tidal_vllm.engine.metadata import TidalMetadataBuilder, is_captured
+from tidal_vllm.engine.state import choose_implementations
 
 BUDGET = 64
 SETTINGS = ROLES | {"token_budget": BUDGET, "select_block_size": 8}

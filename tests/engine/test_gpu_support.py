@@ -10,12 +10,12 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from tidal_vllm import backend, dense, ops
-from tidal_vllm.backend import TidalBackend
-from tidal_vllm.dense import ReferenceBackend, rows_from
-
-from .models import ROLES
-from .replay import builders, common_metadata
+from tests.engine.models import ROLES
+from tests.engine.replay import builders, common_metadata
+from tidal_vllm import kernels as ops
+from tidal_vllm.engine import backend, dense
+from tidal_vllm.engine.backend import TidalBackend
+from tidal_vllm.engine.dense import ReferenceBackend, rows_from
 
 
 def pretend(monkeypatch, device_type, capability=None, has_flash=True):

@@ -4,19 +4,26 @@ part, and answers are those of the definition."""
 import pytest
 import torch
 
-from tidal_vllm.planted import make_prompt
-from tidal_vllm.policy import Role
-
-from .harness import MiB, counters, generate, reconfigured, runner, scheduler, tokens
-from .models import (
+from tests.engine.harness import (
+    MiB,
+    counters,
+    generate,
+    reconfigured,
+    runner,
+    scheduler,
+    tokens,
+)
+from tests.engine.models import (
     LFM2,
     build_random_model,
     build_windowed_planted_model,
     hybrid_layers,
     random_prompt,
 )
-from .oracle import Oracle
-from .replay import builders
+from tests.engine.oracle import Oracle
+from tests.engine.replay import builders
+from tidal_vllm.plan.policy import Role
+from tidal_vllm.planted import make_prompt
 
 WINDOW = 24
 # Windows or states in layers 0, 3 and 6; what is left takes the roles.
@@ -208,7 +215,7 @@ class TestPlantedModels:
 def test_a_model_built_otherwise_than_its_config_says_is_refused(
     engine, planted, tmp_path, monkeypatch
 ):
-    from tidal_vllm import startup
+    from tidal_vllm.plan import resolve as startup
 
     case = Planted(engine, planted, tmp_path, (4,))
     monkeypatch.setattr(startup, "_full_layers", lambda kinds: tuple(range(10)))

@@ -8,9 +8,9 @@ import json
 
 import pytest
 
-from .harness import run_interpreted
-from .interpreted_child import EXACT, REUSING, WINDOWED, answers, start
-from .models import build_random_model
+from tests.engine.harness import run_interpreted
+from tests.engine.interpreted_child import EXACT, REUSING, WINDOWED, answers, start
+from tests.engine.models import build_random_model
 
 pytestmark = pytest.mark.extended
 
@@ -56,7 +56,7 @@ def test_everything_is_interpreted(results, reference):
         assert results[name]["dense"] == "TRITON_ATTN"
         assert results[name]["runner"].startswith("vllm.v1.worker.cpu.")
         assert wanted["dense"] == "PyTorch reference ops"
-        assert wanted["runner"] == "tidal_vllm.cpu_worker"
+        assert wanted["runner"] == "tidal_vllm.cpu.worker"
 
 
 def test_exact_where_all_blocks_are_kept(results, reference):

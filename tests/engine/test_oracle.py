@@ -2,9 +2,9 @@
 
 import pytest
 
-from .harness import counters, generate, reconfigured, runner
-from .models import ROLES, random_prompt
-from .oracle import Oracle
+from tests.engine.harness import counters, generate, reconfigured, runner
+from tests.engine.models import ROLES, random_prompt
+from tests.engine.oracle import Oracle
 
 PROMPTS = [random_prompt(n, seed=n) for n in (40, 150, 333)]
 MAX_TOKENS = 16

@@ -2,9 +2,8 @@
 
 import pytest
 
+from tests.engine.harness import MiB, counters, generate, reconfigured, runner, tokens
 from tidal_vllm.planted import make_prompt
-
-from .harness import MiB, counters, generate, reconfigured, runner, tokens
 
 DEPTHS = (0.05, 0.5, 0.9)
 NUM_TOKENS = 1200

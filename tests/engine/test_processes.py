@@ -4,10 +4,9 @@ import tempfile
 
 import pytest
 
+from tests.engine.harness import engine_kwargs, generate, run_child, tokens
+from tests.engine.models import MAX_LEN, ROLES, random_prompt
 from tidal_vllm.planted import make_prompt
-
-from .harness import engine_kwargs, generate, run_child, tokens
-from .models import MAX_LEN, ROLES, random_prompt
 
 pytestmark = pytest.mark.extended
 

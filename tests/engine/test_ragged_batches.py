@@ -2,10 +2,9 @@
 
 import pytest
 
+from tests.engine.harness import counters, generate, reconfigured, runner, serve, tokens
+from tests.engine.models import ROLES, random_prompt
 from tidal_vllm.planted import make_prompt
-
-from .harness import counters, generate, reconfigured, runner, serve, tokens
-from .models import ROLES, random_prompt
 
 SETTINGS = ROLES | {"token_budget": 64, "select_block_size": 8}
 # Above and below the budget, growing over it, at block edges; unlike durations, so

@@ -10,10 +10,9 @@ from vllm.config import AttentionConfig
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from tidal_vllm.backend import TidalBackend
+from tests.engine.harness import child_environment
+from tidal_vllm.engine.backend import TidalBackend
 from tidal_vllm.plugin import register
-
-from .harness import child_environment
 
 pytestmark = pytest.mark.compat
 

@@ -6,15 +6,28 @@ import pytest
 import torch
 from vllm.config import CUDAGraphMode
 
-from tidal_vllm import sparse_state
-from tidal_vllm.metadata import TidalMetadataBuilder
+from tests.engine.harness import (
+    counters,
+    generate,
+    reconfigured,
+    runner,
+    serve,
+    tokens,
+    watched,
+)
+from tests.engine.models import MAX_LEN, ROLES, random_prompt
+from tests.engine.replay import (
+    Graph,
+    builders,
+    common_metadata,
+    random_table,
+    run_layers,
+)
+from tests.engine.spy import spying
+from tests.engine.written_kernels import written_kernels
+from tidal_vllm.engine import state as sparse_state
+from tidal_vllm.engine.metadata import TidalMetadataBuilder
 from tidal_vllm.planted import make_prompt
-
-from .harness import counters, generate, reconfigured, runner, serve, tokens, watched
-from .models import MAX_LEN, ROLES, random_prompt
-from .replay import Graph, builders, common_metadata, random_table, run_layers
-from .spy import spying
-from .written_kernels import written_kernels
 
 pytestmark = pytest.mark.extended
 

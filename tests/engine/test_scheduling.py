@@ -4,10 +4,9 @@ import functools
 
 import pytest
 
+from tests.engine.harness import generate, serve, tokens, watched
+from tests.engine.models import MAX_LEN, ROLES, random_prompt
 from tidal_vllm.planted import make_prompt
-
-from .harness import generate, serve, tokens, watched
-from .models import MAX_LEN, ROLES, random_prompt
 
 # Exact, on the sparse path over all blocks.
 EXACT = ROLES | {"token_budget": MAX_LEN, "min_sparse_len": 0}

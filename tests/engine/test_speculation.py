@@ -4,9 +4,15 @@ import json
 
 import pytest
 
-from .harness import run_interpreted
-from .models import build_random_model
-from .speculative_child import LENGTHS, MAX_TOKENS, NUM_LAYERS, SETTINGS, VOCAB_SIZE
+from tests.engine.harness import run_interpreted
+from tests.engine.models import build_random_model
+from tests.engine.speculative_child import (
+    LENGTHS,
+    MAX_TOKENS,
+    NUM_LAYERS,
+    SETTINGS,
+    VOCAB_SIZE,
+)
 
 pytestmark = [pytest.mark.extended, pytest.mark.compat]
 BUDGET = SETTINGS["token_budget"]

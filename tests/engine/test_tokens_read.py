@@ -4,11 +4,10 @@ from collections import Counter
 
 import pytest
 
-from tidal_vllm.metadata import TidalMetadataBuilder
-
-from .harness import counters, generate, reconfigured, serve, tokens
-from .models import NUM_LAYERS, ROLES, random_prompt
-from .spy import spying
+from tests.engine.harness import counters, generate, reconfigured, serve, tokens
+from tests.engine.models import NUM_LAYERS, ROLES, random_prompt
+from tests.engine.spy import spying
+from tidal_vllm.engine.metadata import TidalMetadataBuilder
 
 DENSE_LAYERS, SELECT_LAYERS = ROLES["dense_layers"], ROLES["select_layers"]
 SPARSE_LAYERS = [2, 4, 5]

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tidal_vllm import ops
-from tidal_vllm.ops import dispatch, reference
+from tidal_vllm import kernels as ops
+from tidal_vllm.kernels import dispatch, reference
 
 
 def dense_decode(

@@ -19,7 +19,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from tidal_vllm.ops import triton_attend, triton_ops, triton_select
+from tidal_vllm.kernels.triton import attend as triton_attend
+from tidal_vllm.kernels.triton import ops as triton_ops
+from tidal_vllm.kernels.triton import select as triton_select
 
 BF16, FP16, FP32, FP8 = (
     torch.bfloat16,

@@ -14,7 +14,7 @@ HAS_GPU = torch.cuda.is_available() and not INTERPRETED
 collect_ignore_glob = [] if INTERPRETED or HAS_GPU else ["parity/*"]
 
 if INTERPRETED:
-    from interpreter import patch_once
+    from tests.interpreter import patch_once
 
     patch_once()
 
@@ -27,7 +27,7 @@ def device() -> torch.device:
 @pytest.fixture(scope="session", params=["triton", "cuda"] if HAS_GPU else ["triton"])
 def kernels(request, device):
     """The module under test: the four decode ops over given tensors."""
-    from tidal_vllm import ops
+    from tidal_vllm import kernels as ops
 
     case = {"head_size": 128, "dtype": torch.bfloat16}
     try:

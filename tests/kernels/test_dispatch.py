@@ -5,13 +5,13 @@ from types import ModuleType
 
 import pytest
 import torch
-from reference.cases import make_batch, without_values
-from reference.exact import assert_within
 
-from tidal_vllm import ops
+from tests.kernels.reference.cases import make_batch, without_values
+from tests.kernels.reference.exact import assert_within
+from tidal_vllm import kernels as ops
 from tidal_vllm.config import TidalConfigError
-from tidal_vllm.ops import dispatch, reference
-from tidal_vllm.policy import SelectionRule
+from tidal_vllm.kernels import dispatch, reference
+from tidal_vllm.plan.policy import SelectionRule
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 MODEL = {"head_size": 128, "dtype": torch.bfloat16}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import INTERPRETED
+from tests.kernels.conftest import INTERPRETED
 
 ROOT = Path(__file__).parents[2]
 TIERS = [

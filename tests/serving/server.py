@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import openai
-from leftovers import living
+
+from tests.leftovers import living
 
 VLLM = Path(sys.executable).with_name("vllm")
 START_S, STOP_S = 500, 200

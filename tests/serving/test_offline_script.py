@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .server import warnings
+from tests.serving.server import warnings
 
 pytestmark = pytest.mark.extended
 

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from .server import command
+from tests.serving.server import command
 
 pytestmark = pytest.mark.extended
 

@@ -10,10 +10,9 @@ from typing import NamedTuple
 import openai
 import pytest
 
+from tests.serving.clients import NUM_PLAIN, NUM_STREAMS, Clients
+from tests.serving.server import Server, command, wait_until, warnings
 from tidal_vllm.planted import PlantedPrompt, make_prompt
-
-from .clients import NUM_PLAIN, NUM_STREAMS, Clients
-from .server import Server, command, wait_until, warnings
 
 # The last tests stop the server of all others.
 pytestmark = pytest.mark.random_order(disabled=True)

@@ -9,11 +9,10 @@ import pytest
 import uvicorn
 import zmq
 
-from tidal_vllm import shutdown
+from tests.serving.clients import NUM_PLAIN, NUM_STREAMS, Clients
+from tests.serving.server import HOST, START_S, Server, command, wait_until, warnings
+from tidal_vllm.cpu import shutdown
 from tidal_vllm.planted import make_prompt
-
-from .clients import NUM_PLAIN, NUM_STREAMS, Clients
-from .server import HOST, START_S, Server, command, wait_until, warnings
 
 TIDAL = {"token_budget": 256}
 MAX_LEN = 2048

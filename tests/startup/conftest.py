@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from . import start_engines
-from .fresh import run
-from .models import write_model
+from tests.startup import start_engines
+from tests.startup.fresh import run
+from tests.startup.models import write_model
 
 
 @pytest.fixture(scope="package", autouse=True)

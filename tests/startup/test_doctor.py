@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tidal_vllm import doctor, ops, probe
-
-from .fresh import TIDAL_VLLM, run, run_python, write_distribution
+from tests.startup.fresh import TIDAL_VLLM, run, run_python, write_distribution
+from tidal_vllm import doctor, probe
+from tidal_vllm import kernels as ops
 
 AT_ONCE = ["package", "vLLM", "torch", "profiles"]
 

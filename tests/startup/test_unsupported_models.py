@@ -213,7 +213,7 @@ def test_vllm_itself_refuses_other_dtypes(refusal):
 def test_refuses_layer(field):
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
-    from tidal_vllm.backend import TidalBackend
+    from tidal_vllm.engine.backend import TidalBackend
 
     good = AttentionSelectorConfig(128, torch.bfloat16, "auto", 16)
     TidalBackend.require_supported(good)
@@ -240,7 +240,7 @@ def test_refuses_layers_when_they_are_built(engines, case):
 def test_refuses_arguments_that_only_some_models_give_their_layers(configure):
     from vllm.config import set_current_vllm_config
 
-    from tidal_vllm.attention import TidalImpl
+    from tidal_vllm.engine.attention import TidalImpl
 
     shape = {"num_heads": 2, "head_size": 32, "scale": 1.0}
     absent = {"sinks": None, "chunk_lookback": -1, "dual_chunk_attention_config": None}

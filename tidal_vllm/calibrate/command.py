@@ -29,9 +29,9 @@ from tidal_vllm.calibrate.result import Job, NotCalibrated, Result, more_evidenc
 from tidal_vllm.calibrate.run import calibrate
 from tidal_vllm.calibrate.state import State
 from tidal_vllm.config import SCOPES, TidalConfig, TidalConfigError
-from tidal_vllm.layer_kinds import LayerKind
+from tidal_vllm.plan.layer_kinds import LayerKind
+from tidal_vllm.plan.resolve import model_sha256, resolve, uncorrectable
 from tidal_vllm.profiles import PROJECT_DIR, find_profile, load_profile, model_names
-from tidal_vllm.startup import model_sha256, resolve, uncorrectable
 
 LEAST_LOSS = 0.0001  # takes 38,413 tokens to prove
 LEAST_BLOCKS, LEAST_BUDGET = 4, 8  # what is forced by default fits into both
@@ -258,7 +258,7 @@ class _Request:
         """Let vLLM read the config; it refuses what the backend cannot run."""
         from vllm.engine.arg_utils import EngineArgs
 
-        from tidal_vllm.backend import kv_block_size
+        from tidal_vllm.engine.backend import kv_block_size
 
         model = self.given.model
         if os.path.isdir(model) and not os.path.exists(f"{model}/config.json"):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from tidal_vllm.config import TidalConfig
-from tidal_vllm.plugin import NAME
+from tidal_vllm.names import NAME
 
 # vLLM's own switches, set before it reads them. In this process, so that a worker's
 # failure is ours; the V1 runner, for V2 has another interface for forced tokens.

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from tidal_vllm.config import TidalConfig
-from tidal_vllm.ops import reference
-from tidal_vllm.policy import SelectionRule, num_sets
+from tidal_vllm.kernels import reference
+from tidal_vllm.plan.policy import SelectionRule, num_sets
 
 WORST, MEAN, AVOIDABLE, OVERLAP = "worst", "mean", "avoidable", "overlap"
 # How the ranks of a tensor parallel run combine: each has heads of its own.
@@ -73,7 +73,7 @@ class Recorder:
 
         Args:
             layer: Its index.
-            query: `[1, num_heads, head_size]`; the rest as in `ops.reference`.
+            query: `[1, num_heads, head_size]`; the rest as in `kernels.reference`.
         """
         if query.shape[0] != 1:
             raise RuntimeError(

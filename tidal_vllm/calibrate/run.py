@@ -27,8 +27,8 @@ from tidal_vllm.calibrate.result import (
 )
 from tidal_vllm.calibrate.state import State
 from tidal_vllm.config import TidalConfig
-from tidal_vllm.correction import MIN_REMAINING
-from tidal_vllm.policy import Role, kv_read_share, plan_layers
+from tidal_vllm.plan.policy import Role, kv_read_share, plan_layers
+from tidal_vllm.plan.pollution import MIN_REMAINING
 
 LOSS_QUANTILE, MASS_QUANTILE = 0.95, 0.05  # over decode steps: the worse end
 INTERVALS = (4, 8, 16, 32)

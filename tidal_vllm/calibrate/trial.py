@@ -15,8 +15,8 @@ from vllm.v1.request import Request
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from tidal_vllm.scheduler import TidalScheduler
-from tidal_vllm.startup import resolve
+from tidal_vllm.engine.scheduler import TidalScheduler
+from tidal_vllm.plan.resolve import resolve
 
 FORCED, SETTINGS = "tidal_forced_tokens", "tidal_settings"
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 
-from tidal_vllm.attention import TidalImpl
-from tidal_vllm.backend import TidalBackend
 from tidal_vllm.calibrate.recorder import Recorder
 from tidal_vllm.config import TidalConfig
-from tidal_vllm.sparse_state import choose_implementations
+from tidal_vllm.engine.attention import TidalImpl
+from tidal_vllm.engine.backend import TidalBackend
+from tidal_vllm.engine.state import choose_implementations
 
 
 def rank_file(folder: str | Path, rank: int) -> Path:

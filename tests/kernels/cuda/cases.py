@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from reference import exact
-from reference.cases import Batch, make_batch, without_values
+
+from tests.kernels.reference import exact
+from tests.kernels.reference.cases import Batch, make_batch, without_values
 
 FP8 = torch.float8_e4m3fn
 K_SCALE, V_SCALE = 0.75, 1.5

@@ -3,8 +3,8 @@ import shutil
 import pytest
 import torch
 
-from .emulator import CSRC, HERE, Emulator, built_once
-from .gpu import Gpu
+from tests.kernels.cuda.emulator import CSRC, HERE, Emulator, built_once
+from tests.kernels.cuda.gpu import Gpu
 
 WHERE = ["emulation", *(["gpu"] if torch.cuda.is_available() else [])]
 

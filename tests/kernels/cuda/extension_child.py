@@ -7,10 +7,9 @@ from types import SimpleNamespace
 
 import torch
 
-import tidal_vllm.ops.cuda as cuda
-from tidal_vllm.ops import reference
-
-from .bad_inputs import BAD_INPUTS, good_arguments
+import tidal_vllm.kernels.cuda as cuda
+from tests.kernels.cuda.bad_inputs import BAD_INPUTS, good_arguments
+from tidal_vllm.kernels import reference
 
 OPS = ("dense_decode", "score_blocks", "sparse_decode", "select_blocks")
 

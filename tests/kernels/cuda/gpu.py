@@ -20,7 +20,7 @@ def from_cuda(source: torch.Tensor, target: torch.Tensor) -> None:
 
 class Gpu:
     def run(self, op: str, tensors: dict, outputs: tuple[str, ...], **numbers) -> None:
-        import tidal_vllm.ops.cuda  # noqa: F401
+        import tidal_vllm.kernels.cuda  # noqa: F401
 
         if op == "dense_decode":
             tensors.setdefault("block_lse", None)

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tidal_vllm import cuda_build
-from tidal_vllm.cuda_build import find_cmake, find_nvcc
-
-from .emulator import ROOT
+from tests.kernels.cuda.emulator import ROOT
+from tidal_vllm.kernels import cuda_build
+from tidal_vllm.kernels.cuda_build import find_cmake, find_nvcc
 
 TORCH = Path(torch.__file__).parent
 CHILD = Path(__file__).parent / "build_child.py"
@@ -118,7 +117,7 @@ LOAD = """
 import ctypes, sys, torch
 ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
 torch.ops.load_library(sys.argv[2])
-from kernels.cuda.bad_inputs import good_arguments
+from tests.kernels.cuda.bad_inputs import good_arguments
 for op in ("dense_decode", "score_blocks", "sparse_decode", "select_blocks"):
     try:
         getattr(torch.ops.tidal, op)(**good_arguments(op))
@@ -136,7 +135,7 @@ def test_the_module_loads_and_refuses_tensors_on_the_cpu(built, torch_with_cuda)
         [sys.executable, "-c", LOAD, str(stub), str(built[0])],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         timeout=120,
     )
     assert done.stdout.splitlines() == [

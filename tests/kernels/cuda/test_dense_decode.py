@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from .cases import (
+from tests.kernels.cuda.cases import (
     CASES,
     EVERY,
     SMALL,

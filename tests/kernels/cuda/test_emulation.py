@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from .cases import (
+from tests.kernels.cuda.cases import (
     Case,
     assert_lse,
     exact_of,
@@ -16,8 +16,13 @@ from .cases import (
     run_score,
     run_sparse,
 )
-from .emulator import HERE, Emulator, built_once, sanitized_environment
-from .test_select_blocks import masses, rule_of, select
+from tests.kernels.cuda.emulator import (
+    HERE,
+    Emulator,
+    built_once,
+    sanitized_environment,
+)
+from tests.kernels.cuda.test_select_blocks import masses, rule_of, select
 
 pytestmark = pytest.mark.extended
 

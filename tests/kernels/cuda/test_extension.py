@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tidal_vllm.ops import reference
-
-from .bad_inputs import BAD_INPUTS
-from .emulator import CSRC, FLAGS, HERE, ROOT
+from tests.kernels.cuda.bad_inputs import BAD_INPUTS
+from tests.kernels.cuda.emulator import CSRC, FLAGS, HERE, ROOT
+from tidal_vllm.kernels import reference
 
 TORCH = Path(torch.__file__).parent
 pytestmark = pytest.mark.extended
@@ -39,9 +38,9 @@ def child(tmp_path_factory):
     to = site / "tidal_vllm/_tidal_C.so"
     command = ["g++", *flags, *folders, *map(str, sources), "-o", str(to), *libraries]
     subprocess.run(command, check=True)
-    path = os.pathsep.join((str(site), str(ROOT / "tests")))
+    path = os.pathsep.join((str(site), str(ROOT)))
     done = subprocess.run(
-        [sys.executable, "-m", "kernels.cuda.extension_child"],
+        [sys.executable, "-m", "tests.kernels.cuda.extension_child"],
         capture_output=True,
         text=True,
         cwd=site,
@@ -115,7 +114,7 @@ def test_it_says_what_it_does_not_cover(child, name, reason):
 
 
 def test_without_the_extension_the_import_says_so():
-    lines = "import tidal_vllm.ops.cuda"
+    lines = "import tidal_vllm.kernels.cuda"
     done = subprocess.run(
         [sys.executable, "-c", lines], capture_output=True, text=True, timeout=120
     )
@@ -126,7 +125,7 @@ def test_without_the_extension_the_import_says_so():
 
 def test_the_python_functions_take_the_inputs_of_the_reference():
     """In the same order, before what the kernels add."""
-    tree = (ROOT / "tidal_vllm/ops/cuda.py").read_text()
+    tree = (ROOT / "tidal_vllm/kernels/cuda.py").read_text()
     for op in OPS:
         wanted = [
             name

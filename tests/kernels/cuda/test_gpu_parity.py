@@ -3,10 +3,17 @@
 import pytest
 import torch
 
-from .bad_inputs import good_arguments
-from .cases import CASES, SMALL, make_sets, run_dense, run_score, run_sparse
-from .gpu import Gpu
-from .test_select_blocks import masses, rule_of, select
+from tests.kernels.cuda.bad_inputs import good_arguments
+from tests.kernels.cuda.cases import (
+    CASES,
+    SMALL,
+    make_sets,
+    run_dense,
+    run_score,
+    run_sparse,
+)
+from tests.kernels.cuda.gpu import Gpu
+from tests.kernels.cuda.test_select_blocks import masses, rule_of, select
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU and the extension built for it"
@@ -44,7 +51,7 @@ def test_two_runs_give_the_same_bits(name):
 @pytest.mark.parametrize("op", OPS)
 def test_a_graph_replayed_gives_the_bits_of_an_eager_call(op):
     """Replayed over other lengths than it was captured with, a row left out."""
-    import tidal_vllm.ops.cuda as cuda
+    import tidal_vllm.kernels.cuda as cuda
 
     arguments = on_gpu(op)
     function = getattr(cuda, op)
@@ -65,14 +72,14 @@ def test_a_graph_replayed_gives_the_bits_of_an_eager_call(op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op):
-    import tidal_vllm.ops.cuda  # noqa: F401
+    import tidal_vllm.kernels.cuda  # noqa: F401
 
     torch.library.opcheck(getattr(torch.ops.tidal, op).default, (), on_gpu(op))
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_tensors_on_two_devices_are_refused(op):
-    import tidal_vllm.ops.cuda as cuda
+    import tidal_vllm.kernels.cuda as cuda
 
     arguments = on_gpu(op) | {"seq_lens": good_arguments(op)["seq_lens"]}
     with pytest.raises(ValueError, match="seq_lens.device is cpu; allowed: cuda"):

@@ -2,11 +2,11 @@ import math
 
 import pytest
 import torch
-from reference import naive
-from reference.exact import EXP, FEW, UNIT, assert_within
 
-from tidal_vllm.ops import reference
-from tidal_vllm.policy import SelectionRule
+from tests.kernels.reference import naive
+from tests.kernels.reference.exact import EXP, FEW, UNIT, assert_within
+from tidal_vllm.kernels import reference
+from tidal_vllm.plan.policy import SelectionRule
 
 
 def rule_of(budget, size=16, sinks=0, recent=1, threshold=0):

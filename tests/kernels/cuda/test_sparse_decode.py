@@ -3,11 +3,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference.exact import half_unit
 
-from tidal_vllm.ops.reference import merge_states
-
-from .cases import (
+from tests.kernels.cuda.cases import (
     CASES,
     EVERY,
     Case,
@@ -19,6 +16,8 @@ from .cases import (
     run_dense,
     run_sparse,
 )
+from tests.kernels.reference.exact import half_unit
+from tidal_vllm.kernels.reference.decode import merge_states
 
 
 def check(kernels, case, batch, blocks, lens):

@@ -5,12 +5,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from reference import exact
-from reference.cases import Batch, make_batch, without_values
 
-from tidal_vllm.ops.dispatch import Case
-
-from ..conftest import INTERPRETED
+from tests.kernels.conftest import INTERPRETED
+from tests.kernels.reference import exact
+from tests.kernels.reference.cases import Batch, make_batch, without_values
+from tidal_vllm.kernels.dispatch import Case
 
 FP8 = torch.float8_e4m3fn
 KEPT = 42.0  # what rows that are left out hold, and must still hold after an op

@@ -5,10 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference.exact import assert_within, attend
 
-from ..conftest import INTERPRETED
-from .harness import (
+from tests.kernels.conftest import INTERPRETED
+from tests.kernels.parity.harness import (
     as_tensors,
     assert_attends,
     assert_same_lse,
@@ -21,6 +20,7 @@ from .harness import (
     sparse,
     tokens_of,
 )
+from tests.kernels.reference.exact import assert_within, attend
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # A row left out among rows of two splits, one and none.

@@ -6,7 +6,7 @@ Of the Triton kernels; the CUDA extension has its own contract test.
 import pytest
 import torch
 
-from tidal_vllm import ops
+from tidal_vllm import kernels as ops
 
 FLOAT, INT = torch.float32, torch.int32
 

@@ -6,10 +6,9 @@ Rows that are left out change too.
 import pytest
 import torch
 
-from tidal_vllm import ops
-from tidal_vllm.policy import SelectionRule
-
-from .harness import make_paged
+from tests.kernels.parity.harness import make_paged
+from tidal_vllm import kernels as ops
+from tidal_vllm.plan.policy import SelectionRule
 
 RULE = SelectionRule(
     token_budget=512,

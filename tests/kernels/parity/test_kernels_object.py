@@ -5,18 +5,17 @@ import math
 import pytest
 import torch
 
-from tidal_vllm import ops
-from tidal_vllm.config import TidalConfigError
-from tidal_vllm.ops import workspace
-from tidal_vllm.policy import SelectionRule
-
-from .harness import (
+from tests.kernels.parity.harness import (
     assert_attends,
     assert_same_lse,
     exact_of,
     make_paged,
     tokens_of,
 )
+from tidal_vllm import kernels as ops
+from tidal_vllm.config import TidalConfigError
+from tidal_vllm.kernels import workspace
+from tidal_vllm.plan.policy import SelectionRule
 
 RULE = SelectionRule(
     token_budget=96,

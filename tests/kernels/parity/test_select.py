@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from reference import naive
 
-from tidal_vllm.ops import reference
-from tidal_vllm.policy import SelectionRule
-
-from .harness import dense, make_paged
+from tests.kernels.parity.harness import dense, make_paged
+from tests.kernels.reference import naive
+from tidal_vllm.kernels import reference
+from tidal_vllm.plan.policy import SelectionRule
 
 
 def rule(budget, size=1, sinks=0, recent=1, threshold=None) -> SelectionRule:
@@ -217,7 +216,7 @@ class TestExactSets:
 
 def small_tiles(monkeypatch, device) -> None:
     if device.type == "cpu":
-        from tidal_vllm.ops import triton_select
+        from tidal_vllm.kernels.triton import select as triton_select
 
         monkeypatch.setattr(triton_select, "CHOOSE_TILE", 64)
         monkeypatch.setattr(triton_select, "WEIGH_TILE", 64)

@@ -1,0 +1,137 @@
+"""The GPU benchmarks run and check what they time; nothing is timed here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tidal_vllm import kernels as ops
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+# Runs several scripts in one process: paths and arguments, as JSON.
+RUN = """
+import json, runpy, sys
+for path, arguments in json.loads(sys.argv[1]):
+    sys.argv = [path, *arguments]
+    print("script:", path, flush=True)
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as end:
+        print("ended:", end.code, flush=True)
+"""
+
+
+def run(*scripts: tuple[str, list[str]], **env: str) -> list[str]:
+    """What each script printed, with how it ended in the last line."""
+    jobs = [(str(FOLDER / name), arguments) for name, arguments in scripts]
+    path = {"PYTHONPATH": f"{FOLDER}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(jobs)],
+        env=os.environ | path | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout.split("script: ")[1:]
+
+
+# Each GPU benchmark, and the lines of ours that it checks.
+SCRIPTS = {"dense_decode": 2, "sparse_decode": 3, "select": 2, "stack": 4}
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    out = tmp_path_factory.mktemp("smoke") / "out.jsonl"
+    given = ["--smoke", "--kernels", "triton", "--dtype", "float16", "--out", str(out)]
+    jobs = [(f"bench_{name}.py", given) for name in SCRIPTS] + [("bench_select.py", [])]
+    interpreted = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    printed = run(*jobs, **interpreted)
+    return out, dict(zip([*SCRIPTS, "without a GPU"], printed, strict=True))
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_smoke(smoke, script):
+    out, printed = smoke
+    *lines, end = printed[script].splitlines()
+    assert end == "ended: 0", printed[script]
+    right = [line for line in lines if line.endswith("right")]
+    assert sum(line.startswith("tidal triton") for line in right) == SCRIPTS[script]
+    if script in ("dense_decode", "stack"):
+        assert any(line.startswith("vllm TRITON_ATTN") for line in right)
+    assert not out.exists()
+
+
+@pytest.mark.extended
+def test_nothing_is_timed_without_a_gpu(smoke):
+    end = smoke[1]["without a GPU"].splitlines()[-1]
+    assert end == "ended: no GPU here: only --smoke runs, and times nothing"
+
+
+@pytest.mark.extended
+def test_engines_with_dummy_weights(tmp_path):
+    """TIDAL without sparse layers stands in for the dense backend of a GPU."""
+    out = tmp_path / "out.jsonl"
+    given = ["--dummy-weights", "--smoke", "--baseline", "TIDAL", "--out", str(out)]
+    (printed,) = run(("decode_engine.py", given))
+    assert printed.endswith("ended: 0\n"), printed
+    assert "no graphs: 132 tokens of 2 sequences as dense" in printed
+    assert "2x96 tidal: " in printed
+    assert not out.exists()
+
+
+class TestChecks:
+    """What is wrong is not timed."""
+
+    @pytest.fixture
+    def decoder(self, monkeypatch):
+        monkeypatch.syspath_prepend(FOLDER)
+        from paged_case import Case, Decoder, Shape, rule_of
+
+        torch.manual_seed(0)
+        case = Case.make(Shape(4, 2, 32, dtype="float32"), 2, 200, torch.device("cpu"))
+        kernels = ops.choose("cpu", head_size=32, dtype=torch.float32)
+        return Decoder(case, rule_of(64), kernels)
+
+    def test_the_reference_is_right(self, decoder):
+        decoder.check()
+
+    @pytest.mark.parametrize("op", ["dense_decode", "sparse_decode"])
+    def test_a_wrong_output_is_found(self, decoder, monkeypatch, op):
+        stock = getattr(ops.Kernels, op)
+
+        def wrong(self, *args, **more):
+            stock(self, *args, **more)
+            more["output"][1, 3, 7] += 0.05
+
+        monkeypatch.setattr(ops.Kernels, op, wrong)
+        with pytest.raises(AssertionError, match="off by"):
+            decoder.check()
+
+    def test_another_choice_is_found(self, decoder, monkeypatch):
+        stock = ops.Kernels.select_blocks
+
+        def wrong(self, *args, **more):
+            stock(self, *args, **more)
+            more["topk_blocks"][0, 0] = torch.arange(4)
+
+        monkeypatch.setattr(ops.Kernels, "select_blocks", wrong)
+        with pytest.raises(AssertionError):
+            decoder.check()
+
+    def test_a_wrong_block_lse_is_found(self, decoder, monkeypatch):
+        stock = ops.Kernels.dense_decode
+
+        def wrong(self, *args, **more):
+            stock(self, *args, **more)
+            if more["select_block_size"]:
+                more["workspace"].block_lse[0, 1, 3] += 0.5
+
+        monkeypatch.setattr(ops.Kernels, "dense_decode", wrong)
+        with pytest.raises(AssertionError):
+            decoder.check()

@@ -1,0 +1,113 @@
+"""What vLLM's set-up must leave true, so that sparse decoding does what it says.
+
+Checked where vLLM completes its config, and again where the scheduler is made: vLLM
+changes its config in between.
+"""
+
+from typing import Any
+
+from tidal_vllm.config import TidalConfigError
+from tidal_vllm.names import NAME
+from tidal_vllm.plan.resolve import Startup, uncorrectable
+
+
+def check_promises(vllm_config: Any, startup: Startup) -> None:
+    """Refuse what would break a promise. Nothing is promised where all is dense.
+
+    Raises:
+        ValueError: Names the key, the value and what is allowed.
+    """
+    if not startup.plan.sparse:
+        return
+    _check_microbatches(vllm_config)
+    _check_speculation(vllm_config, startup)
+    _check_connector(vllm_config, startup)
+    _check_correction(vllm_config, startup)
+
+
+def needs_scheduler(vllm_config: Any, startup: Startup) -> str:
+    """What only our scheduler can do; empty where any other does as well."""
+    config = startup.config
+    if config.correction_interval is not None:
+        return (
+            f"it does not run corrections (tidal.correction_interval = "
+            f"{config.correction_interval}; null turns them off)"
+        )
+    caching = vllm_config.cache_config.enable_prefix_caching is not False
+    if caching and not config.publish_polluted:
+        return (
+            "it would publish the KV of sparse layers in the prefix cache "
+            "(--no-enable-prefix-caching or tidal.publish_polluted = true would do)"
+        )
+    return ""
+
+
+def _check_microbatches(vllm_config: Any) -> None:
+    if vllm_config.parallel_config.use_ubatching:
+        raise ValueError(
+            "enable_dbo = True: both halves of a batch would write the one selection "
+            "that its layers hand on; allowed False, or tidal.select_layers = []"
+        )
+
+
+def _check_speculation(vllm_config: Any, startup: Startup) -> None:
+    speculation, config = vllm_config.speculative_config, startup.config
+    if speculation is None:
+        return
+    backend = speculation.attention_backend
+    if backend is not None and backend.name == NAME:
+        raise ValueError(
+            f"speculative_config.attention_backend = {NAME}: a draft model decodes "
+            "densely; allowed None or another backend"
+        )
+    for key, allowed in {"reselect_interval": 1, "correction_interval": None}.items():
+        value = getattr(config, key)
+        if value != allowed:
+            raise ValueError(
+                f"tidal.{key} = {value}: speculative decoding takes back tokens and "
+                "moves from step to step by more than one; allowed with "
+                f"speculative_config: {'null' if allowed is None else allowed}"
+            )
+
+
+def _check_connector(vllm_config: Any, startup: Startup) -> None:
+    config = startup.config
+    if config.publish_polluted and config.correction_interval is None:
+        return
+    allowed = (
+        "copies blocks out before they are corrected; allowed None, or "
+        "tidal.publish_polluted = true without tidal.correction_interval"
+    )
+    cache, transfer = vllm_config.cache_config, vllm_config.kv_transfer_config
+    # NOTE: vLLM makes a connector of it after the platform's check, and replaces the
+    # one that was given.
+    if cache.kv_offloading_size is not None:
+        raise ValueError(
+            f"kv_offloading_size = {cache.kv_offloading_size}: the KV connector that "
+            f"vLLM makes of it (kv_offloading_backend = {cache.kv_offloading_backend}) "
+            f"{allowed}"
+        )
+    if transfer is not None:
+        raise ValueError(
+            f"kv_transfer_config = {transfer.kv_connector}: a KV connector {allowed}"
+        )
+
+
+def _check_correction(vllm_config: Any, startup: Startup) -> None:
+    interval = startup.config.correction_interval
+    if interval is None:
+        return
+    if reason := uncorrectable(vllm_config, startup):
+        raise TidalConfigError("tidal.correction_interval", interval, reason)
+    scheduler = vllm_config.scheduler_config
+    limits = {
+        "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+        "max_num_scheduled_tokens": scheduler.max_num_scheduled_tokens,
+        "long_prefill_token_threshold": scheduler.long_prefill_token_threshold,
+    }
+    for key, limit in limits.items():
+        if limit == 1:
+            raise ValueError(
+                f"{key} = 1: a correction computes at least 2 tokens of a sequence "
+                "in one step; allowed >= 2, or tidal.correction_interval = null"
+            )

@@ -1,0 +1,107 @@
+"""The start-up table: what each layer will do, and what that reads."""
+
+from __future__ import annotations
+
+import textwrap
+
+from tidal_vllm.config import TidalConfig
+from tidal_vllm.plan.lengths import format_length, shown_lengths
+from tidal_vllm.plan.policy import (
+    LayerPlan,
+    Role,
+    SelectionRule,
+    format_layers,
+    kv_read_share,
+)
+
+WIDTH = 80
+
+
+def format_plan(
+    plan: LayerPlan,
+    config: TidalConfig,
+    max_model_len: int,
+    model_name: str = "this model",
+) -> str:
+    """The start-up table: lines of at most 80 columns, no trailing newline.
+
+    Args:
+        max_model_len: vLLM's; what is read is not shown for longer sequences.
+    """
+    if len(model_name) > 40:
+        model_name = "..." + model_name[-37:]
+    title = f"TIDAL sparse decoding of {model_name}, {plan.num_layers} layers"
+    rows = [
+        (f"{role.name} {plan.count(role)}", format_layers(plan.layers(role)))
+        for role in (Role.DENSE, Role.SELECT, Role.SPARSE)
+    ]
+    if others := plan.layers(Role.OTHER):
+        what = f"{format_layers(others)}: as the model has them, a window or a state"
+        rows.append((f"{Role.OTHER.name} {len(others)}", what))
+    if plan.source:
+        rows.append(("roles from", plan.source))
+    if plan.sparse:
+        rows += _budget_rows(plan, config, max_model_len)
+    lines = [line for row in rows for line in _row(*row)]
+    if plan.off_reason:
+        lines += _row("OFF", f"every step is dense: {plan.off_reason}")
+    return "\n".join([title, *lines])
+
+
+def _budget_rows(
+    plan: LayerPlan, config: TidalConfig, max_model_len: int
+) -> list[tuple[str, str]]:
+    rule = SelectionRule.from_config(config)
+    budget = (
+        f"{rule.token_budget} tokens per set: {rule.budget_blocks} blocks of "
+        f"{rule.select_block_size}, scope {config.scope}"
+    )
+    sink = f"first {rule.sink_tokens} tokens, " if rule.sink_tokens else ""
+    recent = "current token"
+    if rule.recent_tokens > 1:
+        recent = f"newest {rule.recent_tokens} tokens"
+    threshold = f"{rule.sparse_threshold} tokens of context"
+    if rule.sparse_threshold < rule.keep_all_len:
+        threshold += f" (up to {rule.keep_all_len} every block is kept)"
+    at_least = "at least " if config.scope == "query_head" else ""
+    alone = plan.num_full_layers < plan.num_layers
+    whose = ", of the full-attention layers" if alone else ""
+    return [
+        ("budget", budget),
+        ("forced", f"{sink}{recent}, within the budget"),
+        ("sparse above", threshold),
+        ("KV read", f"{at_least}{_shares(plan, config, max_model_len)}{whose}"),
+        ("selection", _selection_text(config)),
+        ("correction", _correction_text(config)),
+    ]
+
+
+def _shares(plan: LayerPlan, config: TidalConfig, max_model_len: int) -> str:
+    shares = [
+        f"{kv_read_share(plan, config, length):.1%} at {format_length(length)}"
+        for length in shown_lengths(max_model_len)
+    ]
+    return ", ".join(shares).replace("% at", "% of dense at", 1)
+
+
+def _selection_text(config: TidalConfig) -> str:
+    steps = config.reselect_interval
+    often = "in every step" if steps == 1 else f"every {steps} steps"
+    what = "everything" if config.select_attends == "everything" else "what they chose"
+    return f"{often}; SELECT layers then attend to {what}"
+
+
+def _correction_text(config: TidalConfig) -> str:
+    interval = config.correction_interval
+    shared = "shared" if config.publish_polluted else "not shared"
+    rest = f"other KV of sparse layers is {shared} through the prefix cache"
+    if interval is None:
+        return f"off; {rest.removeprefix('other ')}"
+    return f"after {interval} sparse decode steps; {rest}"
+
+
+def _row(label: str, text: str) -> list[str]:
+    indent = f"  {label:<13}"
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=indent, subsequent_indent=" " * len(indent)
+    )
