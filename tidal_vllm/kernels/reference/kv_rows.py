@@ -11,7 +11,7 @@ class _Scratch(threading.local):
     """Buffers that outlive a call, one per dtype and device of each thread.
 
     A fresh buffer of a few MiB costs more in page faults than the gather into it, so
-    they are kept. They grow to the largest tile read, `reference.EXTEND_CHUNK_ROWS`
+    they are kept. They grow to the largest tile read, `prefill.EXTEND_CHUNK_ROWS`
     rows: 8 MiB in fp32 at head_size 128, and half of that more for a 16-bit cache.
     """
 
