@@ -28,8 +28,8 @@ def choose(
 ) -> Kernels:
     """Choose the implementation of one engine.
 
-    "auto" takes the CUDA extension where it is built and covers the needed, else Triton,
-    else the reference; on the CPU always the reference.
+    "auto" takes the CUDA extension where it is built and covers what is needed, else
+    Triton, else the reference; on the CPU always the reference.
 
     Args:
         requested: `kernels` of the configuration.

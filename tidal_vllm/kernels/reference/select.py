@@ -1,7 +1,7 @@
 """Choosing blocks in fp32 PyTorch: the mass of a block, and the heaviest blocks.
 
-`select_blocks` is `top_blocks` of `block_mass`. Other ways of choosing give `top_blocks`
-masses of their own.
+`select_blocks` is `top_blocks` of `block_mass`. Other methods of choosing give
+`top_blocks` masses of their own.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Parts of a softmax: how the tiles of a row, and disjoint sets of tokens, are joined."""
+"""Parts of a softmax, and how tiles of a row or disjoint sets of tokens are joined."""
 
 import torch
 
