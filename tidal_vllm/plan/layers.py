@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from tidal_vllm.config import TidalConfig, TidalConfigError
 from tidal_vllm.plan.roles import LayerPlan, Role, all_dense, format_layers
 from tidal_vllm.profiles import Profile
+from tidal_vllm.registry import METHODS
 
 MIN_LAYERS = 4  # fewer leave nothing to gain: DENSE, DENSE, SELECT, then one SPARSE
 FALLBACK_STRIDE = 4  # an unknown model selects again at every 4th layer
@@ -36,6 +37,8 @@ def plan_layers(
 ) -> LayerPlan:
     """Give each layer its role: explicit layers, else the profile's, else the safest.
 
+    With a method by which every layer chooses, all that are not DENSE are SELECT.
+
     Args:
         config: ``dense_layers`` alone keeps the profile's SELECT layers;
             ``select_layers`` alone makes all layers before the first of them DENSE.
@@ -49,6 +52,8 @@ def plan_layers(
             overlapping roles, or a SPARSE layer before any SELECT layer.
     """
     full = range(num_layers) if full_layers is None else full_layers
+    if METHODS[config.method].every_layer:
+        return _plan_every_layer(config, num_layers, full)
     explicit = config.dense_layers is not None or config.select_layers is not None
     if not explicit and profile is None and len(full) < MIN_LAYERS:
         reason = (
@@ -81,6 +86,29 @@ def plan_layers(
         raise TidalConfigError("tidal.profile", source, f"its dense_layers: {allowed}")
     unknown = config.select_layers is None and profile is None
     return LayerPlan(roles, source, warning=FALLBACK_WARNING if unknown else None)
+
+
+def _plan_every_layer(
+    config: TidalConfig, num_layers: int, full: Sequence[int]
+) -> LayerPlan:
+    """All layers choose, but for the DENSE ones."""
+    for key in ("select_layers", "profile"):
+        value = getattr(config, key)
+        if value is not None:
+            shown = list(value) if isinstance(value, tuple) else value
+            allowed = f"with method {config.method!r} every layer chooses: must be null"
+            raise TidalConfigError(f"tidal.{key}", shown, allowed)
+    _check_layers("tidal.dense_layers", config.dense_layers, num_layers, full)
+    dense, source = config.dense_layers, "tidal.dense_layers"
+    if dense is None:
+        dense = tuple(full[: METHODS[config.method].dense_layers])
+        source = f"method {config.method!r}"
+    choosing = [i for i in full if i not in dense]
+    if not choosing:
+        reason = f"every{_full(full, num_layers)} layer is DENSE ({source})"
+        return all_dense(num_layers, source, reason, full)
+    given = dict.fromkeys(dense, Role.DENSE) | dict.fromkeys(choosing, Role.SELECT)
+    return LayerPlan(tuple(given.get(i, Role.OTHER) for i in range(num_layers)), source)
 
 
 def _choose_layers(

@@ -11,7 +11,7 @@ class Role(enum.Enum):
     """What a layer does in a sparse decode step."""
 
     DENSE = "dense"  # attends to everything
-    SELECT = "select"  # attends to everything, and chooses
+    SELECT = "select"  # chooses, and attends to everything or to what it chose
     SPARSE = "sparse"  # attends to what was chosen
     OTHER = "other"  # does as the model has it: a sliding window, a state
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.plan.roles import LayerPlan, Role
 from tidal_vllm.plan.rule import SelectionRule
+from tidal_vllm.registry import METHODS
 
 
 def runs_sparse(plan: LayerPlan, rule: SelectionRule, max_decode_seq_len: int) -> bool:
@@ -26,7 +27,7 @@ def kv_read_share(plan: LayerPlan, config: TidalConfig, seq_len: int) -> float:
         return 1.0
     kept, interval = rule.kept_tokens(seq_len), config.reselect_interval
     if config.select_attends == "chosen":
-        selecting = seq_len / (2 * interval) + kept
+        selecting = _scored_tokens(config, seq_len) / interval + kept
     else:
         selecting = (seq_len + (interval - 1) * kept) / interval
     read = {Role.DENSE: seq_len, Role.SELECT: selecting, Role.SPARSE: kept}
@@ -34,17 +35,24 @@ def kv_read_share(plan: LayerPlan, config: TidalConfig, seq_len: int) -> float:
     return total / (plan.num_full_layers * seq_len)
 
 
-def choices_of_layers(
+def _scored_tokens(config: TidalConfig, seq_len: int) -> float:
+    """What a SELECT layer reads to score all blocks, in tokens of K and V."""
+    per_token = {"keys": 0.5, "key bounds": 1 / config.select_block_size, "nothing": 0}
+    return seq_len * per_token[METHODS[config.method].scored]
+
+
+def selection_indices(
     plan: LayerPlan, layers: Sequence[int], reselect_interval: int
 ) -> dict[int, int]:
-    """Which of the kept choices each layer writes or reads, by layer.
+    """Which of the engine's selections each layer writes or reads, by layer.
 
     Args:
-        layers: Those of a pipeline stage, ascending.
-        reselect_interval: Where choices live for one step only, 1, the SELECT layers
-            overwrite a single one in turn.
+        layers: The layers of a pipeline stage, ascending.
+        reselect_interval: Steps for which a selection holds. Where that is 1, the
+            SELECT layers overwrite a single selection in turn.
     """
-    found, latest = {}, -1
+    found: dict[int, int] = {}
+    latest = -1
     for layer in layers:
         if plan.roles[layer] is Role.SELECT and (latest < 0 or reselect_interval > 1):
             latest += 1

@@ -67,6 +67,7 @@ def _budget_rows(
     alone = plan.num_full_layers < plan.num_layers
     whose = ", of the full-attention layers" if alone else ""
     return [
+        ("method", config.method),
         ("budget", budget),
         ("forced", f"{sink}{recent}, within the budget"),
         ("sparse above", threshold),
