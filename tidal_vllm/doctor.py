@@ -83,8 +83,8 @@ def _findings(engine: bool, on_start: Callable[[str], None]) -> Iterator[Finding
 
 
 def _profiles() -> Finding:
-    from tidal_vllm.config import TidalConfigError
     from tidal_vllm.profiles import list_profiles
+    from tidal_vllm.validators import TidalConfigError
 
     try:
         names = ", ".join(sorted(profile.name for profile in list_profiles()))

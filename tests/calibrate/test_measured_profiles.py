@@ -6,10 +6,10 @@ import types
 import pytest
 
 from tidal_vllm import profiles
-from tidal_vllm.config import TidalConfigError
 from tidal_vllm.plan.resolve import resolve
 from tidal_vllm.profiles import find_profile, load_profile, near_miss
 from tidal_vllm.profiles.fingerprint import checksum, config_sha256
+from tidal_vllm.validators import TidalConfigError
 
 SHAPE = {"model_type": "llama", "num_hidden_layers": 8, "hidden_size": 64}
 SHA = config_sha256(SHAPE)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tidal_vllm.config import TidalConfig, TidalConfigError
+from tidal_vllm.config import TidalConfig
 from tidal_vllm.plan.policy import (
     LayerPlan,
     Role,
@@ -25,6 +25,7 @@ from tidal_vllm.plan.policy import (
 )
 from tidal_vllm.plan.table import format_plan
 from tidal_vllm.profiles import PACKAGED_DIR, Profile
+from tidal_vllm.validators import TidalConfigError
 
 D, S, P = Role.DENSE, Role.SELECT, Role.SPARSE
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tidal_vllm.config import TidalConfig, TidalConfigError
+from tidal_vllm.config import TidalConfig
 from tidal_vllm.plan.policy import (
     Role,
     check_full_layers,
@@ -17,6 +17,7 @@ from tidal_vllm.plan.policy import (
 )
 from tidal_vllm.plan.table import format_plan
 from tidal_vllm.profiles import PACKAGED_DIR, Profile
+from tidal_vllm.validators import TidalConfigError
 
 D, S, P, OTHER = Role.DENSE, Role.SELECT, Role.SPARSE, Role.OTHER
 # One layer of three, as in a model of 18 layers.

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidal_vllm.config import TidalConfig, TidalConfigError
+from tidal_vllm.config import TidalConfig
 from tidal_vllm.plan.policy import SelectionRule, all_dense, plan_layers
 from tidal_vllm.plan.pollution import (
     MIN_REMAINING,
@@ -15,6 +15,7 @@ from tidal_vllm.plan.pollution import (
     pollutes,
 )
 from tidal_vllm.plan.table import format_plan
+from tidal_vllm.validators import TidalConfigError
 
 SETTINGS = {"dense_layers": [0], "select_layers": [1], "token_budget": 64}
 PLAN = plan_layers(TidalConfig(**SETTINGS), 4, None)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tidal_vllm import profiles
-from tidal_vllm.config import TidalConfig, TidalConfigError
+from tidal_vllm.config import TidalConfig
 from tidal_vllm.plan.policy import plan_layers
 from tidal_vllm.profiles import (
     PACKAGED_DIR,
@@ -16,6 +16,7 @@ from tidal_vllm.profiles import (
     load_profile,
     near_miss,
 )
+from tidal_vllm.validators import TidalConfigError
 
 FIELDS = {
     "name": "mine",

@@ -28,10 +28,11 @@ from tidal_vllm.calibrate.report import describe, write_report
 from tidal_vllm.calibrate.result import Job, NotCalibrated, Result, more_evidence
 from tidal_vllm.calibrate.run import calibrate
 from tidal_vllm.calibrate.state import State
-from tidal_vllm.config import SCOPES, TidalConfig, TidalConfigError
+from tidal_vllm.config import SCOPES, TidalConfig
 from tidal_vllm.plan.layer_kinds import LayerKind
 from tidal_vllm.plan.resolve import model_sha256, resolve, uncorrectable
 from tidal_vllm.profiles import PROJECT_DIR, find_profile, load_profile, model_names
+from tidal_vllm.validators import TidalConfigError
 
 LEAST_LOSS = 0.0001  # takes 38,413 tokens to prove
 LEAST_BLOCKS, LEAST_BUDGET = 4, 8  # what is forced by default fits into both

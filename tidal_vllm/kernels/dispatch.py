@@ -13,10 +13,11 @@ from types import ModuleType
 
 import torch
 
-from tidal_vllm.config import KERNELS, TidalConfigError, check_choice
+from tidal_vllm.config import KERNELS
 from tidal_vllm.kernels import reference
 from tidal_vllm.kernels.cuda_build import advise
 from tidal_vllm.kernels.workspace import Workspace
+from tidal_vllm.validators import TidalConfigError, check_choice
 
 FP8_CACHES = ("fp8", "fp8_e4m3")
 _CACHE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}

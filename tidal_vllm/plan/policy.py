@@ -9,8 +9,9 @@ import dataclasses
 import enum
 from collections.abc import Iterable, Sequence
 
-from tidal_vllm.config import TidalConfig, TidalConfigError
+from tidal_vllm.config import TidalConfig
 from tidal_vllm.profiles import Profile
+from tidal_vllm.validators import TidalConfigError
 
 MIN_LAYERS = 4  # fewer leave nothing to gain: DENSE, DENSE, SELECT, then one SPARSE
 FALLBACK_STRIDE = 4  # an unknown model selects again at every 4th layer

@@ -18,14 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tidal_vllm.config import (
-    TidalConfig,
-    TidalConfigError,
-    check_int,
-    check_layers,
-    suggestion,
-)
+from tidal_vllm.config import TidalConfig
 from tidal_vllm.profiles.fingerprint import checksum
+from tidal_vllm.validators import TidalConfigError, check_int, check_layers, suggestion
 
 PACKAGED_DIR = Path(__file__).parent
 PROJECT_DIR = Path("tidal_profiles")
