@@ -248,7 +248,7 @@ class _Request:
             raise TidalConfigError("-o", shown, "must end in .json")
         if self.output.is_dir():
             raise TidalConfigError("-o", shown, "is a folder; must be a file")
-        if self.output.exists() and "checksum" not in self.output.read_text():
+        if self.output.exists() and not _is_calibrated(self.output):
             reason = "is there already, and no earlier calibration: would be lost"
             raise TidalConfigError("-o", shown, reason)
         parent = next(p for p in self.output.absolute().parents if p.exists())
@@ -333,6 +333,14 @@ class _Starter:
     def __exit__(self, *_: object) -> None:
         if self._engine is not None:
             self._engine.close()
+
+
+def _is_calibrated(path: Path) -> bool:
+    """Whether a file is the profile of an earlier calibration."""
+    try:
+        return bool(load_profile(path).measured)
+    except TidalConfigError:
+        return False
 
 
 def _write(request: _Request, job: Job, result: Result, seconds: float) -> Path:
