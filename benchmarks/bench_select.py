@@ -15,7 +15,7 @@ import torch
 from paged_case import Shape, kernels_here, rule_of
 
 from tidal_vllm.kernels import reference
-from tidal_vllm.plan.policy import num_sets
+from tidal_vllm.plan.rule import num_sets
 
 # Rows, context, budget, selection block, target in us (issue: H200, scope sequence).
 SMOKE = [(2, 96, 32, 8, None)]

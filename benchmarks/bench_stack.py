@@ -23,7 +23,8 @@ from baselines import flash_attn, triton_attn
 from paged_case import Case, Decoder, Shape, kernels_here, rule_of
 
 from tidal_vllm.config import SELECT_ATTENDS, TidalConfig
-from tidal_vllm.plan.policy import LayerPlan, Role, kv_read_share
+from tidal_vllm.plan.roles import LayerPlan, Role
+from tidal_vllm.plan.steps import kv_read_share
 
 # Of dense, by reselect_interval. NOTE: with 2 DENSE layers and 10 % the bytes alone
 # bound the second at 5.9.

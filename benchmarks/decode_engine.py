@@ -86,7 +86,7 @@ class Engine:
         self.attention_s = _time_attention()
 
     def switch(self, sparse: bool) -> None:
-        from tidal_vllm.plan.policy import all_dense
+        from tidal_vllm.plan.roles import all_dense
 
         layers = self.sparse_plan.num_layers
         dense_plan = all_dense(layers, "benchmark", "the dense half of a pair")

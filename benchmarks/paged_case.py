@@ -7,9 +7,9 @@ import torch
 from timing import Bench
 
 from tidal_vllm import kernels as ops
-from tidal_vllm.config import TidalConfigError
 from tidal_vllm.kernels import reference
-from tidal_vllm.plan.policy import SelectionRule, num_sets
+from tidal_vllm.plan.rule import SelectionRule, num_sets
+from tidal_vllm.validators import TidalConfigError
 
 
 @dataclass

@@ -33,7 +33,7 @@ from machine import describe_run
 from teacher import TaughtEngine
 
 from tidal_vllm.config import SELECT_ATTENDS, TidalConfig
-from tidal_vllm.plan.policy import kv_read_share
+from tidal_vllm.plan.steps import kv_read_share
 
 INTERVALS = (1, 2, 4, 8, 16)
 

@@ -14,7 +14,7 @@ from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor  # noqa: E402
 
 from tidal_vllm.engine.metrics import CorrectionCounters  # noqa: E402
-from tidal_vllm.plan.policy import all_dense  # noqa: E402
+from tidal_vllm.plan.roles import all_dense  # noqa: E402
 
 
 class Teacher(AdapterLogitsProcessor):

@@ -1,23 +1,30 @@
 """Every knob of the TIDAL backend: unit, range, default and what is refused.
 
-Read once at start-up from ``--additional-config '{"tidal": {...}}'``. Knows neither
-torch nor vLLM; which layers a model really has is checked in ``policy.py``.
+Read once at start-up from ``--additional-config '{"tidal": {...}}'``. Imports neither
+torch nor vLLM; which layers a model really has is checked in ``plan/policy.py``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from tidal_vllm.registry import METHODS
+from tidal_vllm.validators import (
+    TidalConfigError,
+    check_bool,
+    check_choice,
+    check_int,
+    check_layers,
+    check_share,
+    suggestion,
+)
 
 SCOPES = ("sequence", "kv_head", "query_head")
 SELECT_ATTENDS = ("everything", "chosen")
 KERNELS = ("auto", "cuda", "triton", "reference")
-MAX_TOKENS = 2**31 - 1  # positions and block indices are int32 on the device
 
 # What a preset stands for: a method of choosing blocks, and the knobs of its paper.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -81,24 +88,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "recent_fraction": 0.0,
     },
 }
-
-
-class TidalConfigError(ValueError):
-    """A refused setting: the key, the value given and what would be allowed.
-
-    Its arguments stay positional so that it survives pickling between vLLM's
-    processes.
-    """
-
-    def __init__(self, key: str, value: object, allowed: str) -> None:
-        super().__init__(key, value, allowed)
-        self.key, self.value, self.allowed = key, value, allowed
-
-    def __str__(self) -> str:
-        shown = repr(self.value)
-        if len(shown) > 200:
-            shown = shown[:197] + "..."
-        return f"{self.key} = {shown}: {self.allowed}"
 
 
 class _FromPreset:
@@ -193,14 +182,7 @@ class TidalConfig:
         check_int("tidal.reselect_interval", self.reselect_interval, 1, allowed)
         self._check_tokens()
         self._check_layers()
-        if self.profile is not None and (
-            not isinstance(self.profile, str) or not self.profile.strip()
-        ):
-            allowed = (
-                "must be the name of a profile, a path to a .json file, or null "
-                "(chosen by the model's name)"
-            )
-            raise TidalConfigError("tidal.profile", self.profile, allowed)
+        self._check_profile()
         self._check_correction()
 
     @classmethod
@@ -308,12 +290,9 @@ class TidalConfig:
             raise TidalConfigError("tidal.token_budget", self.token_budget, allowed)
         allowed = "must be an integer >= 0 (tokens)"
         check_int("tidal.sink_tokens", self.sink_tokens, 0, allowed)
-        fraction = self.recent_fraction
-        if type(fraction) not in (int, float) or not 0 <= fraction < 1:
-            allowed = "must be a number in [0, 1), a share of token_budget"
-            allowed += _not_a(fraction, (int, float))
-            raise TidalConfigError("tidal.recent_fraction", fraction, allowed)
-        self._set("recent_fraction", float(fraction))
+        allowed = "must be a number in [0, 1), a share of token_budget"
+        check_share("tidal.recent_fraction", self.recent_fraction, allowed)
+        self._set("recent_fraction", float(self.recent_fraction))
         if self.min_sparse_len is not None:
             allowed = (
                 "must be an integer >= 0 (tokens), or null for token_budget "
@@ -344,15 +323,20 @@ class TidalConfig:
         recent = max(1, math.floor(self.recent_fraction * token_budget))
         return -(-self.sink_tokens // size) + -(-(recent - 1) // size) + 1
 
+    def _check_profile(self) -> None:
+        name = self.profile
+        if name is not None and (not isinstance(name, str) or not name.strip()):
+            allowed = (
+                "must be the name of a profile, a path to a .json file, or null "
+                "(chosen by the model's name)"
+            )
+            raise TidalConfigError("tidal.profile", name, allowed)
+
     def _check_correction(self) -> None:
         if self.correction_interval is not None:
             allowed = "must be an integer >= 1 (decode steps), or null (no correction)"
             check_int("tidal.correction_interval", self.correction_interval, 1, allowed)
-        if type(self.publish_polluted) is not bool:
-            allowed = "must be true or false" + _not_a(self.publish_polluted, (bool,))
-            raise TidalConfigError(
-                "tidal.publish_polluted", self.publish_polluted, allowed
-            )
+        check_bool("tidal.publish_polluted", self.publish_polluted)
 
     def _check_layers(self) -> None:
         for name in ("dense_layers", "select_layers"):
@@ -360,10 +344,10 @@ class TidalConfig:
             if value is not None:
                 nullable = ", or null (from the profile)"
                 self._set(name, check_layers(f"tidal.{name}", value, nullable))
-        both = sorted({*(self.dense_layers or ())} & {*(self.select_layers or ())})
-        if both:
+        shared = sorted({*(self.dense_layers or ())} & {*(self.select_layers or ())})
+        if shared:
             allowed = (
-                f"overlaps dense_layers = {list(self.dense_layers or ())} in {both}: "
+                f"overlaps dense_layers = {list(self.dense_layers or ())} in {shared}: "
                 "must name other layers, a layer has one role"
             )
             raise TidalConfigError(
@@ -372,48 +356,6 @@ class TidalConfig:
 
 
 KEYS = tuple(field.name for field in dataclasses.fields(TidalConfig))
-
-
-def check_int(key: str, value: object, minimum: int, allowed: str) -> None:
-    """Refuse anything but an int (no bool, no 16.0) from ``minimum`` to MAX_TOKENS."""
-    if type(value) is not int:
-        raise TidalConfigError(key, value, allowed + _not_a(value, (int,)))
-    if value > MAX_TOKENS:
-        allowed += f", at most {MAX_TOKENS}"
-    if not minimum <= value <= MAX_TOKENS:
-        raise TidalConfigError(key, value, allowed)
-
-
-def check_choice(key: str, value: object, choices: Iterable[str]) -> None:
-    """Refuse anything but one of ``choices``; suggest the nearest."""
-    choices = tuple(choices)
-    if not isinstance(value, str) or value not in choices:
-        allowed = "must be one of " + ", ".join(map(repr, choices))
-        raise TidalConfigError(key, value, allowed + suggestion(value, choices))
-
-
-def check_layers(key: str, value: object, alternative: str = "") -> tuple[int, ...]:
-    """Return the layer indices ascending; refuse all but different ints >= 0."""
-    allowed = f"must be a list of different layers >= 0 such as [2, 13]{alternative}"
-    if not isinstance(value, list | tuple):
-        raise TidalConfigError(key, value, allowed + _not_a(value, (list,)))
-    for layer in value:
-        if type(layer) is not int or layer < 0:
-            raise TidalConfigError(key, value, f"{allowed}; {layer!r} is not one")
-    repeated = sorted({layer for layer in value if value.count(layer) > 1})
-    if repeated:
-        raise TidalConfigError(key, value, f"{allowed}; {repeated} appears twice")
-    return tuple(sorted(value))
-
-
-def suggestion(given: object, known: Sequence[str]) -> str:
-    """Say which known word was probably meant: "; did you mean 'x'?", or nothing."""
-    near = difflib.get_close_matches(str(given).lower(), known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _not_a(value: object, types: tuple[type, ...]) -> str:
-    return "" if type(value) in types else f", not a {type(value).__name__}"
 
 
 def _refuse_misplaced(additional_config: Mapping[str, Any]) -> None:

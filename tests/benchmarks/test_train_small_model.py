@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 import tidal_vllm
 from tests.engine.harness import child_environment
-from tidal_vllm import cli, profiles
+from tidal_vllm import cli
+from tidal_vllm.profiles import load_profile, search
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_small_model.py"
 SOURCE = Path(tidal_vllm.__file__).parent
@@ -75,7 +76,7 @@ def test_vllm_serves_it_and_it_can_be_calibrated(
 
     envs.disable_envs_cache()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(profiles, "USER_DIR", str(tmp_path / "user"))
+    monkeypatch.setattr(search, "USER_DIR", str(tmp_path / "user"))
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     folder, engine = str(trained[1]), {"kv_cache_memory_bytes": 1 << 24}
     llm = LLM(folder, max_model_len=512, max_num_seqs=2, **engine)
@@ -90,7 +91,7 @@ def test_vllm_serves_it_and_it_can_be_calibrated(
     line = ["calibrate", folder, "--prompts", f"{folder}/calibration.jsonl"]
     line += ["--budget", "64", "--max-loss", "1", "-o", "p.json"]
     assert cli.main([*line, "--engine-args", json.dumps(engine)]) == 0
-    assert profiles.load_profile("p.json").measured["dense"]["judged"] == 3
+    assert load_profile("p.json").measured["dense"]["judged"] == 3
     assert os.path.exists("p.html")
 
 

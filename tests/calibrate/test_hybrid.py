@@ -13,8 +13,8 @@ from tests.engine.models import (
     hybrid_layers,
 )
 from tidal_vllm import cli
-from tidal_vllm.plan.policy import Role
 from tidal_vllm.plan.resolve import resolve
+from tidal_vllm.plan.roles import Role
 from tidal_vllm.planted import build_planted_model, make_prompt
 from tidal_vllm.profiles import load_profile
 

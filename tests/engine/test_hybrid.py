@@ -22,7 +22,7 @@ from tests.engine.models import (
 )
 from tests.engine.oracle import Oracle
 from tests.engine.replay import builders
-from tidal_vllm.plan.policy import Role
+from tidal_vllm.plan.roles import Role
 from tidal_vllm.planted import make_prompt
 
 WINDOW = 24

@@ -32,9 +32,10 @@ MAY_IMPORT = {
     "cpu": CPU,
     "calibrate": ENGINE | {"calibrate", "planted"},
     "fair_timing": set(),
+    "child_process": set(),
     "plugin": CPU,
-    "probe": CPU | {"plugin", "planted"},
-    "doctor": CPU | {"plugin", "planted", "probe"},
+    "probe": CPU | {"child_process", "plugin", "planted"},
+    "doctor": LEAVES | {"child_process", "probe", "profiles"},
     "demo": ENGINE | {"planted", "fair_timing"},
     "cli": CPU | {"calibrate", "demo", "doctor", "planted"},
 }

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.startup.fresh import TIDAL_VLLM, run, run_python, write_distribution
-from tidal_vllm import doctor, probe
+from tidal_vllm import child_process, doctor, probe
 from tidal_vllm.kernels import choosing
 
 AT_ONCE = ["package", "vLLM", "torch", "profiles"]
@@ -259,7 +259,7 @@ def test_a_process_that_hangs(monkeypatch):
 def test_ignores_packages_in_the_current_folder(tmp_path, monkeypatch):
     broken_package(tmp_path, "torch", "raise ImportError('not the real one')")
     monkeypatch.chdir(tmp_path)
-    assert doctor.run_python("import torch").returncode == 0
+    assert child_process.run_python("import torch").returncode == 0
 
 
 def test_the_examiner_itself_imports_nothing_that_may_break():

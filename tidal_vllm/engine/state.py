@@ -7,7 +7,7 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionBackend, max_decode_query_len
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
-from tidal_vllm.config import TidalConfig, TidalConfigError
+from tidal_vllm.config import TidalConfig
 from tidal_vllm.engine.dense import choose_dense_backend
 from tidal_vllm.engine.reuse import Reuse
 from tidal_vllm.engine.selection import Selection
@@ -17,6 +17,7 @@ from tidal_vllm.plan.resolve import Startup, resolve
 from tidal_vllm.plan.rule import num_sets
 from tidal_vllm.plan.steps import selection_indices
 from tidal_vllm.registry import METHODS
+from tidal_vllm.validators import TidalConfigError
 
 # Most bytes that the kernels' workspace may take. Where the longest sequences are many
 # or very long it holds a part of the batch only, and layers go over the batch in parts.

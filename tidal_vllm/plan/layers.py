@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tidal_vllm.config import TidalConfig, TidalConfigError
+from tidal_vllm.config import TidalConfig
 from tidal_vllm.plan.roles import LayerPlan, Role, all_dense, format_layers
 from tidal_vllm.profiles import Profile
 from tidal_vllm.registry import METHODS
+from tidal_vllm.validators import TidalConfigError
 
 MIN_LAYERS = 4  # fewer leave nothing to gain: DENSE, DENSE, SELECT, then one SPARSE
 FALLBACK_STRIDE = 4  # an unknown model selects again at every 4th layer

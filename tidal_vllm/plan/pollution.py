@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
-from tidal_vllm.plan.policy import LayerPlan, SelectionRule
+from tidal_vllm.plan.roles import LayerPlan
+from tidal_vllm.plan.rule import SelectionRule
 
 MIN_REMAINING = 4  # output tokens; a request this close to its end is not corrected
 

@@ -6,10 +6,10 @@ changes its config in between.
 
 from typing import Any
 
-from tidal_vllm.config import TidalConfigError
 from tidal_vllm.names import NAME
 from tidal_vllm.plan.resolve import Startup, uncorrectable
 from tidal_vllm.registry import METHODS
+from tidal_vllm.validators import TidalConfigError
 
 
 def check_promises(vllm_config: Any, startup: Startup) -> None:

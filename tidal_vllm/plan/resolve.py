@@ -11,8 +11,10 @@ from typing import Any
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.names import NAME
 from tidal_vllm.plan.layer_kinds import LayerKind, layer_kinds, why_not_correctable
+from tidal_vllm.plan.layers import plan_layers
 from tidal_vllm.plan.lengths import limit_plan
-from tidal_vllm.plan.policy import LayerPlan, SelectionRule, all_dense, plan_layers
+from tidal_vllm.plan.roles import LayerPlan, all_dense
+from tidal_vllm.plan.rule import SelectionRule
 from tidal_vllm.profiles import Profile, find_profile, near_miss
 from tidal_vllm.profiles.fingerprint import config_sha256
 from tidal_vllm.registry import METHODS

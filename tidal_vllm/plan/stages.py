@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tidal_vllm.config import TidalConfigError
 from tidal_vllm.plan.roles import LayerPlan, Role, format_layers
+from tidal_vllm.validators import TidalConfigError
 
 
 def check_pipeline_stage(plan: LayerPlan, first_layer: int, end_layer: int) -> None:

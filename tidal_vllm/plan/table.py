@@ -6,13 +6,9 @@ import textwrap
 
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.plan.lengths import format_length, shown_lengths
-from tidal_vllm.plan.policy import (
-    LayerPlan,
-    Role,
-    SelectionRule,
-    format_layers,
-    kv_read_share,
-)
+from tidal_vllm.plan.roles import LayerPlan, Role, format_layers
+from tidal_vllm.plan.rule import SelectionRule
+from tidal_vllm.plan.steps import kv_read_share
 
 WIDTH = 80
 

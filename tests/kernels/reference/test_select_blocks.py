@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.kernels.reference import naive
 from tests.kernels.reference.cases import law, make_batch
 from tidal_vllm.kernels.reference.decode import dense_decode, select_blocks
-from tidal_vllm.plan.policy import SelectionRule
+from tidal_vllm.plan.rule import SelectionRule
 
 
 def rule_of(budget, size, sinks=0, recent=1, threshold=0):
