@@ -39,10 +39,11 @@ class DecodeArgs:
     `dense_decode` then leaves no block_lse."""
     topk_blocks: torch.Tensor | None = None
     """`[>= num_rows, num_sets, max_blocks]` int32, the logical selection blocks of each
-    set, ascending, then -1. num_sets divides num_heads; the heads of a set are
-    neighbours. Written where blocks are selected, read by `sparse_decode`."""
+    set, ascending, then -1. A set is what neighbouring query heads attend to together,
+    num_heads // num_sets of them; num_sets divides num_heads. Written where blocks are
+    selected, read by `sparse_decode`."""
     topk_lens: torch.Tensor | None = None
-    """`[>= num_rows, num_sets]` int32, how many of them are in use."""
+    """`[>= num_rows, num_sets]` int32, how many blocks of a set are in use."""
     k_scale: float = 1.0
     """What the keys of an fp8 cache are multiplied by; 1 for others."""
     v_scale: float = 1.0

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 
 from tidal_vllm.config import KERNELS
-from tidal_vllm.kernels import reference
+from tidal_vllm.kernels import cuda_limits, reference
 from tidal_vllm.kernels.cuda_build import advise
 from tidal_vllm.kernels.interface import Kernels, Requirements
 from tidal_vllm.validators import TidalConfigError, check_choice
@@ -59,7 +59,7 @@ def choose(
         if kernels is not None:
             passed_over = f" ({'; '.join(reasons)})" if reasons else ""
             reason = kernels.reason + passed_over
-            return replace(kernels, reason=reason, advice=_advise(needed.device))
+            return replace(kernels, reason=reason, advice=_advise(needed))
         reasons.append(reason)
     allowed = f"no implementation covers this set-up: {'; '.join(reasons)}"
     raise TidalConfigError("tidal.kernels", requested, allowed)
@@ -70,12 +70,18 @@ def describe(device: torch.device | str) -> Kernels:
     return choose(device, head_size=128, dtype=torch.bfloat16)
 
 
-def _advise(device: torch.device) -> str:
-    """How to build the CUDA extension where it could run, and cannot be loaded."""
-    if device.type != "cuda" or torch.version.cuda is None:
+def _advise(needed: Requirements) -> str:
+    """How to build the CUDA extension where it is missing and would be used."""
+    if not _is_nvidia(needed.device):
         return ""
     module, reason = _load("tidal_vllm.kernels.cuda")
-    return "" if module is not None else advise(reason)
+    if module is not None or cuda_limits.uncovered(needed):
+        return ""
+    return advise(reason)
+
+
+def _is_nvidia(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.cuda is not None
 
 
 def _able(needed: Requirements) -> str:
@@ -84,12 +90,12 @@ def _able(needed: Requirements) -> str:
 
 
 def _offer_cuda(needed: Requirements) -> tuple[str, Kernels | None]:
-    if needed.device.type != "cuda" or torch.version.cuda is None:
+    if not _is_nvidia(needed.device):
         return f"the CUDA extension needs an NVIDIA GPU, not {needed.device.type}", None
     module, reason = _load("tidal_vllm.kernels.cuda")
     if module is None:
         return f"the CUDA extension is not built: {reason}", None
-    reason = module.uncovered(needed)
+    reason = cuda_limits.uncovered(needed)
     if reason:
         return f"the CUDA extension does not cover {reason}", None
     return "", Kernels("cuda", "CUDA extension", module, capturable=True)

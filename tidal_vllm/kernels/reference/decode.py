@@ -14,7 +14,7 @@ import math
 import torch
 
 from tidal_vllm.kernels.arguments import DecodeArgs
-from tidal_vllm.kernels.reference.kv_rows import KVRuns
+from tidal_vllm.kernels.reference.kv_runs import KVRuns
 from tidal_vllm.kernels.reference.shapes import (
     ceil_div,
     check_cache,
@@ -23,10 +23,10 @@ from tidal_vllm.kernels.reference.shapes import (
 )
 from tidal_vllm.kernels.reference.softmax import join_parts, softmax_part
 
-# Rows (K and V of one token and one KV head) per tile; 4096 are 4 MiB in fp32 at
+# Entries (K and V of one token and one KV head) per tile; 4096 are 4 MiB in fp32 at
 # head_size 128. Measured on an EPYC with 1 MiB of L2 per core and 32 MiB of L3: 2048
 # costs 4 to 20 % more in overhead per tile, 16384 16 to 80 % more in cache misses.
-CHUNK_ROWS = 4096
+TILE_ENTRIES = 4096
 
 
 def dense_decode(args: DecodeArgs, seq_lens: torch.Tensor) -> None:
@@ -61,7 +61,7 @@ def _attend_densely(
     query, size = args.query, args.select_block_size
     check_cache(query, args.kv_cache)
     block_size, head_size = args.kv_cache.shape[2], query.shape[2]
-    lens = seq_lens.tolist()
+    lens = seq_lens.tolist()[: query.shape[0]]
     block_lse = None
     if size is not None:
         check_select_block(size, block_size)
@@ -75,11 +75,11 @@ def _attend_densely(
             args.output[row] = 0
         if seq_len <= 0:
             continue
-        q = _by_lane(query[row], args.scale, runs.lanes)
+        q = _by_head_group(query[row], args.scale, runs.num_head_groups)
         used = ceil_div(seq_len, block_size)
         ids = runs.locate(args.block_table[row, :used].long()[None])
         parts = []
-        for start, part_ids in runs.tiles(ids, CHUNK_ROWS):
+        for start, part_ids in runs.tiles(ids, TILE_ENTRIES):
             kv = runs.read(part_ids)[:, : seq_len - start]
             scores = _scores(q, kv)
             if block_lse is not None:
@@ -114,14 +114,14 @@ def sparse_decode(args: DecodeArgs, seq_lens: torch.Tensor) -> None:
     runs, lse = KVRuns(kv_cache, size, num_sets), _empty_lse(args)
     offsets = torch.arange(size, device=query.device)
     counts_of_rows = args.topk_lens[: query.shape[0]].tolist()
-    for row, seq_len in enumerate(seq_lens.tolist()):
+    for row, seq_len in enumerate(seq_lens.tolist()[: query.shape[0]]):
         counts = counts_of_rows[row]
         most = max(counts)
         if seq_len == 0 or (seq_len > 0 and most == 0):
             args.output[row] = 0
         if seq_len <= 0 or most == 0:
             continue
-        q = _by_lane(query[row], args.scale, runs.lanes)
+        q = _by_head_group(query[row], args.scale, runs.num_head_groups)
         blocks = args.topk_blocks[row, :, :most].long()
         past_end = ceil_div(seq_len, size)
         if min(counts) < most:  # what is not in a shorter set: a block past the end
@@ -133,14 +133,14 @@ def sparse_decode(args: DecodeArgs, seq_lens: torch.Tensor) -> None:
         physical = args.block_table[row][blocks // per_block].long()
         ids = runs.locate(physical, blocks % per_block * size)
         parts = []
-        for start, part_ids in runs.tiles(ids, CHUNK_ROWS):
+        for start, part_ids in runs.tiles(ids, TILE_ENTRIES):
             kv = runs.read(part_ids)
             first = start // size
             left = tokens_left[:, first : first + part_ids.shape[1], None]
             cut = bool((left < size).any())
             if cut:
                 beyond = (offsets >= left).flatten(1)
-                beyond = beyond.repeat_interleave(runs.lanes // num_sets, 0)
+                beyond = beyond.repeat_interleave(runs.num_head_groups // num_sets, 0)
                 # Unused slots may hold NaN. By index: a mask would rewrite the tile.
                 kv[beyond.nonzero(as_tuple=True)] = 0
             scores = _scores(q, kv)
@@ -157,13 +157,15 @@ def _empty_lse(args: DecodeArgs) -> torch.Tensor:
     return args.workspace.lse
 
 
-def _by_lane(query: torch.Tensor, scale: float, lanes: int) -> torch.Tensor:
-    """`[num_heads, head_size]` to scaled fp32 `[lanes, heads of a lane, head_size]`."""
-    return query.float().mul(scale).reshape(lanes, -1, query.shape[1])
+def _by_head_group(
+    query: torch.Tensor, scale: float, num_head_groups: int
+) -> torch.Tensor:
+    """`[num_heads, head_size]`, scaled, to fp32 `[head groups, heads, head_size]`."""
+    return query.float().mul(scale).reshape(num_head_groups, -1, query.shape[1])
 
 
 def _scores(q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-    """Dot products with rows that hold K, and perhaps V behind it."""
+    """Dot products with entries that hold K, and perhaps V behind it."""
     return torch.bmm(q, kv[..., : q.shape[-1]].transpose(1, 2))
 
 

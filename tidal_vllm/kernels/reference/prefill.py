@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from tidal_vllm.kernels.reference.kv_rows import KVRuns
+from tidal_vllm.kernels.reference.kv_runs import KVRuns
 from tidal_vllm.kernels.reference.shapes import (
     ceil_div,
     check_cache,
@@ -18,10 +18,10 @@ from tidal_vllm.kernels.reference.shapes import (
 )
 from tidal_vllm.kernels.reference.softmax import merge_states
 
-# Rows (K and V of one token and one KV head) that are read at a time: twice those of a
-# decode, since an extend does far more arithmetic per row, and merges its output per
-# tile. Also the longest query that is taken at once, times the KV heads.
-EXTEND_CHUNK_ROWS = 8192
+# Entries (K and V of one token and one KV head) that are read at a time: twice those of
+# a decode, since an extend does far more arithmetic per entry, and merges its output
+# per tile. Also the longest query that is taken at once, times the KV heads.
+EXTEND_TILE_ENTRIES = 8192
 # Query tokens that are taken at once where a window needs a mask; with a window of
 # 4096 the mask is 9 MiB.
 WINDOW_CHUNK = 512
@@ -33,7 +33,7 @@ def write_kv(
     kv_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> None:
-    """Writes new keys and values into their slots of the paged cache.
+    """Write new keys and values into their slots of the paged cache.
 
     Args:
         key: [>= num_tokens, num_kv_heads, head_size].
@@ -62,7 +62,7 @@ def dense_extend(
     scale: float,
     sliding_window: int | None = None,
 ) -> torch.Tensor:
-    """Attends the newest tokens of each sequence to all before them and themselves.
+    """Attend the newest tokens of each sequence to all before them and themselves.
 
     Prefill, chunked prefill and any query of several tokens. Causal: the last query
     token is at position seq_len - 1, and the cache holds the query tokens' KV already.
@@ -88,7 +88,7 @@ def dense_extend(
     bounds = query_start_loc.tolist()
     lens = seq_lens[: len(bounds) - 1].tolist()
     output = torch.zeros_like(query)
-    step = max(EXTEND_CHUNK_ROWS // num_kv_heads, 1)
+    step = max(EXTEND_TILE_ENTRIES // num_kv_heads, 1)
     if sliding_window is not None:
         step = min(step, WINDOW_CHUNK)
     for row, (first, end) in enumerate(itertools.pairwise(bounds)):
@@ -130,7 +130,7 @@ def _extend(
     long_q = q.flatten(1, 2)[None]
     state = [part.reshape(*long_q.shape[1:3], *part.shape[3:]) for part in state]
     context = ids[:, : ceil_div(position, runs.span)]
-    for start, part_ids in runs.tiles(context, EXTEND_CHUNK_ROWS):
+    for start, part_ids in runs.tiles(context, EXTEND_TILE_ENTRIES):
         kv = runs.read(part_ids)[None, :, : position - start]
         out, lse = _attend(long_q, kv, scale, causal=False)
         state = merge_states(*state, out[0], lse[0])

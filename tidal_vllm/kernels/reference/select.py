@@ -61,7 +61,7 @@ def top_blocks(
     """
     size = rule.select_block_size
     keep_all_len = max(rule.sparse_threshold, rule.token_budget)
-    for row, seq_len in enumerate(seq_lens.tolist()):
+    for row, seq_len in enumerate(seq_lens.tolist()[: args.query.shape[0]]):
         if seq_len < 0:
             continue
         total = ceil_div(seq_len, size)

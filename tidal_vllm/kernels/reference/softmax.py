@@ -9,8 +9,10 @@ def softmax_part(
     """A tile's share of the softmax: largest score, sum and output relative to it.
 
     Args:
-        scores: `[lanes, heads, tokens]` fp32; overwritten.
-        values: `[lanes, tokens, head_size]` fp32. Without values there is no output.
+        scores: `[head groups, heads, tokens]` fp32; overwritten. `kv_runs.KVRuns` says
+            what a head group is.
+        values: `[head groups, tokens, head_size]` fp32. Without values there is no
+            output.
     """
     lowest = torch.finfo(scores.dtype).min  # where all scores are -inf
     top = scores.amax(-1, keepdim=True).clamp_(min=lowest)
