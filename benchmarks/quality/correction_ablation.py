@@ -11,8 +11,8 @@ correction interval, on one engine in one run. Reported for each interval:
     tokens      computed per output token: 1 without corrections
     step_ms     wall time per decode step, corrections included, and their share
 
-    python benchmarks/correction_ablation.py --model random --out results.jsonl
-    python benchmarks/correction_ablation.py --report results.jsonl
+    python -m benchmarks.quality.correction_ablation --model random --out results.jsonl
+    python -m benchmarks.quality.correction_ablation --report results.jsonl
 
 The second command draws the results into docs/images and prints them as tables.
 
@@ -21,15 +21,21 @@ whose KV cannot drift: for the cost alone), or a folder, whose outputs are then 
 continuation of `--text`, one token per byte, or sampled from the dense model.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import statistics
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from machine import describe_run
-from teacher import Run, TaughtEngine
+
+from benchmarks.machine import describe_run
+
+if TYPE_CHECKING:
+    from benchmarks.quality.teacher import Run, TaughtEngine
 
 INTERVALS = (None, 4, 8, 16, 32, 64, 128)
 
@@ -71,6 +77,9 @@ def prepare_model(args) -> Path | str:
 
 
 def start_engine(args) -> TaughtEngine:
+    # Imports vLLM, which a report does not need.
+    from benchmarks.quality.teacher import TaughtEngine
+
     length = args.context + args.output_tokens + 16
     tidal = {
         "token_budget": args.token_budget,
