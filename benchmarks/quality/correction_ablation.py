@@ -191,16 +191,26 @@ def measure(args) -> dict:
     return {
         "benchmark": "correction_ablation",
         "runs": runs,
-        "setup": {
-            key: getattr(args, key)
-            for key in (
-                *("model", "num_layers", "initializer_range", "context", "dtype"),
-                *("output_tokens", "sequences", "token_budget", "select_block_size"),
-                *("dense_layers", "select_layers", "snapshot_every", "seed"),
-            )
-        },
+        "setup": setup_of(args, "snapshot_every"),
         **describe_run("vllm", "tidal_vllm"),
     }
+
+
+def setup_of(args: argparse.Namespace, *more: str) -> dict:
+    """The arguments that a result depends on: those of every ablation, and `more`."""
+    keys = (
+        *("model", "num_layers", "initializer_range", "context", "dtype"),
+        *("output_tokens", "sequences", "token_budget", "select_block_size"),
+        *("dense_layers", "select_layers", "seed", *more),
+    )
+    return {key: getattr(args, key) for key in keys}
+
+
+def keep(record: dict, out: Path | None) -> None:
+    """Append a result to a file of JSON lines, where one was asked for."""
+    if out:
+        with out.open("a") as lines:
+            lines.write(json.dumps(record) + "\n")
 
 
 def name_of(record: dict) -> str:
@@ -332,10 +342,7 @@ def main() -> int:
         for path in plot(records, args.images):
             print(path)
         return 0
-    record = measure(args)
-    if args.out:
-        with args.out.open("a") as out:
-            out.write(json.dumps(record) + "\n")
+    keep(measure(args), args.out)
     return 0
 
 

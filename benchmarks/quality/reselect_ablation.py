@@ -20,14 +20,15 @@ import argparse
 import json
 import sys
 from itertools import product
-from pathlib import Path
 
 from benchmarks.machine import describe_run
 from benchmarks.quality.correction_ablation import (
     compare,
+    keep,
     make_texts,
     name_of,
     prepare_model,
+    setup_of,
 )
 from benchmarks.quality.correction_ablation import parse as parse_correction
 from tidal_vllm.config import SELECT_ATTENDS, TidalConfig
@@ -76,14 +77,7 @@ def measure(args) -> dict:
     return {
         "benchmark": "reselect_ablation",
         "runs": runs,
-        "setup": {
-            key: getattr(args, key)
-            for key in (
-                *("model", "num_layers", "initializer_range", "context", "dtype"),
-                *("output_tokens", "sequences", "token_budget", "select_block_size"),
-                *("dense_layers", "select_layers", "seed"),
-            )
-        },
+        "setup": setup_of(args),
         **describe_run("vllm", "tidal_vllm"),
     }
 
@@ -132,10 +126,7 @@ def main() -> int:
             record = json.loads(line)
             print(f"{name_of(record)}\n\n{table(record)}\n")
         return 0
-    record = measure(args)
-    if args.out:
-        with Path(args.out).open("a") as out:
-            out.write(json.dumps(record) + "\n")
+    keep(measure(args), args.out)
     return 0
 
 
