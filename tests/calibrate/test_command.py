@@ -11,8 +11,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from calibration_baselines import random_spec
 
+from benchmarks.quality.calibration_baselines import random_spec
 from tests.engine.harness import child_environment
 from tests.engine.models import build_random_model, random_prompt
 from tidal_vllm import cli

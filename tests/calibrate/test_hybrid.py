@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from calibration_baselines import random_spec
 
+from benchmarks.quality.calibration_baselines import random_spec
 from tests.calibrate.test_command import ENGINE, QUICK, in_a_project  # noqa: F401
 from tests.engine.models import (
     build_random_model,

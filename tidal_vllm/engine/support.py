@@ -33,7 +33,7 @@ ON_CPU = Support(
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     kv_cache_dtypes=("auto", "float16", "bfloat16"),
     # The PyTorch ops read a head's block as one run; heads side by side cost them a
-    # quarter more (benchmarks/bench_reference_ops.py).
+    # quarter more (benchmarks/kernels/bench_reference_ops.py).
     layout=KVCacheLayout.LBHNC,
     block_size=1,
     default_block_size=128,

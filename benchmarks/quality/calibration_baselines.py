@@ -2,12 +2,12 @@
 
 Every rule gets the same recordings of dense attention and as many SELECT layers; what
 each chooses is then decoded for real, beside dense attention, in vLLM's engine. One
-JSON line per model and rule goes to results/calibration_baselines.jsonl.
+JSON line per model and rule goes to benchmarks/results/calibration_baselines.jsonl.
 
 Models: planted ones of one, two and three hops at random layers, and `distracted` ones,
 where half of the heads attend to something else that no answer depends on.
 
-    python benchmarks/calibration_baselines.py --seeds 3
+    python -m benchmarks.quality.calibration_baselines --seeds 3
 """
 
 import argparse
@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from machine import describe_run
 from safetensors.torch import load_file, save_file
 
+from benchmarks.machine import describe_run
 from tidal_vllm.calibrate import baselines
 from tidal_vllm.calibrate.choice import (
     assess,
@@ -40,7 +40,7 @@ from tidal_vllm.planted import PlantedSpec, build_planted_model, make_prompt
 from tidal_vllm.planted.spec import CODE_SIZE, HEAD_SIZE
 from tidal_vllm.planted.weights import MATCH_PAIRS
 
-RESULTS = Path(__file__).parent / "results" / "calibration_baselines.jsonl"
+RESULTS = Path(__file__).parents[1] / "results" / "calibration_baselines.jsonl"
 CONFIG = TidalConfig(token_budget=128)
 CONTEXT, PROMPTS = 1000, 4
 FIRST_SELECT = 2

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from machine import describe_run
 
+from benchmarks.machine import describe_run
 from tidal_vllm.kernels import workspace
 
 L2_BYTES = 256 << 20  # more than any L2 of today

@@ -1,7 +1,7 @@
 """Train a small Llama to look things up, and export it for vLLM.
 
-    python benchmarks/train_small_model.py OUT                 on a GPU: minutes
-    python benchmarks/train_small_model.py OUT --steps 40000   the same run, longer
+    python -m benchmarks.train.train_small_model OUT                on a GPU: minutes
+    python -m benchmarks.train.train_small_model OUT --steps 40000  the same run, longer
 
 A run that was stopped goes on where it was when the command is repeated. OUT becomes a
 normal Hugging Face folder, with training.json (seed, steps, data, dense scores) and
@@ -22,8 +22,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from machine import describe_run
-from small_model_tasks import (
+from tqdm import tqdm
+
+from benchmarks.machine import describe_run
+from benchmarks.train.small_model_tasks import (
     BOS,
     BYTES,
     EOS,
@@ -35,7 +37,6 @@ from small_model_tasks import (
     make_question,
     token_names,
 )
-from tqdm import tqdm
 
 TEXT_BYTES = 16 << 20
 TEXT_WEIGHT = 0.1  # of a source text token's loss; an answer's is 1

@@ -1,6 +1,6 @@
 r"""All of a model's decode attention in one CUDA graph, dense and by roles.
 
-    python benchmarks/bench_stack.py --out benchmarks/results/gpu.jsonl
+    python -m benchmarks.kernels.bench_stack --out benchmarks/results/gpu.jsonl
 
 32 layers of Llama 3.1 8B's shape: 2 DENSE through vLLM's FLASH_ATTN, 2 SELECT and 28
 SPARSE, against 32 layers of FLASH_ATTN (TRITON_ATTN where that does not load). SELECT
@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import product
 
-import timing
 import torch
-from baselines import flash_attn, triton_attn
-from paged_case import Case, Decoder, Shape, kernels_here, rule_of
 
+from benchmarks.kernels import timing
+from benchmarks.kernels.baselines import flash_attn, triton_attn
+from benchmarks.kernels.paged_case import Case, Decoder, Shape, kernels_here, rule_of
 from tidal_vllm.config import SELECT_ATTENDS, TidalConfig
 from tidal_vllm.plan.roles import LayerPlan, Role
 from tidal_vllm.plan.steps import kv_read_share

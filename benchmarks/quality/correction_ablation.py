@@ -11,8 +11,8 @@ correction interval, on one engine in one run. Reported for each interval:
     tokens      computed per output token: 1 without corrections
     step_ms     wall time per decode step, corrections included, and their share
 
-    python benchmarks/correction_ablation.py --model random --out results.jsonl
-    python benchmarks/correction_ablation.py --report results.jsonl
+    python -m benchmarks.quality.correction_ablation --model random --out results.jsonl
+    python -m benchmarks.quality.correction_ablation --report results.jsonl
 
 The second command draws the results into docs/images and prints them as tables.
 
@@ -21,15 +21,21 @@ whose KV cannot drift: for the cost alone), or a folder, whose outputs are then 
 continuation of `--text`, one token per byte, or sampled from the dense model.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import statistics
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from machine import describe_run
-from teacher import Run, TaughtEngine
+
+from benchmarks.machine import describe_run
+
+if TYPE_CHECKING:
+    from benchmarks.quality.teacher import Run, TaughtEngine
 
 INTERVALS = (None, 4, 8, 16, 32, 64, 128)
 
@@ -71,6 +77,9 @@ def prepare_model(args) -> Path | str:
 
 
 def start_engine(args) -> TaughtEngine:
+    # Imports vLLM, which a report does not need.
+    from benchmarks.quality.teacher import TaughtEngine
+
     length = args.context + args.output_tokens + 16
     tidal = {
         "token_budget": args.token_budget,
@@ -182,16 +191,26 @@ def measure(args) -> dict:
     return {
         "benchmark": "correction_ablation",
         "runs": runs,
-        "setup": {
-            key: getattr(args, key)
-            for key in (
-                *("model", "num_layers", "initializer_range", "context", "dtype"),
-                *("output_tokens", "sequences", "token_budget", "select_block_size"),
-                *("dense_layers", "select_layers", "snapshot_every", "seed"),
-            )
-        },
+        "setup": setup_of(args, "snapshot_every"),
         **describe_run("vllm", "tidal_vllm"),
     }
+
+
+def setup_of(args: argparse.Namespace, *more: str) -> dict:
+    """The arguments that a result depends on: those of every ablation, and `more`."""
+    keys = (
+        *("model", "num_layers", "initializer_range", "context", "dtype"),
+        *("output_tokens", "sequences", "token_budget", "select_block_size"),
+        *("dense_layers", "select_layers", "seed", *more),
+    )
+    return {key: getattr(args, key) for key in keys}
+
+
+def keep(record: dict, out: Path | None) -> None:
+    """Append a result to a file of JSON lines, where one was asked for."""
+    if out:
+        with out.open("a") as lines:
+            lines.write(json.dumps(record) + "\n")
 
 
 def name_of(record: dict) -> str:
@@ -323,10 +342,7 @@ def main() -> int:
         for path in plot(records, args.images):
             print(path)
         return 0
-    record = measure(args)
-    if args.out:
-        with args.out.open("a") as out:
-            out.write(json.dumps(record) + "\n")
+    keep(measure(args), args.out)
     return 0
 
 

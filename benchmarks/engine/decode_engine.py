@@ -1,11 +1,12 @@
-"""How much faster does vLLM's engine decode long contexts through TIDAL?
+r"""How much faster does vLLM's engine decode long contexts through TIDAL?
 
 One engine, one prompt per context length; dense and sparse decoding alternate on
 it, so that both see the same KV cache, the same machine and the same minute. The
 shorter contexts are prefixes of the longest, so only that one is ever prefilled.
 Every answer is checked against what was planted in the prompt.
 
-    python benchmarks/decode_engine.py --out benchmarks/results/decode_engine.jsonl
+    python -m benchmarks.engine.decode_engine \
+        --out benchmarks/results/decode_engine.jsonl
 
 One JSON line per case, every trial kept. Times are milliseconds of one decode step
 of one sequence: `step` is the whole engine step (scheduler, model, sampling),
@@ -29,8 +30,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 
-from machine import describe_run  # noqa: E402
-
+from benchmarks.machine import describe_run  # noqa: E402
 from tidal_vllm.planted import (  # noqa: E402
     PlantedSpec,
     build_planted_model,
@@ -244,7 +244,7 @@ def main() -> int:
     gpu.add_argument("--smoke", action="store_true", help="tiny sizes, nothing timed")
     args = parser.parse_args()
     if args.dummy_weights:
-        import dummy_engine
+        from benchmarks.engine import dummy_engine
 
         return dummy_engine.main(args)
     spec = PlantedSpec(

@@ -1,6 +1,6 @@
 r"""How long does choosing take, beside the top-k of others?
 
-    python benchmarks/bench_select.py --out benchmarks/results/gpu.jsonl
+    python -m benchmarks.kernels.bench_select --out benchmarks/results/gpu.jsonl
 
 `select_blocks` from `block_lse` of random attention: pool over heads, force, top-k,
 sort. Rivals get the pooled mass ready-made and only find the top-k: `torch.topk`, and
@@ -10,10 +10,10 @@ vLLM's `top_k_per_row_decode`. The sets are checked against the reference before
 import sys
 from types import SimpleNamespace
 
-import timing
 import torch
-from paged_case import Shape, kernels_here, rule_of
 
+from benchmarks.kernels import timing
+from benchmarks.kernels.paged_case import Shape, kernels_here, rule_of
 from tidal_vllm.kernels import reference
 from tidal_vllm.plan.rule import num_sets
 

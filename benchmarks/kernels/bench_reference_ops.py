@@ -1,6 +1,6 @@
 r"""How close do the PyTorch ops come to the speed of a copy of the same bytes?
 
-    python benchmarks/bench_reference_ops.py \
+    python -m benchmarks.kernels.bench_reference_ops \
         --out benchmarks/results/reference_ops.jsonl
 
 One decoding sequence over shuffled blocks, per op and KV layout; every output is
@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 import torch
-from machine import describe_run
 
+from benchmarks.machine import describe_run
 from tidal_vllm import kernels as ops
 from tidal_vllm.plan.rule import SelectionRule
 

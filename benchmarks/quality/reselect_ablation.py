@@ -8,8 +8,8 @@ Long outputs are forced on vLLM's engine token by token, once dense and once for
                 over the output, over each quarter of it, and its 99th percentile
     agreement   share of steps whose likeliest token is the dense run's
 
-    python benchmarks/reselect_ablation.py --model random --out results.jsonl
-    python benchmarks/reselect_ablation.py --report results.jsonl
+    python -m benchmarks.quality.reselect_ablation --model random --out results.jsonl
+    python -m benchmarks.quality.reselect_ablation --report results.jsonl
 
 The second command prints the results as tables. Models are those of
 `correction_ablation.py`. Nothing is timed: what a step must read is known, and what
@@ -20,18 +20,17 @@ import argparse
 import json
 import sys
 from itertools import product
-from pathlib import Path
 
-from correction_ablation import (
+from benchmarks.machine import describe_run
+from benchmarks.quality.correction_ablation import (
     compare,
+    keep,
     make_texts,
     name_of,
     prepare_model,
+    setup_of,
 )
-from correction_ablation import parse as parse_correction
-from machine import describe_run
-from teacher import TaughtEngine
-
+from benchmarks.quality.correction_ablation import parse as parse_correction
 from tidal_vllm.config import SELECT_ATTENDS, TidalConfig
 from tidal_vllm.plan.steps import kv_read_share
 
@@ -50,6 +49,9 @@ def settings_of(args, interval: int, attends: str) -> dict:
 
 
 def measure(args) -> dict:
+    # Imports vLLM, which a report does not need.
+    from benchmarks.quality.teacher import TaughtEngine
+
     taught = TaughtEngine(
         prepare_model(args),
         settings_of(args, 1, "everything"),
@@ -75,14 +77,7 @@ def measure(args) -> dict:
     return {
         "benchmark": "reselect_ablation",
         "runs": runs,
-        "setup": {
-            key: getattr(args, key)
-            for key in (
-                *("model", "num_layers", "initializer_range", "context", "dtype"),
-                *("output_tokens", "sequences", "token_budget", "select_block_size"),
-                *("dense_layers", "select_layers", "seed"),
-            )
-        },
+        "setup": setup_of(args),
         **describe_run("vllm", "tidal_vllm"),
     }
 
@@ -131,10 +126,7 @@ def main() -> int:
             record = json.loads(line)
             print(f"{name_of(record)}\n\n{table(record)}\n")
         return 0
-    record = measure(args)
-    if args.out:
-        with Path(args.out).open("a") as out:
-            out.write(json.dumps(record) + "\n")
+    keep(measure(args), args.out)
     return 0
 
 

@@ -2,9 +2,9 @@
 
 A planted model with two hops is built, calibrated in a process of its own with the
 default options but for the context, and the layers found are checked. One JSON line is
-appended to results/calibration_time.jsonl.
+appended to benchmarks/results/calibration_time.jsonl.
 
-    python benchmarks/calibration_time.py --layers 8 --context 4000
+    python -m benchmarks.quality.calibration_time --layers 8 --context 4000
 """
 
 import argparse
@@ -16,12 +16,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from machine import describe_run
-
+from benchmarks.machine import describe_run
 from tidal_vllm.planted import PlantedSpec, build_planted_model
 from tidal_vllm.profiles import load_profile
 
-RESULTS = Path(__file__).parent / "results" / "calibration_time.jsonl"
+RESULTS = Path(__file__).parents[1] / "results" / "calibration_time.jsonl"
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ file into training and held-out text. Sequences grow from `--short` to `--length
 tokens for the last third of the time. The result is an ordinary HF folder, with the
 held-out bytes in `held_out.txt` and the record of the training in `training.json`.
 
-    python benchmarks/train_byte_model.py .cache/byte-model --minutes 40
+    python -m benchmarks.train.train_byte_model .cache/byte-model --minutes 40
 """
 
 import argparse
@@ -17,8 +17,9 @@ import time
 from pathlib import Path
 
 import torch
-from machine import describe_run
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.machine import describe_run
 
 
 def read_text(held_out_share: float) -> tuple[bytes, bytes]:

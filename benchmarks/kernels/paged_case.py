@@ -4,8 +4,8 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from timing import Bench
 
+from benchmarks.kernels.timing import Bench
 from tidal_vllm import kernels as ops
 from tidal_vllm.kernels import reference
 from tidal_vllm.plan.rule import SelectionRule, num_sets

@@ -1,6 +1,6 @@
 r"""How close is sparse decoding to the memory bound, and to its share of dense?
 
-    python benchmarks/bench_sparse_decode.py --out benchmarks/results/gpu.jsonl
+    python -m benchmarks.kernels.bench_sparse_decode --out benchmarks/results/gpu.jsonl
 
 One layer's `sparse_decode` over a selection that our ops made from the same queries,
 per budget and scope, checked against the oracle; vLLM's FLASH_ATTN over the whole
@@ -9,9 +9,9 @@ context beside it. `share_of_copy` counts K and V of the kept tokens once per se
 
 import sys
 
-import timing
-from baselines import flash_attn
-from paged_case import Case, Decoder, Shape, kernels_here, rule_of
+from benchmarks.kernels import timing
+from benchmarks.kernels.baselines import flash_attn
+from benchmarks.kernels.paged_case import Case, Decoder, Shape, kernels_here, rule_of
 
 TARGETS = {"share_of_copy": 0.8, "ratio_to_dense": 0.11}
 SMOKE = [(2, 96, 32)]

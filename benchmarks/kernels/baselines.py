@@ -8,7 +8,8 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
-from paged_case import Case
+
+from benchmarks.kernels.paged_case import Case
 
 Call = Callable[[], torch.Tensor]
 

@@ -1,6 +1,6 @@
 r"""What does it cost to keep the scores, beside dense decoding by others?
 
-    python benchmarks/bench_dense_decode.py --out benchmarks/results/gpu.jsonl
+    python -m benchmarks.kernels.bench_dense_decode --out benchmarks/results/gpu.jsonl
 
 One layer's decode attention over shuffled pages: ours with and without `block_lse`,
 vLLM's FLASH_ATTN and TRITON_ATTN, xformers, FlashInfer (`--flashinfer`); and our
@@ -12,9 +12,9 @@ time, against a copy's bandwidth.
 import sys
 from functools import partial
 
-import timing
-from baselines import dense_baselines
-from paged_case import Case, Decoder, Shape, kernels_here, rule_of
+from benchmarks.kernels import timing
+from benchmarks.kernels.baselines import dense_baselines
+from benchmarks.kernels.paged_case import Case, Decoder, Shape, kernels_here, rule_of
 
 TARGET = 1.05
 SMOKE = [(2, 96)]

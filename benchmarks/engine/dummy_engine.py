@@ -45,7 +45,7 @@ MARK = "RESULT "
 
 def main(args: argparse.Namespace) -> int:
     """Run every case on every engine, print and keep the results."""
-    from machine import describe_run
+    from benchmarks.machine import describe_run
 
     if args.smoke:
         args.cases, args.rounds = SMOKE_CASES, 1
@@ -131,7 +131,7 @@ def _child(folder: str, args, engine: str, batch: int, context: int, eager=False
     if args.runner:
         env["VLLM_USE_V2_MODEL_RUNNER"] = str(int(args.runner == "v2"))
     done = subprocess.run(
-        [sys.executable, __file__, json.dumps(job)],
+        [sys.executable, "-m", "benchmarks.engine.dummy_engine", json.dumps(job)],
         env=env,
         text=True,
         stdout=subprocess.PIPE,
