@@ -13,7 +13,7 @@ import train_small_model
 from safetensors.torch import load_file
 
 import tidal_vllm
-from tests.engine.harness import child_environment
+from tests.support.processes import child_environment
 from tidal_vllm import cli, profiles
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_small_model.py"
