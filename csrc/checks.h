@@ -26,15 +26,16 @@ class Checks {
     throw std::invalid_argument(message.str());
   }
 
-  // An argument that may be None: the op needs it, or has no use for it.
+  // For arguments that may be None: whether the op has a use for this one.
   template <class V>
-  void given(const std::optional<V>& t, const std::string& name) const {
-    that(t.has_value(), name, "None", "a tensor");
+  void given(const std::optional<V>& argument, const std::string& name,
+             const char* allowed = "a tensor") const {
+    that(argument.has_value(), name, "None", allowed);
   }
 
   template <class V>
-  void absent(const std::optional<V>& t, const std::string& name) const {
-    that(!t.has_value(), name, "a tensor", "None");
+  void absent(const std::optional<V>& tensor, const std::string& name) const {
+    that(!tensor.has_value(), name, "a tensor", "None");
   }
 
   // The first tensor that is checked fixes the device of all.

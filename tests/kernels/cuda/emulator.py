@@ -42,9 +42,9 @@ def built_once(tmp_path_factory, name: str, sources: list[Path]) -> Path:
     return program
 
 
-def build(program: Path, sources: list[Path], csrc: Path = CSRC) -> None:
+def build(program: Path, sources: list[Path]) -> None:
     """Compile all sources side by side, then link."""
-    command = ["g++", *FLAGS, *SANITIZERS, "-g1", f"-I{csrc}", f"-I{HERE / 'host'}"]
+    command = ["g++", *FLAGS, *SANITIZERS, "-g1", f"-I{CSRC}", f"-I{HERE / 'host'}"]
     objects = {source: f"{program}.{source.stem}.o" for source in sources}
     compilers = [
         subprocess.Popen(

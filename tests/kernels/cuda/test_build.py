@@ -117,8 +117,8 @@ LOAD = """
 import ctypes, sys, torch
 ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
 torch.ops.load_library(sys.argv[2])
-from tests.kernels.cuda.bad_inputs import good_arguments
-for op in ("dense_decode", "score_blocks", "sparse_decode", "select_blocks"):
+from tests.kernels.cuda.op_arguments import OPS, good_arguments
+for op in OPS:
     try:
         getattr(torch.ops.tidal, op)(**good_arguments(op))
     except ValueError as error:

@@ -17,7 +17,7 @@ from tests.kernels.cuda.cases import (
     run_sparse,
 )
 from tests.kernels.reference.exact import half_unit
-from tidal_vllm.kernels.reference.decode import merge_states
+from tidal_vllm.kernels.reference import merge_states
 
 
 def check(kernels, case, batch, blocks, lens):
