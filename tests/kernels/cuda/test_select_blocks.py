@@ -1,3 +1,5 @@
+"""select_blocks: which blocks each set keeps, exactly."""
+
 import math
 
 import pytest
@@ -5,7 +7,7 @@ import torch
 
 from tests.kernels.reference import naive
 from tests.kernels.reference.exact import EXP, FEW, UNIT, assert_within
-from tidal_vllm.kernels import reference
+from tidal_vllm.kernels import DecodeArgs, Workspace, reference
 from tidal_vllm.plan.policy import SelectionRule
 
 
@@ -62,14 +64,18 @@ def check(kernels, mass, seq_lens, rule, **how):
     expected = torch.full_like(blocks, 7)
     expected_lens = torch.full_like(lens, 7)
     num_sets = tensors["topk_blocks"].shape[1]
-    reference.select_blocks(
-        tensors["block_lse"],
-        tensors["lse"],
-        tensors["seq_lens"],
-        rule=rule,
+    unused = torch.empty(0)
+    args = DecodeArgs(
+        query=unused,
+        kv_cache=unused,
+        block_table=unused,
+        output=unused,
+        scale=1.0,
+        workspace=Workspace(lse=tensors["lse"], block_lse=tensors["block_lse"]),
         topk_blocks=expected[..., : tensors["topk_blocks"].shape[2]],
         topk_lens=expected_lens[:, :num_sets],
     )
+    reference.select_blocks(args, tensors["seq_lens"], rule)
     assert torch.equal(lens, expected_lens)
     assert torch.equal(blocks, expected)
 
