@@ -1,4 +1,4 @@
-// Checks of tensors. Each failure throws std::invalid_argument:
+// Checks of an op's arguments. Each failure throws std::invalid_argument with the text
 // "<op>: <argument>.<property> is <value>; allowed: <what>".
 #pragma once
 
@@ -26,7 +26,8 @@ class Checks {
     throw std::invalid_argument(message.str());
   }
 
-  // For arguments that may be None: whether the op has a use for this one.
+  // For arguments that may be None: `given` where the op needs one, `absent` where it has
+  // no use for it.
   template <class V>
   void given(const std::optional<V>& argument, const std::string& name,
              const char* allowed = "a tensor") const {

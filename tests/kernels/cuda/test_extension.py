@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.kernels.cuda.bad_inputs import BAD_INPUTS
-from tests.kernels.cuda.emulator import CSRC, FLAGS, HERE, ROOT
+from tests.kernels.cuda.emulator import CSRC, EMULATION, FLAGS, HERE, ROOT
 from tests.kernels.cuda.op_arguments import ATTENDING, OPS
 from tidal_vllm.kernels.arguments import DecodeOps
 
@@ -30,7 +30,7 @@ def child(tmp_path_factory):
     shutil.copytree(ROOT / "tidal_vllm", site / "tidal_vllm", ignore=ignored)
     sources = [
         *(CSRC / "bindings.cpp", CSRC / "ops.cpp"),
-        *(HERE / "host/emulated_device.cpp", HERE / "host/emulation.cpp"),
+        *(HERE / "host/emulated_device.cpp", *EMULATION),
     ]
     flags = [*(f for f in FLAGS if "std" not in f), "-std=c++20", "-O0", "-fPIC"]
     flags += ["-shared", "-DTORCH_TARGET_VERSION=0x020B000000000000ULL"]

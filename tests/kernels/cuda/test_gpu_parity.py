@@ -1,4 +1,4 @@
-"""On a GPU only. The parity tables run there too: `kernels` in conftest.py."""
+"""What only a GPU can show. `kernels` in conftest.py runs the other tests there too."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_two_runs_give_the_same_bits(name):
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_graph_replayed_gives_the_bits_of_an_eager_call(op):
-    """Replayed over other lengths than it was captured with, a row left out."""
+    """The graph replays over other lengths than it was captured with."""
     import tidal_vllm.kernels.cuda as cuda
 
     args, seq_lens = decode_args("cuda"), good_seq_lens(op).cuda()
