@@ -48,6 +48,8 @@ def test_compiles(target, tmp_path):
                 for line in lines
                 if (line["kernel"], line["setup"]) == ("attend_split", setup)
             ]
-            both = [loads for values, loads in attends if values]
-            keys = [loads for values, loads in attends if not values]
-            assert all(2 * loads <= min(both) for loads in keys), attends
+            keys_and_values = [loads for values, loads in attends if values]
+            keys_alone = [loads for values, loads in attends if not values]
+            assert all(2 * loads <= min(keys_and_values) for loads in keys_alone), (
+                attends
+            )
