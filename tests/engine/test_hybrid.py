@@ -22,7 +22,7 @@ from tests.engine.models import (
 )
 from tests.engine.oracle import Oracle
 from tests.engine.replay import builders
-from tidal_vllm.plan.policy import Role
+from tidal_vllm.plan.roles import Role
 from tidal_vllm.planted import make_prompt
 
 WINDOW = 24
@@ -205,7 +205,7 @@ class TestPlantedModels:
         assert {i for i, role in roles.items() if role is Role.SELECT} == {
             *case.roles["select_layers"]
         }
-        assert sum(builder.leads for builder in builders(case.llm)) == 1
+        assert sum(builder.is_primary for builder in builders(case.llm)) == 1
 
     def test_all_groups_share_one_selection(self, case):
         states = {id(b.state) for b in builders(case.llm) if b.state is not None}

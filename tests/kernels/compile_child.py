@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 from tidal_vllm.kernels import DecodeArgs, Workspace
 from tidal_vllm.kernels.triton import attend, ops, select
 from tidal_vllm.kernels.triton.tiling import DeviceLimits
-from tidal_vllm.plan.policy import SelectionRule
+from tidal_vllm.plan.rule import SelectionRule
 
 BF16, FP16, FP32, FP8 = (
     torch.bfloat16,

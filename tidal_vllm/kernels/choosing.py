@@ -11,10 +11,11 @@ from types import ModuleType
 
 import torch
 
-from tidal_vllm.config import KERNELS, TidalConfigError, check_choice
+from tidal_vllm.config import KERNELS
 from tidal_vllm.kernels import cuda_limits, reference
 from tidal_vllm.kernels.cuda_build import advise
 from tidal_vllm.kernels.interface import Kernels, Requirements
+from tidal_vllm.validators import TidalConfigError, check_choice
 
 
 def choose(

@@ -4,7 +4,7 @@ import pytest
 
 from tests.engine.correction.harness import ask, correcting, generate, params, scheduler
 from tests.engine.correction.models import BLOCK_SIZE, SPARSE, random_prompt
-from tidal_vllm.engine.backend import ASYNC_SCHEDULER
+from tidal_vllm.names import ASYNC_SCHEDULER
 
 pytestmark = pytest.mark.compat
 

@@ -9,7 +9,7 @@ import torch
 from tests.kernels.harness import make_output, make_workspace
 from tests.kernels.reference.cases import make_batch
 from tidal_vllm.kernels import DecodeArgs, Workspace, choose
-from tidal_vllm.plan.policy import SelectionRule
+from tidal_vllm.plan.rule import SelectionRule
 
 FLOAT, INT = torch.float32, torch.int32
 RULE = SelectionRule(

@@ -8,7 +8,7 @@ import torch
 
 from tests.kernels.harness import batch_on
 from tidal_vllm.kernels import DecodeArgs, choose
-from tidal_vllm.plan.policy import SelectionRule
+from tidal_vllm.plan.rule import SelectionRule
 
 RULE = SelectionRule(
     token_budget=512,

@@ -13,9 +13,9 @@ from tests.kernels.harness import (
     exact_of,
 )
 from tests.kernels.reference.cases import Batch, Sets
-from tidal_vllm.config import TidalConfigError
 from tidal_vllm.kernels import DecodeArgs, Kernels, choose, workspace
-from tidal_vllm.plan.policy import SelectionRule
+from tidal_vllm.plan.rule import SelectionRule
+from tidal_vllm.validators import TidalConfigError
 
 RULE = SelectionRule(
     token_budget=96,

@@ -8,7 +8,7 @@ import torch
 from tests.kernels.harness import KEPT, batch_on, dense, select, selection_args
 from tests.kernels.reference import naive
 from tidal_vllm.kernels import reference
-from tidal_vllm.plan.policy import SelectionRule
+from tidal_vllm.plan.rule import SelectionRule
 
 
 def rule(budget, size=1, sinks=0, recent=1, threshold=None) -> SelectionRule:

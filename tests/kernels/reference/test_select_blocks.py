@@ -14,7 +14,7 @@ from tests.kernels.harness import selection_args
 from tests.kernels.reference import naive
 from tests.kernels.reference.cases import law, make_batch
 from tidal_vllm.kernels import reference
-from tidal_vllm.plan.policy import SelectionRule
+from tidal_vllm.plan.rule import SelectionRule
 
 
 def rule_of(budget, size, sinks=0, recent=1, threshold=0):
