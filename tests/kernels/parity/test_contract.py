@@ -48,9 +48,7 @@ def good_arguments(device) -> tuple[DecodeArgs, torch.Tensor]:
 # What an op does not look at.
 UNREAD = {
     "dense_decode": ("topk_blocks", "topk_lens", "mass"),
-    "score_blocks": (
-        *("topk_blocks", "topk_lens", "mass", "output", "partial_out"),
-    ),
+    "score_blocks": (*("topk_blocks", "topk_lens", "mass", "output", "partial_out"),),
     "sparse_decode": ("block_lse", "mass"),
     "select_blocks": (
         *("kv_cache", "block_table", "output", "partial_out", "partial_lse"),
@@ -221,9 +219,12 @@ def test_refuses_what_is_missing(kernels, device, op, name):
 def test_refuses_a_workspace_that_does_not_fit(kernels, device, op):
     """Of another engine, say, or one that was never allocated."""
     for work, words in (
-        (Workspace(), "workspace has room for 0 partial results: 2 rows of 0 heads"),
+        (Workspace(), "room for 0 partial results: 2 rows of 0 heads"),
         (Workspace.allocate(1, 4, 1, 64, 3, device), "room for 512 partial results"),
-        (Workspace.allocate(2, 2, 1, 64, 3, device), r"(partial_out|lse) has shape \[2, 2"),
+        (
+            Workspace.allocate(2, 2, 1, 64, 3, device),
+            r"\w+ has shape \[2, 2\b",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             call(kernels, op, device, workspace=work)
