@@ -16,6 +16,7 @@ import tempfile
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -79,7 +80,7 @@ def target_of(name: str) -> GPUTarget:
     return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
 
 
-def report(compiled, line: dict) -> None:
+def report(compiled: CompiledKernel, line: dict) -> None:
     asm = compiled.asm
     line["shared"] = compiled.metadata.shared
     if "cubin" in asm:
