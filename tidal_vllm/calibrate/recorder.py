@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from tidal_vllm.config import TidalConfig
-from tidal_vllm.kernels import reference
+from tidal_vllm.kernels import DecodeArgs, reference
 from tidal_vllm.plan.rule import SelectionRule, num_sets
 
 WORST, MEAN, AVOIDABLE, OVERLAP = "worst", "mean", "avoidable", "overlap"
@@ -73,7 +73,7 @@ class Recorder:
 
         Args:
             layer: Its index.
-            query: `[1, num_heads, head_size]`; the rest as in `kernels.reference`.
+            query: `[1, num_heads, head_size]`; the rest as in `kernels.DecodeArgs`.
         """
         if query.shape[0] != 1:
             raise RuntimeError(
@@ -83,19 +83,23 @@ class Recorder:
         position = self._position[layer]
         if position == 0:
             self._begin_step()
-        _, lse, fine = reference.dense_decode(
-            query,
-            kv_cache,
-            block_table,
-            seq_lens,
+        args = DecodeArgs(
+            query=query,
+            kv_cache=kv_cache,
+            block_table=block_table,
+            output=torch.empty_like(query),
             scale=scale,
             select_block_size=self._finest,
         )
+        reference.dense_decode(args, seq_lens)
+        lse, finest_block_lse = args.workspace.lse, args.workspace.block_lse
         step = self._steps[-1]
         for s, rule in enumerate(self._rules):
-            block_lse = _coarser(fine, rule.select_block_size // self._finest)
+            times = rule.select_block_size // self._finest
+            block_lse = _coarser(finest_block_lse, times)
+            args.workspace.block_lse = block_lse
             mass = (block_lse[0] - lse[0, :, None]).exp()
-            chosen = self._select(rule, self._num_sets[s], block_lse, lse, seq_lens)
+            chosen = _select(args, seq_lens, rule, self._num_sets[s])
             self._chosen[s].append(chosen)
             given = torch.stack(self._chosen[s])
             captured = _captured(mass, given)
@@ -103,7 +107,7 @@ class Recorder:
             step[WORST][s, upto, position] = captured.amin(1).cpu()
             step[MEAN][s, upto, position] = captured.mean(1).cpu()
             if s == 0:
-                own = self._select(rule, self._num_heads, block_lse, lse, seq_lens)
+                own = _select(args, seq_lens, rule, self._num_heads)
                 missed = _captured(mass, own[None]) - captured
                 step[AVOIDABLE][upto, position] = missed.clamp_(min=0).amax(1).cpu()
                 step[OVERLAP][upto, position] = _overlap(given, mass.shape[1]).cpu()
@@ -135,17 +139,6 @@ class Recorder:
         )
         self._chosen = [[] for _ in self._rules]
 
-    def _select(self, rule, sets, block_lse, lse, seq_lens) -> torch.Tensor:
-        """[sets, kept] block indices, by the rule itself."""
-        kept = rule.num_kept_blocks(int(seq_lens[0]))
-        device = block_lse.device
-        blocks = torch.empty((1, sets, kept), dtype=torch.int32, device=device)
-        lens = torch.empty((1, sets), dtype=torch.int32, device=device)
-        reference.select_blocks(
-            block_lse, lse, seq_lens, rule=rule, topk_blocks=blocks, topk_lens=lens
-        )
-        return blocks[0].long()
-
 
 def merge_ranks(paths: Sequence[Path]) -> dict[str, np.ndarray]:
     """The recordings of all ranks as that of one model, worst over the ranks."""
@@ -157,6 +150,18 @@ def merge_ranks(paths: Sequence[Path]) -> dict[str, np.ndarray]:
         name: merge(np.stack([rank[name] for rank in ranks]), axis=0)
         for name, merge in _MERGE.items()
     }
+
+
+def _select(
+    args: DecodeArgs, seq_lens: torch.Tensor, rule: SelectionRule, num_sets: int
+) -> torch.Tensor:
+    """`[num_sets, kept]` block indices that the rule keeps by the scores of `args`."""
+    kept = rule.num_kept_blocks(int(seq_lens[0]))
+    int32 = {"dtype": torch.int32, "device": args.query.device}
+    args.topk_blocks = torch.empty((1, num_sets, kept), **int32)
+    args.topk_lens = torch.empty((1, num_sets), **int32)
+    reference.select_blocks(args, seq_lens, rule)
+    return args.topk_blocks[0].long()
 
 
 def _coarser(block_lse: torch.Tensor, times: int) -> torch.Tensor:
@@ -172,11 +177,11 @@ def _captured(mass: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
     """Mass of each head in the sets it is given.
 
     Args:
-        mass: [num_heads, num_blocks].
-        given: [num_selections, num_sets, kept]; the heads of a set are neighbours.
+        mass: `[num_heads, num_blocks]`.
+        given: `[num_selections, num_sets, kept]`; the heads of a set are neighbours.
 
     Returns:
-        [num_selections, num_heads].
+        `[num_selections, num_heads]`.
     """
     selections, sets, kept = given.shape
     by_set = mass.view(1, sets, -1, mass.shape[1])
@@ -188,7 +193,7 @@ def _captured(mass: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
 
 
 def _overlap(given: torch.Tensor, num_blocks: int) -> torch.Tensor:
-    """Share of the last selection's blocks that each one has: [num_selections]."""
+    """Share of the last selection's blocks that each one has: `[num_selections]`."""
     own = torch.zeros(given.shape[1], num_blocks, device=given.device)
     own.scatter_(1, given[-1], 1.0)
     return own.expand(len(given), -1, -1).gather(2, given).mean((1, 2))
