@@ -66,7 +66,7 @@ def write_report(path: Path, job: Job, result: Result, fields: dict[str, Any]) -
 
 def _page(job: Job, result: Result, fields: dict[str, Any]) -> str:
     best = result.best
-    dense, select = result.roles(result.chosen.choice)
+    dense, select = result.roles(result.chosen.candidate)
     measured = fields["measured"]
     asked = measured["prompts"]
     kinds = ", ".join(asked["kinds"])
@@ -157,8 +157,8 @@ def _runner_up(result: Result) -> str:
     other = result.runner_up
     if other is None:
         return "none was run"
-    _, select = result.roles(other.choice)
-    full, ours = other.choice.num_full, result.chosen.choice.num_full
+    _, select = result.roles(other.candidate)
+    full, ours = other.candidate.num_full, result.chosen.candidate.num_full
     size = "as many full layers" if full == ours else f"{full} full layers, not {ours}"
     agreement = f"agreement {other.measured.agreement:.1%}"
     return f"SELECT {format_layers(select)} ({size}), {agreement}, {_verdict(other)}"
@@ -175,7 +175,7 @@ def _heat_map(
 ) -> str:
     """[i, j] as cells: row i, column j, from white (0) to the colour (1)."""
     count, left, top = len(result.layers), 34, 34
-    select = result.chosen.choice.select
+    select = result.chosen.candidate.select
     ends = [*select[1:], count]
     given = {
         (i, j) for i, end in zip(select, ends, strict=True) for j in range(i + 1, end)
@@ -276,9 +276,9 @@ def _curve(result: Result) -> str:
 
 def _tried_table(result: Result) -> str:
     def row(one: Tried) -> tuple[bool, list[str]]:
-        _, select = result.roles(one.choice)
-        cells = [format_layers(select), str(one.choice.num_full)]
-        cells += [f"{one.choice.loss:.3f}", *_measured_cells(one.measured)]
+        _, select = result.roles(one.candidate)
+        cells = [format_layers(select), str(one.candidate.num_full)]
+        cells += [f"{one.candidate.loss:.3f}", *_measured_cells(one.measured)]
         return one is result.chosen, [*cells, _verdict(one)]
 
     head = ["SELECT layers", "full layers", "expected loss", *_MEASURED, "holds"]
@@ -316,7 +316,7 @@ def _rules_table(result: Result) -> str:
         (False, [name, format_layers(result.roles(one)[1]), f"{one.loss:.3f}"])
         for name, one in result.others.items()
     ]
-    ours = result.chosen.choice
+    ours = result.chosen.candidate
     select = format_layers(result.roles(ours)[1])
     rows.insert(0, (True, ["this calibration", select, f"{ours.loss:.3f}"]))
     return _table(["rule", "SELECT layers", "expected loss"], rows)
