@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from calibration_baselines import random_spec
 
+from tests.calibrate.pages import check_html, pictures_of
 from tests.engine.harness import child_environment
 from tests.engine.models import build_random_model, random_prompt
 from tidal_vllm import cli
@@ -41,34 +41,6 @@ def in_a_project(vllm_here, tmp_path, monkeypatch):
 def planted(hops: int, seed: int, num_layers: int = 9):
     spec = random_spec(hops, seed, num_layers)
     return spec, build_planted_model(Path(f"hops-{hops}"), spec)
-
-
-class Html(HTMLParser):
-    """Fails where an element is left open, or closed out of turn."""
-
-    VOID = ("meta",)
-
-    def __init__(self):
-        super().__init__()
-        self.open = []
-
-    def handle_starttag(self, tag, attributes):
-        assert self.open[-1:] != ["p"] or tag in ("b", "code"), f"<{tag}> in a <p>"
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        pass
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, f"</{tag}> after {self.open}"
-
-
-def check_html(page: str) -> None:
-    parser = Html()
-    parser.feed(page)
-    parser.close()
-    assert parser.open == []
 
 
 def calibrate(*arguments, **engine) -> int:
@@ -104,7 +76,7 @@ def check_everything(spec, model, shown):
     assert not measured["tried"][0]["holds"], "fewer full layers were tried first"
 
     report = path.with_suffix(".html").read_text()
-    assert report.count("<svg") == 3 and "mean overlap (TidalDecode)" in report
+    assert len(pictures_of(report)) == 2 and "mean overlap (TidalDecode)" in report
     assert "http" not in report, "a page that needs nothing else"
     check_html(report)
     paragraphs = re.findall("<p(?: class=note)?>(.*?)</p>", report)

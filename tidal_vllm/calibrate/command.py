@@ -12,12 +12,14 @@ from typing import Any
 
 from tidal_vllm.calibrate.engine import CalibrationEngine, switches
 from tidal_vllm.calibrate.interrupt import Interrupts
+from tidal_vllm.calibrate.pictures import how_to_get
 from tidal_vllm.calibrate.record import profile_fields
-from tidal_vllm.calibrate.report import describe, write_report
+from tidal_vllm.calibrate.report import write_report
 from tidal_vllm.calibrate.request import Request
 from tidal_vllm.calibrate.result import Job, NotCalibrated, Result
 from tidal_vllm.calibrate.run import calibrate
 from tidal_vllm.calibrate.state import State
+from tidal_vllm.calibrate.summary import describe
 from tidal_vllm.profiles import find_profile, load_profile
 from tidal_vllm.validators import TidalConfigError
 
@@ -55,6 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
         return interrupts.exit_code()
     print(describe(job, result, seconds))
     print(f"\nProfile: {path}\nReport:  {path.with_suffix('.html')}")
+    if advice := how_to_get():
+        _say(f"The report has no pictures: {advice}")
     print(_how_to_use(arguments.model, path, request.sha256, job.num_layers))
     return 0
 
