@@ -32,7 +32,7 @@ class Interrupts:
         }
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -45,6 +45,6 @@ class Interrupts:
         """What a shell expects of a program that a signal stopped."""
         return 128 + (self.signum or signal.SIGINT)
 
-    def _handle(self, number: int, _) -> None:
+    def _handle(self, number: int, _: object) -> None:
         self.signum = number
         raise KeyboardInterrupt

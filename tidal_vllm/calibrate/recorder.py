@@ -29,7 +29,7 @@ class Recorder:
     Per step, and with i <= j positions of layers in ascending order:
         worst, mean: `[num_settings, num_layers, num_layers]`; entry `[s, i, j]` is the
             attention mass of layer j, 0 to 1, in the blocks that layer i selects under
-            setting s: of the worst of the rank's heads, and their mean.
+            setting s: that of the worst of the rank's heads, and the heads' mean.
         avoidable: `[num_layers, num_layers]`, first setting: how much more of its mass
             a head of layer j has in the blocks that it would choose for itself alone,
             for the head where that is most.
@@ -40,7 +40,7 @@ class Recorder:
         layers: Indices of the layers that take part, ascending.
         num_heads: Query heads of this rank.
         num_kv_heads: KV heads of this rank.
-        settings: What to record for; their block sizes divide the KV block size.
+        settings: Settings to record for; their block sizes divide the KV block size.
     """
 
     def __init__(
@@ -72,8 +72,12 @@ class Recorder:
         """Take in one layer of a decode step; layers come in ascending order.
 
         Args:
-            layer: Its index.
-            query: `[1, num_heads, head_size]`; the rest as in `kernels.reference`.
+            layer: The layer's index.
+            query: `[1, num_heads, head_size]`.
+            kv_cache, block_table, seq_lens, scale: As in `kernels.reference`.
+
+        Raises:
+            RuntimeError: Several sequences decode in this step.
         """
         if query.shape[0] != 1:
             raise RuntimeError(
@@ -135,12 +139,19 @@ class Recorder:
         )
         self._chosen = [[] for _ in self._rules]
 
-    def _select(self, rule, sets, block_lse, lse, seq_lens) -> torch.Tensor:
-        """[sets, kept] block indices, by the rule itself."""
+    @staticmethod
+    def _select(
+        rule: SelectionRule,
+        num_sets: int,
+        block_lse: torch.Tensor,
+        lse: torch.Tensor,
+        seq_lens: torch.Tensor,
+    ) -> torch.Tensor:
+        """The blocks that the rule selects, [num_sets, kept] int64 block indices."""
         kept = rule.num_kept_blocks(int(seq_lens[0]))
         device = block_lse.device
-        blocks = torch.empty((1, sets, kept), dtype=torch.int32, device=device)
-        lens = torch.empty((1, sets), dtype=torch.int32, device=device)
+        blocks = torch.empty((1, num_sets, kept), dtype=torch.int32, device=device)
+        lens = torch.empty((1, num_sets), dtype=torch.int32, device=device)
         reference.select_blocks(
             block_lse, lse, seq_lens, rule=rule, topk_blocks=blocks, topk_lens=lens
         )
@@ -148,7 +159,15 @@ class Recorder:
 
 
 def merge_ranks(paths: Sequence[Path]) -> dict[str, np.ndarray]:
-    """The recordings of all ranks as that of one model, worst over the ranks."""
+    """The recordings of all ranks as one model's, by the arrays' names.
+
+    Args:
+        paths: What `Recorder.save` wrote, rank by rank.
+
+    Returns:
+        The arrays of `Recorder`, each with the steps in front: `[num_steps, ...]`. Of
+        worst and avoidable the worst rank's, of mean and overlap the ranks' mean.
+    """
     ranks = []
     for path in paths:
         with np.load(path) as found:
@@ -160,7 +179,7 @@ def merge_ranks(paths: Sequence[Path]) -> dict[str, np.ndarray]:
 
 
 def _coarser(block_lse: torch.Tensor, times: int) -> torch.Tensor:
-    """The lse of blocks that are `times` as long."""
+    """The log-sum-exp of blocks that are `times` as long."""
     if times == 1:
         return block_lse
     missing = -block_lse.shape[-1] % times
