@@ -222,10 +222,10 @@ def _table(comparisons: list[Comparison]) -> str:
             cells.append(f"{median(a.attended for a in answers):>7.0f}")
         for seconds in (race.dense, race.sparse):
             cells.append(f"{1e3 * median(seconds):>7.1f}")
-        told = "?" if race.why_unclear() else f"{race.speed_up:.2f}x"
+        told = "?" if race.reason_unclear() else f"{race.speed_up:.2f}x"
         lines.append("  ".join([*cells, f"{told:>8}"]))
     lines.append("  Tokens attended: per step, by each layer that may be SPARSE.")
     lines.append(f"  Times: medians of {TRIALS} answers, dense and sparse in turn.")
-    reasons = dict.fromkeys(c.race.why_unclear() for c in comparisons)
+    reasons = dict.fromkeys(c.race.reason_unclear() for c in comparisons)
     lines += [f"  ?: {reason}" for reason in reasons if reason]
     return "\n".join(lines)

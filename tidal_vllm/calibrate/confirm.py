@@ -32,7 +32,7 @@ def confirm(job: Job, answers: Answers, candidates: Iterable[Candidate]) -> list
     for num_full, group in itertools.groupby(candidates, key=lambda c: c.num_full):
         same_size = list(group)
         settings = [answers.settings(job.config, one) for one in same_size]
-        title = f"Trying {len(same_size)} choices of {num_full} full layers"
+        title = f"Trying choices of {num_full} full layers"
         found = answers.measure(title, settings)
         of_size = [_judge(job, *one) for one in zip(same_size, found, strict=True)]
         for i in sorted(range(len(of_size)), key=lambda i: of_size[i].rank):

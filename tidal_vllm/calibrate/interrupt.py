@@ -23,8 +23,8 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         # NOTE: Python lets only the main thread set handlers, and calls them there.
-        ours = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGINT, signal.SIGTERM) if ours else ()
+        may_handle = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if may_handle else ()
         self._before = {
             number: signal.signal(number, self._handle)
             for number in numbers

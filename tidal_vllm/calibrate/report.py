@@ -155,9 +155,9 @@ def _rules_table(result: Result) -> str:
         (False, [name, format_layers(result.roles(one)[1]), f"{one.loss:.3f}"])
         for name, one in result.others.items()
     ]
-    ours = result.chosen.candidate
-    select = format_layers(result.roles(ours)[1])
-    rows.insert(0, (True, ["this calibration", select, f"{ours.loss:.3f}"]))
+    chosen = result.chosen.candidate
+    select = format_layers(result.roles(chosen)[1])
+    rows.insert(0, (True, ["this calibration", select, f"{chosen.loss:.3f}"]))
     return _table(["rule", "SELECT layers", "expected loss"], rows)
 
 

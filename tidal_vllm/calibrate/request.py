@@ -170,9 +170,9 @@ class Request:
                 more["pipeline_parallel_size"],
                 reason,
             )
-        ours = {*engine_kwargs("", {}), "speculative_config", "tensor_parallel_size"}
+        taken = {*engine_kwargs("", {}), "speculative_config", "tensor_parallel_size"}
         for key in more:
-            if key in ours:
+            if key in taken:
                 reason = "is set by the calibration itself; must be left out"
                 raise TidalConfigError(f"--engine-args {key}", more[key], reason)
         more["tensor_parallel_size"] = self.given.tensor_parallel_size

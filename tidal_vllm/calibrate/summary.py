@@ -82,8 +82,10 @@ def runner_up(result: Result) -> str:
     if other is None:
         return "none was run"
     _, select = result.roles(other.candidate)
-    full, ours = other.candidate.num_full, result.chosen.candidate.num_full
-    size = "as many full layers" if full == ours else f"{full} full layers, not {ours}"
+    full, chosen = other.candidate.num_full, result.chosen.candidate.num_full
+    size = f"{full} full layers, not {chosen}"
+    if full == chosen:
+        size = "as many full layers"
     agreement = f"agreement {other.measured.agreement:.1%}"
     return f"SELECT {format_layers(select)} ({size}), {agreement}, {verdict(other)}"
 
