@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from calibration_baselines import random_spec
 
+from tests.calibrate.commands import ENGINE, QUICK, calibrate
 from tests.calibrate.pages import check_html, pictures_of
 from tests.engine.harness import child_environment
 from tests.engine.models import build_random_model, random_prompt
@@ -19,33 +20,14 @@ from tidal_vllm import cli
 from tidal_vllm.calibrate import command
 from tidal_vllm.calibrate.engine import CalibrationEngine
 from tidal_vllm.planted import build_planted_model, make_prompt
-from tidal_vllm.profiles import load_profile, search
+from tidal_vllm.profiles import load_profile
 
-ENGINE = {"kv_cache_memory_bytes": 1 << 26, "block_size": 16}
-# A loss of 0.1 takes 35 tokens to prove; 3 prompts of a planted model give 24.
-QUICK = ["--num-prompts", "3", "--context", "400", "--budget", "64"]
-QUICK += ["--max-loss", "0.1"]
-
-
-@pytest.fixture(autouse=True)
-def in_a_project(vllm_here, tmp_path, monkeypatch):
-    """An empty project folder, and no user."""
-    from vllm import envs
-
-    envs.disable_envs_cache()
-    (tmp_path / "project").mkdir()
-    monkeypatch.chdir(tmp_path / "project")
-    monkeypatch.setattr(search, "USER_DIR", str(tmp_path / "user"))
+pytestmark = pytest.mark.usefixtures("vllm_in_a_project")
 
 
 def planted(hops: int, seed: int, num_layers: int = 9):
     spec = random_spec(hops, seed, num_layers)
     return spec, build_planted_model(Path(f"hops-{hops}"), spec)
-
-
-def calibrate(*arguments, **engine) -> int:
-    engine_args = json.dumps(ENGINE | engine)
-    return cli.main(["calibrate", *map(str, arguments), "--engine-args", engine_args])
 
 
 # Whole runs

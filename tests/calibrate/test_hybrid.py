@@ -1,30 +1,24 @@
 """Of a hybrid model the layers with full attention are calibrated, and no others."""
 
-import json
 from pathlib import Path
 
 import pytest
 from calibration_baselines import random_spec
 
-from tests.calibrate.test_command import ENGINE, QUICK, in_a_project  # noqa: F401
+from tests.calibrate.commands import ENGINE, QUICK, calibrate
 from tests.engine.models import (
     build_random_model,
     build_windowed_planted_model,
     hybrid_layers,
 )
-from tidal_vllm import cli
 from tidal_vllm.plan.policy import Role
 from tidal_vllm.plan.resolve import resolve
 from tidal_vllm.planted import build_planted_model, make_prompt
 from tidal_vllm.profiles import load_profile
 
+pytestmark = pytest.mark.usefixtures("vllm_in_a_project")
 IDLE_AFTER = (1, 3, 4, 7)
 SLIDES, FULL = "sliding_attention", "full_attention"
-
-
-def calibrate(*arguments) -> int:
-    engine_args = ["--engine-args", json.dumps(ENGINE)]
-    return cli.main(["calibrate", *map(str, arguments), *engine_args])
 
 
 @pytest.mark.extended
