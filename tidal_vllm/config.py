@@ -1,7 +1,7 @@
 """Every knob of the TIDAL backend: unit, range, default and what is refused.
 
 Read once at start-up from ``--additional-config '{"tidal": {...}}'``. Imports neither
-torch nor vLLM; which layers a model really has is checked in ``plan/policy.py``.
+torch nor vLLM; which layers a model really has is checked in ``plan/layers.py``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from tidal_vllm.registry import METHODS
 from tidal_vllm.validators import (
     TidalConfigError,
     check_bool,
@@ -25,8 +26,10 @@ SCOPES = ("sequence", "kv_head", "query_head")
 SELECT_ATTENDS = ("everything", "chosen")
 KERNELS = ("auto", "cuda", "triton", "reference")
 
+# What a preset stands for: a method of choosing blocks, and the knobs of its paper.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
+        "method": "tidaldecode",
         "token_budget": 4096,
         "select_block_size": 16,
         "scope": "sequence",
@@ -38,6 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # current token must attend to itself. 4096 is the larger of the paper's two
     # LongBench budgets.
     "tidaldecode": {
+        "method": "tidaldecode",
         "token_budget": 4096,
         "select_block_size": 1,
         "scope": "query_head",
@@ -46,14 +50,42 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # LessIsMore, arXiv 2508.07101: one selection for all heads, r = 0.25 of the budget
     # for the newest tokens and "four tokens as attention sinks in all experiments" (v2,
-    # section 4.1). The paper merges the heads' top-k lists by rank, this preset by
-    # attention mass; the paper's budgets are 1K to 8K.
+    # section 4.1). Its budgets are 1K to 8K.
     "lessismore": {
+        "method": "lessismore",
         "token_budget": 4096,
         "select_block_size": 1,
         "scope": "sequence",
         "sink_tokens": 4,
         "recent_fraction": 0.25,
+    },
+    # Quest, arXiv 2406.10774: every query head keeps its own top pages of 16 tokens, in
+    # all layers but the first two. 4096 is the largest budget of its figures.
+    "quest": {
+        "method": "quest",
+        "token_budget": 4096,
+        "select_block_size": 16,
+        "scope": "query_head",
+        "sink_tokens": 0,
+        "recent_fraction": 0.0,
+    },
+    # StreamingLLM, arXiv 2309.17453: four sinks and a window of the newest tokens.
+    "sliding_window": {
+        "method": "sliding_window",
+        "token_budget": 4096,
+        "select_block_size": 16,
+        "scope": "sequence",
+        "sink_tokens": 4,
+        "recent_fraction": 0.25,
+    },
+    # What exact scores in every layer would give: a bound for the other methods.
+    "oracle": {
+        "method": "oracle",
+        "token_budget": 4096,
+        "select_block_size": 1,
+        "scope": "query_head",
+        "sink_tokens": 0,
+        "recent_fraction": 0.0,
     },
 }
 
@@ -73,8 +105,15 @@ class TidalConfig:
     """The validated configuration; building one with a bad value raises.
 
     Attributes:
-        preset: Named starting point, one of ``PRESETS``: "default", "tidaldecode",
-            "lessismore". Any key given explicitly wins over it.
+        preset: Named starting point, one of ``PRESETS``: "default", or the settings of
+            a paper: "tidaldecode", "lessismore", "quest", "sliding_window", "oracle".
+            Any key given explicitly wins over it.
+        method: How blocks are chosen, one of ``registry.METHODS``; their docstrings
+            define them. "tidaldecode" (default): by attention mass, in few layers.
+            "lessismore": in few layers, by merging the heads' own rankings. In every
+            layer choose "quest" (by bounds of a block's keys), "sliding_window" (the
+            sinks and the newest tokens) and "oracle" (by the layer's own attention
+            mass).
         token_budget: Tokens that one selection may hold, forced ones included. A
             positive multiple of ``select_block_size`` with room for the forced tokens.
             Default 4096.
@@ -104,8 +143,10 @@ class TidalConfig:
             SPARSE layer does; tokens that are newer than the selection are always kept.
             1 (default): the layer selects in every step.
         select_attends: What a SELECT layer attends to once it has selected:
-            "everything" (default), or "chosen": the layer reads all keys to select, and
-            then the keys and values of the selected blocks.
+            "everything", or "chosen": the layer reads all keys to select, and then the
+            keys and values of the selected blocks. Null (default): "everything";
+            "chosen" with a method by which every layer chooses, which allows nothing
+            else.
         correction_interval: Decode steps, >= 1, after which the KV that sparse layers
             wrote is recomputed densely. Null (default): never.
         publish_polluted: Whether vLLM's prefix cache may hand out KV that sparse
@@ -117,6 +158,7 @@ class TidalConfig:
     """
 
     preset: str = "default"
+    method: str = _FROM_PRESET
     token_budget: int = _FROM_PRESET
     select_block_size: int = _FROM_PRESET
     scope: str = _FROM_PRESET
@@ -127,7 +169,7 @@ class TidalConfig:
     profile: str | None = None
     min_sparse_len: int | None = None
     reselect_interval: int = 1
-    select_attends: str = "everything"
+    select_attends: str | None = None
     correction_interval: int | None = None
     publish_polluted: bool = False
     kernels: str = "auto"
@@ -137,8 +179,9 @@ class TidalConfig:
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is _FROM_PRESET:
                 self._set(name, value)
+        check_choice("tidal.method", self.method, METHODS)
         check_choice("tidal.scope", self.scope, SCOPES)
-        check_choice("tidal.select_attends", self.select_attends, SELECT_ATTENDS)
+        self._check_select_attends()
         check_choice("tidal.kernels", self.kernels, KERNELS)
         allowed = "must be an integer >= 1 (decode steps)"
         check_int("tidal.reselect_interval", self.reselect_interval, 1, allowed)
@@ -229,6 +272,18 @@ class TidalConfig:
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
+
+    def _check_select_attends(self) -> None:
+        everywhere = METHODS[self.method].every_layer
+        if self.select_attends is None:
+            self._set("select_attends", "chosen" if everywhere else "everything")
+        check_choice("tidal.select_attends", self.select_attends, SELECT_ATTENDS)
+        if everywhere and self.select_attends != "chosen":
+            allowed = (
+                f"with method {self.method!r} every layer chooses, and none would be "
+                "sparse: must be 'chosen', or null"
+            )
+            raise TidalConfigError("tidal.select_attends", self.select_attends, allowed)
 
     def _check_tokens(self) -> None:
         size = self.select_block_size

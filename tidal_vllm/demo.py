@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.engine.metrics import COUNTING_WORKER
 from tidal_vllm.fair_timing import Race, waiting_and_running
+from tidal_vllm.plan.layers import plan_layers
 from tidal_vllm.plan.lengths import limit_plan
-from tidal_vllm.plan.policy import plan_layers
 from tidal_vllm.plan.table import format_plan
 from tidal_vllm.planted import (
     PlantedPrompt,

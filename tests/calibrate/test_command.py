@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from calibration_baselines import random_spec
 
+from benchmarks.quality.calibration_baselines import random_spec
 from tests.calibrate.commands import ENGINE, QUICK, calibrate
 from tests.calibrate.pages import check_html, pictures_of
-from tests.engine.harness import child_environment
-from tests.engine.models import build_random_model, random_prompt
+from tests.support.models import build_random_model, random_prompt
+from tests.support.processes import child_environment
 from tidal_vllm import cli
 from tidal_vllm.calibrate import command
 from tidal_vllm.calibrate.engine import CalibrationEngine

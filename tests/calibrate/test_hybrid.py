@@ -3,16 +3,16 @@
 from pathlib import Path
 
 import pytest
-from calibration_baselines import random_spec
 
+from benchmarks.quality.calibration_baselines import random_spec
 from tests.calibrate.commands import ENGINE, QUICK, calibrate
-from tests.engine.models import (
+from tests.support.models import (
     build_random_model,
     build_windowed_planted_model,
     hybrid_layers,
 )
-from tidal_vllm.plan.policy import Role
 from tidal_vllm.plan.resolve import resolve
+from tidal_vllm.plan.roles import Role
 from tidal_vllm.planted import build_planted_model, make_prompt
 from tidal_vllm.profiles import load_profile
 

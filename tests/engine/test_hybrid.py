@@ -4,25 +4,18 @@ part, and answers are those of the definition."""
 import pytest
 import torch
 
-from tests.engine.harness import (
-    MiB,
-    counters,
-    generate,
-    reconfigured,
-    runner,
-    scheduler,
-    tokens,
-)
-from tests.engine.models import (
+from tests.support.asking import generate, tokens
+from tests.support.engines import MiB, builders, reconfigured, runner, scheduler
+from tests.support.models import (
     LFM2,
     build_random_model,
     build_windowed_planted_model,
     hybrid_layers,
     random_prompt,
 )
-from tests.engine.oracle import Oracle
-from tests.engine.replay import builders
-from tidal_vllm.plan.policy import Role
+from tests.support.oracle import Oracle
+from tests.support.watching import counters
+from tidal_vllm.plan.roles import Role
 from tidal_vllm.planted import make_prompt
 
 WINDOW = 24
@@ -205,7 +198,7 @@ class TestPlantedModels:
         assert {i for i, role in roles.items() if role is Role.SELECT} == {
             *case.roles["select_layers"]
         }
-        assert sum(builder.leads for builder in builders(case.llm)) == 1
+        assert sum(builder.is_primary for builder in builders(case.llm)) == 1
 
     def test_all_groups_share_one_selection(self, case):
         states = {id(b.state) for b in builders(case.llm) if b.state is not None}

@@ -9,20 +9,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tidal_vllm.config import TidalConfig
-from tidal_vllm.plan.policy import (
-    LayerPlan,
-    Role,
-    SelectionRule,
-    all_dense,
-    check_pipeline_stage,
-    choices_of_layers,
-    format_layers,
-    kv_read_share,
-    num_sets,
-    plan_layers,
-    runs_sparse,
-    safest_roles,
-)
+from tidal_vllm.plan.layers import plan_layers, safest_roles
+from tidal_vllm.plan.roles import LayerPlan, Role, all_dense, format_layers
+from tidal_vllm.plan.rule import SelectionRule, num_sets
+from tidal_vllm.plan.stages import check_pipeline_stage
+from tidal_vllm.plan.steps import kv_read_share, runs_sparse, selection_indices
 from tidal_vllm.plan.table import format_plan
 from tidal_vllm.profiles import PACKAGED_DIR, Profile
 from tidal_vllm.validators import TidalConfigError
@@ -346,10 +337,10 @@ def test_kv_read_share_is_the_formula_of_the_survey(settings, tokens):
 def test_one_choice_for_all_layers_or_one_per_select_layer():
     made = LayerPlan((D, S, P, P, S, P, D, P), "test")
     every = range(8)
-    assert choices_of_layers(made, every, 1) == dict.fromkeys((1, 2, 3, 4, 5, 7), 0)
+    assert selection_indices(made, every, 1) == dict.fromkeys((1, 2, 3, 4, 5, 7), 0)
     kept = {1: 0, 2: 0, 3: 0, 4: 1, 5: 1, 7: 1}
-    assert choices_of_layers(made, every, 2) == kept
-    assert choices_of_layers(made, range(4, 8), 2) == {4: 0, 5: 0, 7: 0}
+    assert selection_indices(made, every, 2) == kept
+    assert selection_indices(made, range(4, 8), 2) == {4: 0, 5: 0, 7: 0}
 
 
 # The start-up table
@@ -418,7 +409,7 @@ def test_layer_ranges(layers, text):
 
 def test_imports_neither_torch_nor_vllm():
     code = (
-        "import sys, tidal_vllm.config, tidal_vllm.plan.policy, tidal_vllm.profiles\n"
+        "import sys, tidal_vllm.config, tidal_vllm.plan.layers, tidal_vllm.profiles\n"
         "print([m for m in ('torch', 'vllm') if m in sys.modules])"
     )
     root = Path(__file__).parents[2]

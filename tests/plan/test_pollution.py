@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidal_vllm.config import TidalConfig
-from tidal_vllm.plan.policy import SelectionRule, all_dense, plan_layers
+from tidal_vllm.plan.layers import plan_layers
 from tidal_vllm.plan.pollution import (
     MIN_REMAINING,
     StepDemand,
@@ -14,6 +14,8 @@ from tidal_vllm.plan.pollution import (
     is_due,
     pollutes,
 )
+from tidal_vllm.plan.roles import all_dense
+from tidal_vllm.plan.rule import SelectionRule
 from tidal_vllm.plan.table import format_plan
 from tidal_vllm.validators import TidalConfigError
 

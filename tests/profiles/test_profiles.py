@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tidal_vllm.config import TidalConfig
-from tidal_vllm.plan.policy import plan_layers
+from tidal_vllm.plan.layers import plan_layers
 from tidal_vllm.profiles import (
     PACKAGED_DIR,
     find_profile,

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+from environment import installer, steps
+from environment.installer import Installer
+from environment.progress import Step, StepFailed
+from environment.torn import remove_torn_packages
+from tidal_vllm import versions
 
-from environment import installer, steps  # noqa: E402
-from environment.installer import Installer  # noqa: E402
-from environment.progress import Step, StepFailed  # noqa: E402
-from environment.torn import remove_torn_packages  # noqa: E402
-from tidal_vllm import versions  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 
 def write_wheel(folder: Path, name: str, version: str, requires: tuple = ()) -> Path:

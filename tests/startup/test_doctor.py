@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.startup.fresh import TIDAL_VLLM, run, run_python, write_distribution
+from tests.support.processes import TIDAL_VLLM, run, run_python, write_distribution
 from tidal_vllm import child_process, doctor, probe
-from tidal_vllm import kernels as ops
+from tidal_vllm.kernels import choosing
 
 AT_ONCE = ["package", "vLLM", "torch", "profiles"]
 
@@ -175,9 +175,9 @@ def test_the_cause_of_a_failed_engine_is_its_own():
 def test_a_gpu_without_its_kernels(monkeypatch, device, cuda, advised):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     if device != "cpu":  # what a machine with Triton alone has to offer
-        offer = {name: ops.dispatch._CANDIDATES[name] for name in ("cuda", "reference")}
-        monkeypatch.setattr(ops.dispatch, "_CANDIDATES", offer)
-    kernels = ops.describe(device)
+        offer = {name: choosing._CANDIDATES[name] for name in ("cuda", "reference")}
+        monkeypatch.setattr(choosing, "_CANDIDATES", offer)
+    kernels = choosing.describe(device)
     assert kernels.name == "reference"
     assert ("TIDAL_BUILD_CUDA=1" in kernels.advice) is advised
     assert ("not the CUDA kernels for it: " in kernels.advice) is advised

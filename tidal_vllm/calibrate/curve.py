@@ -12,8 +12,10 @@ from tidal_vllm.calibrate.candidates import MASS_QUANTILE, Candidate, over_steps
 from tidal_vllm.calibrate.grid import recorder_settings, same_but_budget
 from tidal_vllm.calibrate.result import CurvePoint, Job, Measured, NotCalibrated
 from tidal_vllm.config import TidalConfig
-from tidal_vllm.plan.policy import Role, kv_read_share, plan_layers
+from tidal_vllm.plan.layers import plan_layers
 from tidal_vllm.plan.pollution import MIN_REMAINING
+from tidal_vllm.plan.roles import Role
+from tidal_vllm.plan.steps import kv_read_share
 
 INTERVALS = (4, 8, 16, 32)  # decode steps between corrections
 

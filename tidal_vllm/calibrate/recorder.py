@@ -16,7 +16,8 @@ import torch
 
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.kernels import reference
-from tidal_vllm.plan.policy import SelectionRule, num_sets
+from tidal_vllm.kernels.arguments import DecodeArgs
+from tidal_vllm.plan.rule import SelectionRule, num_sets
 
 WORST, MEAN, AVOIDABLE, OVERLAP = "worst", "mean", "avoidable", "overlap"
 # How the ranks of a tensor parallel run combine: each has heads of its own.
@@ -87,19 +88,23 @@ class Recorder:
         position = self._position[layer]
         if position == 0:
             self._begin_step()
-        _, lse, fine = reference.dense_decode(
-            query,
-            kv_cache,
-            block_table,
-            seq_lens,
+        args = DecodeArgs(
+            query=query,
+            kv_cache=kv_cache,
+            block_table=block_table,
+            output=torch.empty_like(query),
             scale=scale,
             select_block_size=self._finest,
         )
+        reference.score_blocks(args, seq_lens)
+        lse, fine = args.workspace.lse, args.workspace.block_lse
         step = self._steps[-1]
         for s, rule in enumerate(self._rules):
-            block_lse = _coarser(fine, rule.select_block_size // self._finest)
-            mass = (block_lse[0] - lse[0, :, None]).exp()
-            chosen = self._select(rule, self._num_sets[s], block_lse, lse, seq_lens)
+            args.workspace.block_lse = _coarser(
+                fine, rule.select_block_size // self._finest
+            )
+            mass = (args.workspace.block_lse[0] - lse[0, :, None]).exp()
+            chosen = _select(args, seq_lens, rule, self._num_sets[s])
             self._chosen[s].append(chosen)
             given = torch.stack(self._chosen[s])
             captured = _captured(mass, given)
@@ -107,7 +112,7 @@ class Recorder:
             step[WORST][s, upto, position] = captured.amin(1).cpu()
             step[MEAN][s, upto, position] = captured.mean(1).cpu()
             if s == 0:
-                own = self._select(rule, self._num_heads, block_lse, lse, seq_lens)
+                own = _select(args, seq_lens, rule, self._num_heads)
                 missed = _captured(mass, own[None]) - captured
                 step[AVOIDABLE][upto, position] = missed.clamp_(min=0).amax(1).cpu()
                 step[OVERLAP][upto, position] = _overlap(given, mass.shape[1]).cpu()
@@ -139,24 +144,6 @@ class Recorder:
         )
         self._chosen = [[] for _ in self._rules]
 
-    @staticmethod
-    def _select(
-        rule: SelectionRule,
-        num_sets: int,
-        block_lse: torch.Tensor,
-        lse: torch.Tensor,
-        seq_lens: torch.Tensor,
-    ) -> torch.Tensor:
-        """The blocks that the rule selects, [num_sets, kept] int64 block indices."""
-        kept = rule.num_kept_blocks(int(seq_lens[0]))
-        device = block_lse.device
-        blocks = torch.empty((1, num_sets, kept), dtype=torch.int32, device=device)
-        lens = torch.empty((1, num_sets), dtype=torch.int32, device=device)
-        reference.select_blocks(
-            block_lse, lse, seq_lens, rule=rule, topk_blocks=blocks, topk_lens=lens
-        )
-        return blocks[0].long()
-
 
 def merge_ranks(paths: Sequence[Path]) -> dict[str, np.ndarray]:
     """The recordings of all ranks as one model's, by the arrays' names.
@@ -176,6 +163,24 @@ def merge_ranks(paths: Sequence[Path]) -> dict[str, np.ndarray]:
         name: merge(np.stack([rank[name] for rank in ranks]), axis=0)
         for name, merge in _MERGE.items()
     }
+
+
+def _select(
+    args: DecodeArgs, seq_lens: torch.Tensor, rule: SelectionRule, num_sets: int
+) -> torch.Tensor:
+    """The blocks that the rule selects by attention mass.
+
+    Args:
+        args: After an op that left block_lse, of the rule's select_block_size.
+
+    Returns:
+        [num_sets, kept] int64, block indices.
+    """
+    kept = rule.num_kept_blocks(int(seq_lens[0]))
+    args.topk_blocks = seq_lens.new_empty((1, num_sets, kept), dtype=torch.int32)
+    args.topk_lens = seq_lens.new_empty((1, num_sets), dtype=torch.int32)
+    reference.select_blocks(args, seq_lens, rule)
+    return args.topk_blocks[0].long()
 
 
 def _coarser(block_lse: torch.Tensor, times: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 
 from tidal_vllm.calibrate import pictures, summary
 from tidal_vllm.calibrate.result import CurvePoint, Job, Measured, Result, Tried
-from tidal_vllm.plan.policy import format_layers
+from tidal_vllm.plan.roles import format_layers
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto;

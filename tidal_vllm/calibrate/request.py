@@ -195,7 +195,7 @@ class Request:
         """Let vLLM read the config; it refuses what the backend cannot run."""
         from vllm.engine.arg_utils import EngineArgs
 
-        from tidal_vllm.engine.backend import kv_block_size
+        from tidal_vllm.engine.support import kv_block_size
 
         model = self.given.model
         if os.path.isdir(model) and not os.path.exists(f"{model}/config.json"):

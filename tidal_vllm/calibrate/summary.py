@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tidal_vllm.calibrate.result import CurvePoint, Job, Measured, Result, Tried
-from tidal_vllm.plan.policy import format_layers
+from tidal_vllm.plan.roles import format_layers
 
 
 def describe(job: Job, result: Result, seconds: float) -> str:

@@ -14,7 +14,7 @@ from tests.kernels.parity.harness import (
 )
 from tidal_vllm import kernels as ops
 from tidal_vllm.kernels import workspace
-from tidal_vllm.plan.policy import SelectionRule
+from tidal_vllm.plan.rule import SelectionRule
 from tidal_vllm.validators import TidalConfigError
 
 RULE = SelectionRule(

@@ -1,0 +1,88 @@
+"""Batches as vLLM describes them, and CUDA graphs played without one."""
+
+import math
+
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from tests.support.engines import builders, runner
+
+
+def common_metadata(query_lens, lens, prefilling=None, **fields):
+    """A batch as vLLM describes it; rows without query tokens are padding."""
+    starts = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0).int()
+    seq_lens = torch.tensor(lens, dtype=torch.int32)
+    num_tokens = fields.pop("num_tokens", int(starts[-1]))
+    defaults = {
+        "query_start_loc": starts,
+        "query_start_loc_cpu": starts,
+        "seq_lens": seq_lens,
+        "seq_lens_cpu_upper_bound": seq_lens,
+        "num_reqs": len(lens),
+        "num_actual_tokens": num_tokens,
+        "max_query_len": max(query_lens),
+        "max_seq_len": max(lens),
+        "block_table_tensor": torch.arange(len(lens) * 4).int().view(-1, 4),
+        "slot_mapping": torch.arange(num_tokens),
+        "is_prefilling": torch.tensor(prefilling or [False] * len(lens)),
+    }
+    return CommonAttentionMetadata(**defaults | fields)
+
+
+class Graph:
+    """What a full CUDA graph does, without one: it runs captured metadata again.
+
+    The model runner's tensors are the same at capture and replay, their contents are
+    not; metadata made at capture refers to the tensors.
+    """
+
+    def __init__(self, llm, num_reqs: int, query_len: int = 1) -> None:
+        self.llm, (self.builder,) = llm, builders(llm)
+        self.query_len = query_len
+        self.starts = torch.zeros(num_reqs + 1, dtype=torch.int32)
+        self.lens = torch.ones(num_reqs, dtype=torch.int32)
+        self.table = torch.zeros(num_reqs, 128, dtype=torch.int32)
+        self.captured = self.builder.build_for_cudagraph_capture(
+            self._common([query_len] * num_reqs)
+        )
+
+    def _common(self, lens):
+        query_lens = [self.query_len * int(length > 0) for length in lens]
+        self.starts[1:] = torch.tensor(query_lens).cumsum(0)
+        self.lens.copy_(torch.tensor(lens, dtype=torch.int32))
+        return common_metadata(
+            query_lens,
+            lens,
+            num_tokens=self.query_len * len(lens),
+            query_start_loc=self.starts,
+            query_start_loc_cpu=self.starts,
+            seq_lens=self.lens,
+            block_table_tensor=self.table,
+        )
+
+    def replay(self, lens, table, query):
+        """Outputs of all layers, `[num_layers, num_tokens, num_heads, head_size]`.
+
+        Args:
+            lens: One per request; 0 for padding, which comes last.
+            query: `[num_reqs * query_len, num_heads, head_size]`.
+        """
+        self.table.copy_(table)
+        self.builder.build(0, self._common(lens))
+        return run_layers(self.llm, self.captured, query)
+
+
+def run_layers(llm, batch, query):
+    layers = runner(llm).vllm_config.compilation_config.static_forward_context
+    outputs = []
+    for layer in layers.values():
+        output = torch.full_like(query, math.nan)
+        new = query[:, : layer.num_kv_heads]
+        layer.impl.forward(layer, query, new, new, layer.kv_cache, batch, output)
+        outputs.append(output)
+    return torch.stack(outputs)
+
+
+def random_table(num_rows):
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(1, 60, (num_rows, 128), generator=generator).int()
