@@ -54,10 +54,10 @@ def test_an_engine_that_answers_wrongly_or_densely(given, steps, said):
 def assert_ends_with(lines: list[str], name: str, found: str, fix: str) -> None:
     """The last finding failed; all before it are fine."""
     *fine, failed, mended, last = lines
-    assert [line[:4] for line in fine] == ["ok  "] * len(fine)
-    assert failed.startswith(f"FAIL  {name}")
+    assert [line.split()[0] for line in fine] == ["ok"] * len(fine)
+    assert failed.split()[:2] == ["FAIL", name]
     assert found in failed
-    assert re.match(r" +fix  ", mended)
+    assert mended.split()[0] == "fix"
     assert fix in mended
     assert last.startswith("Not ready")
 
@@ -168,7 +168,9 @@ def test_the_cause_of_a_failed_engine_is_its_own():
 
 def test_warns_where_something_could_be_better():
     finding = doctor.Finding("kernels", True, "Triton kernels", "build them")
-    assert str(finding).startswith("WARN  kernels   Triton kernels\n      fix ")
+    said, advice = str(finding).splitlines()
+    assert said.split() == ["WARN", "kernels", "Triton", "kernels"]
+    assert advice.split() == ["fix", "build", "them"]
 
 
 @pytest.mark.parametrize(

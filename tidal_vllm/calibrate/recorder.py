@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from tidal_vllm.config import TidalConfig
-from tidal_vllm.kernels import DecodeArgs, reference
+from tidal_vllm.kernels import reference
+from tidal_vllm.kernels.arguments import DecodeArgs
 from tidal_vllm.plan.rule import SelectionRule, num_sets
 
 WORST, MEAN, AVOIDABLE, OVERLAP = "worst", "mean", "avoidable", "overlap"
@@ -29,7 +30,7 @@ class Recorder:
     Per step, and with i <= j positions of layers in ascending order:
         worst, mean: `[num_settings, num_layers, num_layers]`; entry `[s, i, j]` is the
             attention mass of layer j, 0 to 1, in the blocks that layer i selects under
-            setting s: of the worst of the rank's heads, and their mean.
+            setting s: that of the worst of the rank's heads, and the heads' mean.
         avoidable: `[num_layers, num_layers]`, first setting: how much more of its mass
             a head of layer j has in the blocks that it would choose for itself alone,
             for the head where that is most.
@@ -40,7 +41,7 @@ class Recorder:
         layers: Indices of the layers that take part, ascending.
         num_heads: Query heads of this rank.
         num_kv_heads: KV heads of this rank.
-        settings: What to record for; their block sizes divide the KV block size.
+        settings: Settings to record for; their block sizes divide the KV block size.
     """
 
     def __init__(
@@ -72,8 +73,12 @@ class Recorder:
         """Take in one layer of a decode step; layers come in ascending order.
 
         Args:
-            layer: Its index.
-            query: `[1, num_heads, head_size]`; the rest as in `kernels.DecodeArgs`.
+            layer: The layer's index.
+            query: `[1, num_heads, head_size]`.
+            kv_cache, block_table, seq_lens, scale: As in `kernels.reference`.
+
+        Raises:
+            RuntimeError: Several sequences decode in this step.
         """
         if query.shape[0] != 1:
             raise RuntimeError(
@@ -91,14 +96,14 @@ class Recorder:
             scale=scale,
             select_block_size=self._finest,
         )
-        reference.dense_decode(args, seq_lens)
-        lse, finest_block_lse = args.workspace.lse, args.workspace.block_lse
+        reference.score_blocks(args, seq_lens)
+        lse, fine = args.workspace.lse, args.workspace.block_lse
         step = self._steps[-1]
         for s, rule in enumerate(self._rules):
-            times = rule.select_block_size // self._finest
-            block_lse = _coarser(finest_block_lse, times)
-            args.workspace.block_lse = block_lse
-            mass = (block_lse[0] - lse[0, :, None]).exp()
+            args.workspace.block_lse = _coarser(
+                fine, rule.select_block_size // self._finest
+            )
+            mass = (args.workspace.block_lse[0] - lse[0, :, None]).exp()
             chosen = _select(args, seq_lens, rule, self._num_sets[s])
             self._chosen[s].append(chosen)
             given = torch.stack(self._chosen[s])
@@ -141,7 +146,15 @@ class Recorder:
 
 
 def merge_ranks(paths: Sequence[Path]) -> dict[str, np.ndarray]:
-    """The recordings of all ranks as that of one model, worst over the ranks."""
+    """The recordings of all ranks as one model's, by the arrays' names.
+
+    Args:
+        paths: What `Recorder.save` wrote, rank by rank.
+
+    Returns:
+        The arrays of `Recorder`, each with the steps in front: `[num_steps, ...]`. Of
+        worst and avoidable the worst rank's, of mean and overlap the ranks' mean.
+    """
     ranks = []
     for path in paths:
         with np.load(path) as found:
@@ -155,17 +168,23 @@ def merge_ranks(paths: Sequence[Path]) -> dict[str, np.ndarray]:
 def _select(
     args: DecodeArgs, seq_lens: torch.Tensor, rule: SelectionRule, num_sets: int
 ) -> torch.Tensor:
-    """`[num_sets, kept]` block indices that the rule keeps by the scores of `args`."""
+    """The blocks that the rule selects by attention mass.
+
+    Args:
+        args: After an op that left block_lse, of the rule's select_block_size.
+
+    Returns:
+        [num_sets, kept] int64, block indices.
+    """
     kept = rule.num_kept_blocks(int(seq_lens[0]))
-    int32 = {"dtype": torch.int32, "device": args.query.device}
-    args.topk_blocks = torch.empty((1, num_sets, kept), **int32)
-    args.topk_lens = torch.empty((1, num_sets), **int32)
+    args.topk_blocks = seq_lens.new_empty((1, num_sets, kept), dtype=torch.int32)
+    args.topk_lens = seq_lens.new_empty((1, num_sets), dtype=torch.int32)
     reference.select_blocks(args, seq_lens, rule)
     return args.topk_blocks[0].long()
 
 
 def _coarser(block_lse: torch.Tensor, times: int) -> torch.Tensor:
-    """The lse of blocks that are `times` as long."""
+    """The log-sum-exp of blocks that are `times` as long."""
     if times == 1:
         return block_lse
     missing = -block_lse.shape[-1] % times
