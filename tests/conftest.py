@@ -3,14 +3,13 @@
 `tests/README.md` documents the tiers.
 """
 
-import gc
 import os
 import signal
 from collections import Counter
 
 import pytest
 
-from tests.leftovers import Leftovers
+from tests.support.leftovers import Leftovers
 
 # The models are tiny: more threads would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -23,6 +22,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A background job ignores SIGINT, and so would every process that a test interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+pytest_plugins = ("tests.support.fixtures",)
 
 NOT_QUICK = ("extended", "serial")
 _not_run = pytest.StashKey[Counter]()
@@ -98,36 +99,3 @@ def pytest_terminal_summary(terminalreporter, config):
             f"{not_run.total()} tests that take longer were not run ({folders})."
         )
         terminalreporter.line("`python3 bootstrap.py test --all` runs everything.")
-
-
-@pytest.fixture(scope="session")
-def vllm_here():
-    """vLLM for many engines in this process.
-
-    They share vLLM's process groups of one rank: those outlive each engine that is
-    closed, and end with the session. A new architecture is inspected here, and not in
-    a process of its own, which imports for 10 seconds.
-    """
-    from vllm import envs
-    from vllm.model_executor.models import registry
-    from vllm.v1.engine import core
-
-    clean_up = core.cleanup_dist_env_and_memory
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
-        keep = "cleanup_dist_env_and_memory"
-        patch.setattr(core, keep, lambda *_, **__: envs.disable_envs_cache())
-        yield
-        # Each engine collects garbage, which takes seconds in a process this big.
-        patch.setattr(gc, "collect", lambda *_: 0)
-        clean_up()
-
-
-@pytest.fixture(scope="session")
-def engine(vllm_here):
-    """`engine(model, tidal=..., **kwargs)`: see `harness.Engines`."""
-    from tests.engine.harness import Engines
-
-    engines = Engines()
-    yield engines
-    engines.shutdown()

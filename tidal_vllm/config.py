@@ -1,7 +1,7 @@
 """Every knob of the TIDAL backend: unit, range, default and what is refused.
 
 Read once at start-up from ``--additional-config '{"tidal": {...}}'``. Imports neither
-torch nor vLLM; which layers a model really has is checked in ``plan/policy.py``.
+torch nor vLLM; which layers a model really has is checked in ``plan/layers.py``.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import tidal_vllm
 from benchmarks.train import small_model_tasks as tasks
 from benchmarks.train import train_small_model
-from tests.engine.harness import child_environment
+from tests.support.processes import child_environment
 from tidal_vllm import cli
 from tidal_vllm.profiles import load_profile, search
 

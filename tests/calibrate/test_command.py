@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quality.calibration_baselines import random_spec
-from tests.engine.harness import child_environment
-from tests.engine.models import build_random_model, random_prompt
+from tests.support.models import build_random_model, random_prompt
+from tests.support.processes import child_environment
 from tidal_vllm import cli
 from tidal_vllm.calibrate import command
 from tidal_vllm.calibrate.engine import CalibrationEngine

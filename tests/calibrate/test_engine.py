@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.engine.models import build_random_model, random_prompt
+from tests.support.models import build_random_model, random_prompt
 from tidal_vllm.calibrate import worker
 from tidal_vllm.calibrate.engine import complete_settings
 from tidal_vllm.config import TidalConfig

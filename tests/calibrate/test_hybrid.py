@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.quality.calibration_baselines import random_spec
 from tests.calibrate.test_command import ENGINE, QUICK, in_a_project  # noqa: F401
-from tests.engine.models import (
+from tests.support.models import (
     build_random_model,
     build_windowed_planted_model,
     hybrid_layers,

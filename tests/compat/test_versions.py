@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from packaging.specifiers import SpecifierSet
 
-from tests.startup.fresh import run_python, write_distribution
+from tests.support.processes import run_python, write_distribution
 from tidal_vllm.versions import SUPPORTED_VLLM, TESTED, unsupported_vllm
 
 pytestmark = pytest.mark.compat

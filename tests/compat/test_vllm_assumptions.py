@@ -38,8 +38,8 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2ModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from tests.engine.harness import runner
-from tests.engine.models import NUM_LAYERS, ROLES
+from tests.support.engines import runner
+from tests.support.models import NUM_LAYERS, ROLES
 from tidal_vllm.engine import backend as backend_module
 from tidal_vllm.engine.attention import TidalImpl
 from tidal_vllm.engine.backend import TidalBackend

@@ -17,8 +17,8 @@ from vllm.v1.worker.block_table import ComputeSlotMappingKernel
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from tests.engine.harness import runner
-from tests.engine.models import ROLES
+from tests.support.engines import runner
+from tests.support.models import ROLES
 from tidal_vllm.cpu.platform import TidalCpuPlatform
 from tidal_vllm.cpu.worker import (
     TidalCpuModelRunner,

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.startup.fresh import run_python
+from tests.support.processes import run_python
 
 pytestmark = pytest.mark.compat
 

@@ -10,8 +10,10 @@ from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 from vllm.lora.request import LoRARequest
 
-from tests.engine.correction.harness import correcting, params
-from tests.engine.correction.models import EXACT, NUM_LAYERS, random_prompt
+from tests.support.asking import sampling_params
+from tests.support.drifting import EXACT, NUM_LAYERS
+from tests.support.models import random_prompt
+from tests.support.watching import correcting
 
 RANK = 8
 LORA = {"enable_lora": True, "max_lora_rank": RANK, "max_num_seqs": 6}
@@ -84,13 +86,13 @@ def write_adapter(folder: Path, model: Path, number: int) -> Adapter:
 
 
 @pytest.fixture(scope="module")
-def adapters(tmp_path_factory, model) -> list[Adapter]:
+def adapters(tmp_path_factory, drifting) -> list[Adapter]:
     root = tmp_path_factory.mktemp
-    return [write_adapter(root("adapter"), model, number) for number in (1, 2)]
+    return [write_adapter(root("adapter"), drifting, number) for number in (1, 2)]
 
 
 @pytest.fixture(scope="module")
-def batch(adapters, dense):
+def batch(adapters, dense_answers):
     """`batch(max_loras)`: a base request before and behind each adapter's.
 
     Gives prompts, adapters and right answers; every slot of the engine is full.
@@ -101,7 +103,7 @@ def batch(adapters, dense):
         for adapter in adapters[:max_loras]:
             given += [adapter, None]
         prompts = [random_prompt(60 - i, seed=i) for i in range(len(given))]
-        without = dense(prompts, MAX_TOKENS)
+        without = dense_answers(prompts, MAX_TOKENS)
         wanted = [
             adapter.answer(prompt) if adapter else base
             for adapter, prompt, base in zip(given, prompts, without, strict=True)
@@ -115,7 +117,7 @@ def batch(adapters, dense):
 def ask(llm, prompts, given, **more):
     return llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
-        params(MAX_TOKENS, **more),
+        sampling_params(MAX_TOKENS, **more),
         lora_request=[adapter and adapter.request for adapter in given],
         use_tqdm=False,
     )
@@ -126,9 +128,9 @@ def tokens(outputs):
 
 
 @pytest.mark.parametrize("max_loras", [1, 2])
-def test_base_requests_beside_adapters(engines, batch, max_loras):
+def test_base_requests_beside_adapters(small_engine, batch, max_loras):
     prompts, given, wanted = batch(max_loras)
-    llm = engines(EXACT, max_loras=max_loras, **LORA)
+    llm = small_engine(EXACT, max_loras=max_loras, **LORA)
     assert tokens(ask(llm, prompts, given)) == wanted
     base = range(0, len(prompts), 2)
     alone = ask(llm, [prompts[i] for i in base], [None] * len(base))
@@ -136,19 +138,19 @@ def test_base_requests_beside_adapters(engines, batch, max_loras):
     assert tokens(alone) == [wanted[i] for i in base]
 
 
-def test_corrected_tokens(engines, batch):
+def test_corrected_tokens(small_engine, batch):
     """Corrected in the same steps."""
     prompts, given, wanted = batch(2)
-    llm = engines(EXACT, max_loras=2, **LORA)
+    llm = small_engine(EXACT, max_loras=2, **LORA)
     with correcting(llm, 6, exact_up_to=32) as counters:
         assert tokens(ask(llm, prompts, given)) == wanted
     assert counters.corrections == 2 * len(prompts)
 
 
-def test_prompt_logprobs(engines, batch):
+def test_prompt_logprobs(small_engine, batch):
     """Logits of whole prompts, of which vLLM's mapping has one row each."""
     prompts, given, _ = batch(2)
-    llm = engines(EXACT, max_loras=2, **LORA)
+    llm = small_engine(EXACT, max_loras=2, **LORA)
     outputs = ask(llm, prompts, given, prompt_logprobs=0)
     for adapter, output in list(zip(given, outputs, strict=True))[1::2]:
         scored = zip(output.prompt_logprobs, output.prompt_token_ids, strict=True)

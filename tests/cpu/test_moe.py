@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
-from tests.engine.harness import engine_kwargs, run_child
-from tests.engine.models import ROLES, build_random_model, random_prompt
+from tests.support.engines import engine_kwargs
+from tests.support.models import ROLES, build_random_model, random_prompt
+from tests.support.processes import run_child
 from tidal_vllm.cpu import moe as cpu_moe
 
 # What each stands for: softmax whose weights are made to add up to one; softmax as it

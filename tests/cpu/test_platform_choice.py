@@ -5,8 +5,8 @@ import json
 import pytest
 from vllm import platforms
 
-from tests.startup.fresh import run_python
-from tests.startup.models import write_model
+from tests.support.model_configs import write_model
+from tests.support.processes import run_python
 from tidal_vllm import plugin
 
 BUILTIN = sorted(platforms.builtin_platform_plugins)

@@ -2,8 +2,9 @@
 
 import pytest
 
-from tests.engine.harness import generate, serve, tokens, watched
-from tests.engine.models import ROLES, random_prompt
+from tests.support.asking import generate, serve, tokens
+from tests.support.models import ROLES, random_prompt
+from tests.support.watching import watched
 
 SETTINGS = ROLES | {"token_budget": 64}
 PROMPTS = [random_prompt(n, seed=n) for n in (200, 129, 30)]

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from tests.engine.harness import counters, generate, reconfigured, tokens
-from tests.engine.models import MAX_LEN, ROLES, random_prompt
+from tests.support.asking import generate, tokens
+from tests.support.engines import reconfigured
+from tests.support.models import MAX_LEN, ROLES, random_prompt
+from tests.support.watching import counters
 
 PROMPTS = [random_prompt(n, seed=n) for n in (5, 64, 333, 600)]
 MAX_TOKENS = 24

@@ -12,24 +12,12 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from tests.engine.harness import (
-    counters,
-    generate,
-    impls,
-    reconfigured,
-    runner,
-    scheduler,
-    serve,
-)
-from tests.engine.models import ROLES, random_prompt
-from tests.engine.replay import (
-    Graph,
-    builders,
-    common_metadata,
-    random_table,
-    run_layers,
-)
-from tests.engine.written_kernels import written_kernels
+from tests.support.asking import generate, serve
+from tests.support.engines import builders, impls, reconfigured, runner, scheduler
+from tests.support.models import ROLES, random_prompt
+from tests.support.replay import Graph, common_metadata, random_table, run_layers
+from tests.support.watching import counters
+from tests.support.written_kernels import written_kernels
 from tidal_vllm.engine import attention
 from tidal_vllm.engine import state as sparse_state
 from tidal_vllm.engine.batch import count_decodes, is_captured, rows_from

@@ -10,8 +10,9 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from tests.engine.models import ROLES
-from tests.engine.replay import builders, common_metadata
+from tests.support.engines import builders
+from tests.support.models import ROLES
+from tests.support.replay import common_metadata
 from tidal_vllm.engine import backend, dense, support
 from tidal_vllm.engine.backend import TidalBackend
 from tidal_vllm.engine.batch import rows_from

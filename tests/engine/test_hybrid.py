@@ -4,24 +4,17 @@ part, and answers are those of the definition."""
 import pytest
 import torch
 
-from tests.engine.harness import (
-    MiB,
-    counters,
-    generate,
-    reconfigured,
-    runner,
-    scheduler,
-    tokens,
-)
-from tests.engine.models import (
+from tests.support.asking import generate, tokens
+from tests.support.engines import MiB, builders, reconfigured, runner, scheduler
+from tests.support.models import (
     LFM2,
     build_random_model,
     build_windowed_planted_model,
     hybrid_layers,
     random_prompt,
 )
-from tests.engine.oracle import Oracle
-from tests.engine.replay import builders
+from tests.support.oracle import Oracle
+from tests.support.watching import counters
 from tidal_vllm.plan.roles import Role
 from tidal_vllm.planted import make_prompt
 

@@ -8,9 +8,9 @@ import json
 
 import pytest
 
-from tests.engine.harness import run_interpreted
-from tests.engine.interpreted_child import EXACT, REUSING, WINDOWED, answers, start
-from tests.engine.models import build_random_model
+from tests.support.interpreted_child import EXACT, REUSING, WINDOWED, answers, start
+from tests.support.models import build_random_model
+from tests.support.processes import run_interpreted
 
 pytestmark = pytest.mark.extended
 
@@ -34,7 +34,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(models, tmp_path_factory):
     path = tmp_path_factory.mktemp("interpreted") / "results.json"
-    child = "tests.engine.interpreted_child"
+    child = "tests.support.interpreted_child"
     run_interpreted(child, *models, path, v2_runner=True)
     return json.loads(path.read_text())
 

@@ -2,9 +2,11 @@
 
 import pytest
 
-from tests.engine.harness import counters, generate, reconfigured, runner
-from tests.engine.models import ROLES, random_prompt
-from tests.engine.oracle import Oracle
+from tests.support.asking import generate
+from tests.support.engines import reconfigured, runner
+from tests.support.models import ROLES, random_prompt
+from tests.support.oracle import Oracle
+from tests.support.watching import counters
 
 PROMPTS = [random_prompt(n, seed=n) for n in (40, 150, 333)]
 MAX_TOKENS = 16

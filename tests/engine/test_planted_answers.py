@@ -2,7 +2,9 @@
 
 import pytest
 
-from tests.engine.harness import MiB, counters, generate, reconfigured, runner, tokens
+from tests.support.asking import generate, tokens
+from tests.support.engines import MiB, reconfigured, runner
+from tests.support.watching import counters
 from tidal_vllm.planted import make_prompt
 
 DEPTHS = (0.05, 0.5, 0.9)

@@ -4,8 +4,10 @@ import tempfile
 
 import pytest
 
-from tests.engine.harness import engine_kwargs, generate, run_child, tokens
-from tests.engine.models import MAX_LEN, ROLES, random_prompt
+from tests.support.asking import generate, tokens
+from tests.support.engines import engine_kwargs
+from tests.support.models import MAX_LEN, ROLES, random_prompt
+from tests.support.processes import run_child
 from tidal_vllm.planted import make_prompt
 
 pytestmark = pytest.mark.extended

@@ -2,8 +2,10 @@
 
 import pytest
 
-from tests.engine.harness import counters, generate, reconfigured, runner, serve, tokens
-from tests.engine.models import ROLES, random_prompt
+from tests.support.asking import generate, serve, tokens
+from tests.support.engines import reconfigured, runner
+from tests.support.models import ROLES, random_prompt
+from tests.support.watching import counters
 from tidal_vllm.planted import make_prompt
 
 SETTINGS = ROLES | {"token_budget": 64, "select_block_size": 8}

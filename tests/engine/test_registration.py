@@ -10,7 +10,7 @@ from vllm.config import AttentionConfig
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from tests.engine.harness import child_environment
+from tests.support.processes import child_environment
 from tidal_vllm.engine.backend import TidalBackend
 from tidal_vllm.plugin import register
 

@@ -6,25 +6,13 @@ import pytest
 import torch
 from vllm.config import CUDAGraphMode
 
-from tests.engine.harness import (
-    counters,
-    generate,
-    reconfigured,
-    runner,
-    serve,
-    tokens,
-    watched,
-)
-from tests.engine.models import MAX_LEN, ROLES, random_prompt
-from tests.engine.replay import (
-    Graph,
-    builders,
-    common_metadata,
-    random_table,
-    run_layers,
-)
-from tests.engine.spy import spying
-from tests.engine.written_kernels import written_kernels
+from tests.support.asking import generate, serve, tokens
+from tests.support.engines import builders, reconfigured, runner
+from tests.support.models import MAX_LEN, ROLES, random_prompt
+from tests.support.replay import Graph, common_metadata, random_table, run_layers
+from tests.support.spy import spying
+from tests.support.watching import counters, watched
+from tests.support.written_kernels import written_kernels
 from tidal_vllm.engine import state as sparse_state
 from tidal_vllm.engine.metadata import TidalMetadataBuilder
 from tidal_vllm.planted import make_prompt

@@ -4,8 +4,9 @@ import functools
 
 import pytest
 
-from tests.engine.harness import generate, serve, tokens, watched
-from tests.engine.models import MAX_LEN, ROLES, random_prompt
+from tests.support.asking import generate, serve, tokens
+from tests.support.models import MAX_LEN, ROLES, random_prompt
+from tests.support.watching import watched
 from tidal_vllm.planted import make_prompt
 
 # Exact, on the sparse path over all blocks.

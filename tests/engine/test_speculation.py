@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from tests.engine.harness import run_interpreted
-from tests.engine.models import build_random_model
-from tests.engine.speculative_child import (
+from tests.support.models import build_random_model
+from tests.support.processes import run_interpreted
+from tests.support.speculative_child import (
     LENGTHS,
     MAX_TOKENS,
     NUM_LAYERS,
@@ -25,7 +25,7 @@ def results(tmp_path_factory):
         folder / "model", "llama", num_hidden_layers=NUM_LAYERS, vocab_size=VOCAB_SIZE
     )
     log = run_interpreted(
-        "tests.engine.speculative_child",
+        "tests.support.speculative_child",
         model,
         folder / "results.json",
         v2_runner=False,

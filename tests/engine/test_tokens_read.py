@@ -4,9 +4,11 @@ from collections import Counter
 
 import pytest
 
-from tests.engine.harness import counters, generate, reconfigured, serve, tokens
-from tests.engine.models import NUM_LAYERS, ROLES, random_prompt
-from tests.engine.spy import spying
+from tests.support.asking import generate, serve, tokens
+from tests.support.engines import reconfigured
+from tests.support.models import NUM_LAYERS, ROLES, random_prompt
+from tests.support.spy import spying
+from tests.support.watching import counters
 from tidal_vllm.engine.metadata import TidalMetadataBuilder
 
 DENSE_LAYERS, SELECT_LAYERS = ROLES["dense_layers"], ROLES["select_layers"]

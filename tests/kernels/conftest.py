@@ -14,7 +14,7 @@ HAS_GPU = torch.cuda.is_available() and not INTERPRETED
 collect_ignore_glob = [] if INTERPRETED or HAS_GPU else ["parity/*"]
 
 if INTERPRETED:
-    from tests.interpreter import patch_once
+    from tests.support.interpreter import patch_once
 
     patch_once()
 

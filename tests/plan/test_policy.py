@@ -409,7 +409,7 @@ def test_layer_ranges(layers, text):
 
 def test_imports_neither_torch_nor_vllm():
     code = (
-        "import sys, tidal_vllm.config, tidal_vllm.plan.policy, tidal_vllm.profiles\n"
+        "import sys, tidal_vllm.config, tidal_vllm.plan.layers, tidal_vllm.profiles\n"
         "print([m for m in ('torch', 'vllm') if m in sys.modules])"
     )
     root = Path(__file__).parents[2]

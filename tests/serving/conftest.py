@@ -5,16 +5,14 @@ from typing import NamedTuple
 
 import pytest
 
-from tidal_vllm.planted import PlantedSpec, build_planted_model
+from tidal_vllm.planted import PlantedSpec
 
 
-class Planted(NamedTuple):
+class Served(NamedTuple):
     spec: PlantedSpec
     folder: Path
 
 
 @pytest.fixture(scope="package")
-def planted(tmp_path_factory) -> Planted:
-    spec = PlantedSpec(num_layers=6)
-    folder = tmp_path_factory.mktemp("planted") / "model"
-    return Planted(spec, build_planted_model(folder, spec))
+def served(planted) -> Served:
+    return Served(*planted(num_layers=6))

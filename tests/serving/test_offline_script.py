@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving.server import warnings
+from tests.support.server import warnings
 
 pytestmark = pytest.mark.extended
 
-SCRIPT = Path(__file__).with_name("ask_offline.py")
+SCRIPT = Path(__file__).parents[1] / "support" / "ask_offline.py"
 
 
 @pytest.fixture(scope="module")
-def output(planted) -> str:
+def output(served) -> str:
     done = subprocess.run(
-        [sys.executable, SCRIPT, planted.folder],
+        [sys.executable, SCRIPT, served.folder],
         # vLLM's 5 seconds for the engine's end are for machines that are not busy.
         env=os.environ | {"VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "100"},
         stdout=subprocess.PIPE,

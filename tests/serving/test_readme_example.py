@@ -14,12 +14,12 @@ README = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.mark.extended
-def test_readme_example_runs(planted, tmp_path):
-    prompt = make_prompt(planted.spec, 300, 0.5, seed=1)
+def test_readme_example_runs(served, tmp_path):
+    prompt = make_prompt(served.spec, 300, 0.5, seed=1)
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     script = tmp_path / "example.py"
     script.write_text(
-        example.replace("MODEL", str(planted.folder)).replace(
+        example.replace("MODEL", str(served.folder)).replace(
             "A long prompt ...", prompt.text
         )
     )

@@ -4,14 +4,14 @@ import subprocess
 
 import pytest
 
-from tests.serving.server import command
+from tests.support.server import command
 
 pytestmark = pytest.mark.extended
 
 
-def test_a_mistake_ends_the_server_with_the_reason(planted):
+def test_a_mistake_ends_the_server_with_the_reason(served):
     done = subprocess.run(
-        command(planted.folder, {"token_budget": 500}),
+        command(served.folder, {"token_budget": 500}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

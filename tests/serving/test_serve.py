@@ -10,8 +10,8 @@ from typing import NamedTuple
 import openai
 import pytest
 
-from tests.serving.clients import NUM_PLAIN, NUM_STREAMS, Clients
-from tests.serving.server import Server, command, wait_until, warnings
+from tests.support.clients import NUM_PLAIN, NUM_STREAMS, Clients
+from tests.support.server import Server, command, wait_until, warnings
 from tidal_vllm.planted import PlantedPrompt, make_prompt
 
 # The last tests stop the server of all others.
@@ -23,9 +23,9 @@ TIDAL = {"token_budget": BUDGET, "select_layers": [2]}
 
 
 @pytest.fixture(scope="module")
-def server(planted, tmp_path_factory) -> Iterator[Server]:
+def server(served, tmp_path_factory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("serve") / "log"
-    words = command(planted.folder, TIDAL, "--max-model-len", str(MAX_LEN))
+    words = command(served.folder, TIDAL, "--max-model-len", str(MAX_LEN))
     words += ["--served-model-name", "planted"]
     no_compiler = {
         "CXX": "/nonexistent/c++",
@@ -40,11 +40,11 @@ def server(planted, tmp_path_factory) -> Iterator[Server]:
 
 
 @pytest.fixture
-def ask(planted):
+def ask(served):
     """`ask(num_tokens, seed=0)`: a planted question of that many tokens."""
 
     def make(num_tokens: int, seed: int = 0, chain_len: int = 8) -> PlantedPrompt:
-        return make_prompt(planted.spec, num_tokens, 0.5, seed, chain_len)
+        return make_prompt(served.spec, num_tokens, 0.5, seed, chain_len)
 
     return make
 
@@ -179,8 +179,8 @@ def test_prompt_as_long_as_the_model_allows(server, ask):
 
 
 @pytest.mark.parametrize("form", ["text", "tokens"])
-def test_prompt_longer_than_the_model(server, ask, planted, form):
-    prompt = make_prompt(planted.spec, MAX_LEN + 1, 0.5, seed=3)
+def test_prompt_longer_than_the_model(server, ask, served, form):
+    prompt = make_prompt(served.spec, MAX_LEN + 1, 0.5, seed=3)
     long = prompt.text if form == "text" else prompt.prompt_token_ids
     with pytest.raises(openai.BadRequestError) as refused:
         complete(server, long)
@@ -216,10 +216,10 @@ class Ended(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def ended(server, planted) -> Iterator[Ended]:
+def ended(server, served) -> Iterator[Ended]:
     """What is left of the server after Ctrl-C, with clients of every kind."""
     assert len(server.processes()) > 1, "no engine of its own"
-    text = make_prompt(planted.spec, 300, 0.5, seed=5).text
+    text = make_prompt(served.spec, 300, 0.5, seed=5).text
     clients = Clients(server, "planted", text, MAX_LEN - 300)
     code = server.press_ctrl_c()
     yield Ended(code, server.log.read_text(), clients.finish_reasons())

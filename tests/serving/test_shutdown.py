@@ -9,8 +9,8 @@ import pytest
 import uvicorn
 import zmq
 
-from tests.serving.clients import NUM_PLAIN, NUM_STREAMS, Clients
-from tests.serving.server import HOST, START_S, Server, command, wait_until, warnings
+from tests.support.clients import NUM_PLAIN, NUM_STREAMS, Clients
+from tests.support.server import HOST, START_S, Server, command, wait_until, warnings
 from tidal_vllm.cpu import shutdown
 from tidal_vllm.planted import make_prompt
 
@@ -20,14 +20,14 @@ NO_PROFILE = "no profile knows this model: starting with the safest roles"
 
 
 @pytest.fixture
-def start(planted, tmp_path) -> Iterator:
+def start(served, tmp_path) -> Iterator:
     """`start(**env)`: a server of two tensor-parallel ranks, not yet up."""
     arguments = ["--max-model-len", MAX_LEN, "--served-model-name", "planted"]
     arguments += ["--tensor-parallel-size", 2]
     servers = []
 
     def create(**env: str) -> Server:
-        words = command(planted.folder, TIDAL, *arguments)
+        words = command(served.folder, TIDAL, *arguments)
         servers.append(Server(tmp_path / "log", words, **env))
         return servers[-1]
 
@@ -38,7 +38,7 @@ def start(planted, tmp_path) -> Iterator:
 
 @pytest.mark.extended
 @pytest.mark.parametrize("again", [False, True], ids=["once", "again"])
-def test_a_busy_server(start, planted, again):
+def test_a_busy_server(start, served, again):
     """Ends all requests, and has nothing to say but that no profile is known, once.
 
     What kept it from ending was a race: so twice, beside Ctrl-C in test_serve.py.
@@ -46,7 +46,7 @@ def test_a_busy_server(start, planted, again):
     # vLLM's 5 seconds for its workers are for machines that are not busy.
     server = start(VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS="100")
     server.wait_for_start()
-    text = make_prompt(planted.spec, 300, 0.5, seed=5).text
+    text = make_prompt(served.spec, 300, 0.5, seed=5).text
     clients = Clients(server, "planted", text, MAX_LEN - 300)
     assert server.terminate() == 0
     assert clients.finish_reasons() == ["abort"] * (NUM_STREAMS + NUM_PLAIN)

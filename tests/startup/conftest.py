@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.startup import start_engines
-from tests.startup.fresh import run
-from tests.startup.models import write_model
+from tests.support import start_engines
+from tests.support.model_configs import write_model
+from tests.support.processes import INTERPRETER, run
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -104,20 +104,19 @@ ENGINES: dict[str, dict] = {
         },
     },
 }
-# Speculative decoding needs Triton; its interpreter needs no GPU. It does not cover the
-# V2 runner, which is vLLM's default beside Triton and not ours.
-INTERPRETER = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture(scope="session")
-def engines(model_root) -> dict[str, dict]:
+def started(model_root) -> dict[str, dict]:
     """What came of starting each of `ENGINES`: error or answer, and the log."""
     arguments = {}
     for name, given in ENGINES.items():
         model = write_model(model_root, given.get("model", name))
         arguments[name] = ENGINE | given | {"model": str(model)}
-    script = Path(__file__).with_name("start_engines.py")
-    done = run([sys.executable, script, json.dumps(arguments)], **INTERPRETER)
+    # Speculative decoding needs Triton. Its interpreter does not cover the V2 runner,
+    # which is vLLM's default beside Triton and not ours.
+    command = [sys.executable, start_engines.__file__, json.dumps(arguments)]
+    done = run(command, **INTERPRETER)
     assert done.returncode == 0, done.stdout[-4000:]
     outcomes = {}
     for text in done.stdout.split(start_engines.START)[1:]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.startup.fresh import TIDAL_VLLM, run, run_python, write_distribution
+from tests.support.processes import TIDAL_VLLM, run, run_python, write_distribution
 from tidal_vllm import child_process, doctor, probe
 from tidal_vllm.kernels import choosing
 

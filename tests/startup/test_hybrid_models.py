@@ -156,19 +156,19 @@ def test_windows_stay_beside_a_profile_that_was_measured_beside_them(
     assert roles([0, 1], [2]).layers(Role.SPARSE) == (3, 4, 5)
 
 
-def test_prints_every_layer_once(engines):
-    log = engines["some_layers_slide"]["log"]
+def test_prints_every_layer_once(started):
+    log = started["some_layers_slide"]["log"]
     assert log.count("TIDAL sparse decoding of") == 1
     for line in ("SELECT 1     1\n", "SPARSE 2     3, 5\n", "OTHER 3      0, 2, 4: as"):
         assert log.count(line) == 1, line
-    assert engines["some_layers_slide"]["counters"]["sparse_steps"] == 7
+    assert started["some_layers_slide"]["counters"]["sparse_steps"] == 7
 
 
-def test_a_model_of_windows_runs_unselected(engines):
-    assert engines["sliding_window"]["tokens"]
+def test_a_model_of_windows_runs_unselected(started):
+    assert started["sliding_window"]["tokens"]
 
 
-def test_a_model_whose_windows_never_slide_runs_as_one_without(engines):
-    with_windows, without = engines["never_slides"], engines["sparse"]
+def test_a_model_whose_windows_never_slide_runs_as_one_without(started):
+    with_windows, without = started["never_slides"], started["sparse"]
     assert with_windows["tokens"] == without["tokens"]
     assert with_windows["counters"] == without["counters"]

@@ -17,16 +17,16 @@ TABLE = [
 ]
 
 
-def test_prints_the_plan_once(engines):
-    log = engines["sparse"]["log"]
+def test_prints_the_plan_once(started):
+    log = started["sparse"]["log"]
     assert log.count(TITLE) == 1
     for line in TABLE:
         assert log.count(line) == 1, line
-    assert engines["sparse"]["counters"]["sparse_steps"] == 7
+    assert started["sparse"]["counters"]["sparse_steps"] == 7
 
 
-def test_speculative_decoding_keeps_the_plan_and_the_tokens(engines):
-    speculative, plain = engines["speculative"], engines["sparse"]
+def test_speculative_decoding_keeps_the_plan_and_the_tokens(started):
+    speculative, plain = started["speculative"], started["sparse"]
     assert speculative["log"].count(TITLE) == 1
     for line in TABLE[:-2]:
         assert speculative["log"].count(line) == 1, line
@@ -35,10 +35,10 @@ def test_speculative_decoding_keeps_the_plan_and_the_tokens(engines):
     assert speculative["counters"]["decode_tokens"] > 7, "no draft was verified"
 
 
-def test_says_that_the_unselected_backend_decodes_densely(engines):
-    log = engines["unselected"]["log"]
+def test_says_that_the_unselected_backend_decodes_densely(started):
+    log = started["unselected"]["log"]
     assert "OFF          every step is dense: the attention backend TIDAL is not" in log
-    assert engines["unselected"]["counters"]["sparse_steps"] == 0
+    assert started["unselected"]["counters"]["sparse_steps"] == 0
 
 
 def test_warns_of_settings_without_the_backend(configure, tidal_log):

@@ -233,8 +233,8 @@ def test_every_field_that_vllm_asks_about_has_a_case():
 
 
 @pytest.mark.parametrize("case", LAYERS)
-def test_refuses_layers_when_they_are_built(engines, case):
-    assert LAYERS[case] in engines[case]["error"]
+def test_refuses_layers_when_they_are_built(started, case):
+    assert LAYERS[case] in started[case]["error"]
 
 
 def test_refuses_arguments_that_only_some_models_give_their_layers(configure):

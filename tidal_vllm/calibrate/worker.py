@@ -8,7 +8,6 @@ groups are made anew for each setting that is tried.
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
@@ -17,8 +16,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from tidal_vllm.calibrate.recorder import Recorder
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.engine.attention import TidalImpl
-from tidal_vllm.engine.backend import TidalBackend
-from tidal_vllm.engine.state import choose_implementations
+from tidal_vllm.engine.reconfigure import reconfigure
 
 
 def rank_file(folder: str | Path, rank: int) -> Path:
@@ -64,32 +62,11 @@ class CalibrationWorker:
     def calibration_configure(self, settings: dict) -> None:
         """Run under other settings from now on.
 
-        What the layers share and the metadata builders are made anew.
-
         Args:
             settings: What `additional_config["tidal"]` would hold, complete: whatever
                 is left out might come from a profile.
         """
-        config = copy.copy(self.vllm_config)
-        config.additional_config = {"tidal": settings}
-        impls = [layer.impl for layer in _full_layers(config).values()]
-        first = impls[0]
-        kernels, _ = choose_implementations(
-            config, first.head_size, first.kv_cache_dtype
-        )
-        for impl in impls:
-            impl.kernels = kernels
-        state = first.make_state(config)
-        for impl in impls:
-            impl.state = state
-        for groups in self.model_runner.attn_groups:
-            for group in groups:
-                if group.backend is not TidalBackend:
-                    continue
-                group.metadata_builders = [
-                    type(old)(old.kv_cache_spec, old.layer_names, config, old.device)
-                    for old in group.metadata_builders
-                ]
+        reconfigure(self.model_runner, settings)
 
 
 def _full_layers(vllm_config) -> dict:

@@ -51,7 +51,7 @@ class DecodeArgs:
 
 
 class Rule(Protocol):
-    """How many tokens a set keeps: `tidal_vllm.plan.policy.SelectionRule`."""
+    """How many tokens a set keeps: `tidal_vllm.plan.rule.SelectionRule`."""
 
     token_budget: int
     select_block_size: int

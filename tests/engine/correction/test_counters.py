@@ -5,22 +5,25 @@ import logging
 import pytest
 from vllm import envs
 
-from tests.engine.correction.harness import correcting, generate, params, scheduler
-from tests.engine.correction.models import SPARSE, random_prompt
+from tests.support.asking import generate, sampling_params
+from tests.support.drifting import SPARSE
+from tests.support.engines import scheduler
+from tests.support.models import random_prompt
+from tests.support.watching import correcting
 from tidal_vllm.engine.metrics import CorrectionCounters
 
 PROMPT = random_prompt(80, seed=3)
 
 
 @pytest.fixture
-def llm(engines):
-    return engines(SPARSE, disable_log_stats=False)
+def llm(small_engine):
+    return small_engine(SPARSE, disable_log_stats=False)
 
 
 def test_polluted_tokens_now(llm):
     engine, core, seen = llm.llm_engine, scheduler(llm), []
     with correcting(llm, 6) as counters:
-        engine.add_request("r", {"prompt_token_ids": PROMPT}, params(16))
+        engine.add_request("r", {"prompt_token_ids": PROMPT}, sampling_params(16))
         while engine.has_unfinished_requests():
             engine.step()
             seen.append(core.num_polluted_tokens())

@@ -5,26 +5,17 @@ from collections import Counter
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
-from tests.engine.correction.harness import (
-    correcting,
-    engine_kwargs,
-    generate,
-    params,
-    scheduler,
-)
-from tests.engine.correction.models import (
-    BLOCK_SIZE,
-    SPARSE,
-    build_random_llama,
-    random_prompt,
-)
 from tests.engine.correction.test_publish import (
     MAX_TOKENS,
     PROMPT,
     difference,
     next_token_logprobs,
 )
-from tests.engine.models import LFM2, build_random_model
+from tests.support.asking import generate, sampling_params, tokens
+from tests.support.drifting import BLOCK_SIZE, SPARSE, build_drifting_model
+from tests.support.engines import SMALL_ENGINE, engine_kwargs, scheduler
+from tests.support.models import LFM2, build_random_model, random_prompt
+from tests.support.watching import correcting
 
 FULL, SLIDES = "full_attention", "sliding_attention"
 LAYER_TYPES = [SLIDES, FULL, FULL, SLIDES, FULL, FULL]
@@ -37,7 +28,7 @@ ONE_GROUP = {"disable_hybrid_kv_cache_manager": True}
 @pytest.fixture(scope="session")
 def windowed(tmp_path_factory):
     """Two layers with a window of 40 tokens among four without."""
-    return build_random_llama(
+    return build_drifting_model(
         tmp_path_factory.mktemp("windowed"),
         num_hidden_layers=len(LAYER_TYPES),
         layer_types=LAYER_TYPES,
@@ -62,12 +53,12 @@ def hybrid(request):
     return request.getfixturevalue(request.param)
 
 
-def test_each_group_publishes_up_to_the_clean_position(engines, hybrid):
+def test_each_group_publishes_up_to_the_clean_position(small_engine, hybrid):
     """Seen in the block pool, after every step."""
-    llm = engines(TIDAL, folder=hybrid, **ALL_WINDOWS)
+    llm = small_engine(TIDAL, folder=hybrid, **ALL_WINDOWS)
     core, engine = scheduler(llm), llm.llm_engine
     published = [set(), set(), set()]
-    engine.add_request("r", {"prompt_token_ids": PROMPT}, params(MAX_TOKENS))
+    engine.add_request("r", {"prompt_token_ids": PROMPT}, sampling_params(MAX_TOKENS))
     while engine.has_unfinished_requests():
         engine.step()
         for running in core.running:
@@ -82,9 +73,9 @@ def test_each_group_publishes_up_to_the_clean_position(engines, hybrid):
     assert {max(seen) for seen in published} == {len(PROMPT) // BLOCK_SIZE - 1}
 
 
-def test_nothing_is_published_again_in_sparse_steps(engines, hybrid, monkeypatch):
+def test_nothing_is_published_again_in_sparse_steps(small_engine, hybrid, monkeypatch):
     """By then a running state is past the length that it would be published under."""
-    llm = engines(TIDAL, folder=hybrid)
+    llm = small_engine(TIDAL, folder=hybrid)
     lengths = []
     for manager in scheduler(llm).kv_cache_manager.coordinator.single_type_managers:
 
@@ -98,37 +89,37 @@ def test_nothing_is_published_again_in_sparse_steps(engines, hybrid, monkeypatch
     assert {*Counter(lengths).values()} == {3}, "once in each group"
 
 
-def test_a_shared_prefix_is_dense(engines, hybrid):
+def test_a_shared_prefix_is_dense(small_engine, hybrid):
     """The second conversation continues the first one's answer."""
-    llm = engines(TIDAL, folder=hybrid, **ALL_WINDOWS)
-    (answer,) = generate(llm, [PROMPT], MAX_TOKENS)
+    llm = small_engine(TIDAL, folder=hybrid, **ALL_WINDOWS)
+    (answer,) = tokens(generate(llm, [PROMPT], MAX_TOKENS))
     asked = PROMPT + answer + random_prompt(9, seed=8)
     found, num_cached = next_token_logprobs(llm, asked)
-    wanted, _ = next_token_logprobs(engines(folder=hybrid), asked)
+    wanted, _ = next_token_logprobs(small_engine(folder=hybrid), asked)
     assert difference(found, wanted) < 1e-3
     assert num_cached == len(PROMPT)
 
 
-def test_it_is_not_when_polluted_blocks_are_published(engines, hybrid):
+def test_it_is_not_when_polluted_blocks_are_published(small_engine, hybrid):
     settings = TIDAL | {"publish_polluted": True}
-    llm = engines(settings, folder=hybrid, **ALL_WINDOWS)
-    (answer,) = generate(llm, [PROMPT], MAX_TOKENS)
+    llm = small_engine(settings, folder=hybrid, **ALL_WINDOWS)
+    (answer,) = tokens(generate(llm, [PROMPT], MAX_TOKENS))
     asked = PROMPT + answer + random_prompt(9, seed=8)
     found, num_cached = next_token_logprobs(llm, asked)
-    wanted, _ = next_token_logprobs(engines(folder=hybrid), asked)
+    wanted, _ = next_token_logprobs(small_engine(folder=hybrid), asked)
     assert num_cached > len(PROMPT)
     assert found.keys() != wanted.keys() or difference(found, wanted) > 0.01
 
 
-def test_one_group_can_be_corrected(engines, windowed):
+def test_one_group_can_be_corrected(small_engine, windowed):
     """Without the hybrid KV cache manager nothing of a window is given away."""
-    llm = engines(TIDAL, folder=windowed, **ONE_GROUP)
+    llm = small_engine(TIDAL, folder=windowed, **ONE_GROUP)
     with correcting(llm, 8) as counted:
-        (answer,) = generate(llm, [PROMPT], MAX_TOKENS)
+        (answer,) = tokens(generate(llm, [PROMPT], MAX_TOKENS))
         assert counted.corrections >= 8
     asked = PROMPT + answer + random_prompt(9, seed=8)
     found, num_cached = next_token_logprobs(llm, asked)
-    wanted, _ = next_token_logprobs(engines(folder=windowed), asked)
+    wanted, _ = next_token_logprobs(small_engine(folder=windowed), asked)
     assert difference(found, wanted) < 1e-3
     assert num_cached >= len(PROMPT) + 4 * BLOCK_SIZE
 
@@ -141,7 +132,8 @@ def test_windows_whose_blocks_are_freed_are_not_corrected(
     windowed, interval, kwargs, refused
 ):
     tidal = TIDAL | {"correction_interval": interval}
-    arguments = EngineArgs(model=str(windowed), **engine_kwargs(tidal, **kwargs))
+    arguments = engine_kwargs(tidal, **SMALL_ENGINE | kwargs)
+    arguments = EngineArgs(model=str(windowed), **arguments)
     if not refused:
         arguments.create_engine_config()
         return

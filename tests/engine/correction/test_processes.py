@@ -1,19 +1,14 @@
 """The same tokens with both model runners, both schedulers, and several ranks."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-from tests.engine.correction.harness import engine_kwargs
-from tests.engine.correction.models import EXACT, random_prompt
-from tests.engine.harness import child_environment
+from tests.support.drifting import EXACT
+from tests.support.engines import SMALL_ENGINE, engine_kwargs
+from tests.support.models import random_prompt
+from tests.support.processes import INTERPRETER, run_child
 
 pytestmark = pytest.mark.extended
 
-CHILD = Path(__file__).with_name("child.py")
 PROMPTS = [random_prompt(n, seed=n) for n in (60, 40, 10)]
 MAX_TOKENS = 20
 INTERVAL = 5
@@ -21,10 +16,10 @@ START = 24
 
 
 @pytest.fixture(scope="module")
-def job(model):
-    kwargs = engine_kwargs(EXACT | {"correction_interval": INTERVAL})
+def job(drifting):
+    kwargs = engine_kwargs(EXACT | {"correction_interval": INTERVAL}, **SMALL_ENGINE)
     return {
-        "kwargs": {"model": str(model)} | kwargs,
+        "kwargs": {"model": str(drifting)} | kwargs,
         "prompts": PROMPTS,
         "max_tokens": MAX_TOKENS,
         "exact_up_to": START,
@@ -33,18 +28,8 @@ def job(model):
 
 def run(folder, jobs, **env):
     """Results of named jobs, one after another in one child."""
-    (folder / "jobs.json").write_text(json.dumps([*jobs.values()]))
-    done = subprocess.run(
-        [sys.executable, CHILD, folder / "jobs.json", folder / "results.json"],
-        env=child_environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", **env),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    print(done.stdout)
-    assert done.returncode == 0
-    assert "Traceback" not in done.stdout
-    results = json.loads((folder / "results.json").read_text())
+    env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    results = run_child(folder, [*jobs.values()], **env)
     return dict(zip(jobs, results, strict=True))
 
 
@@ -90,51 +75,48 @@ def v2(tmp_path_factory, job):
     for name, sampling in SAMPLINGS.items():
         jobs[f"plain {name}"] = uncorrected | {"sampling": sampling}
         jobs[name] = job | {"sampling": sampling}
-    env = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
     folder = tmp_path_factory.mktemp("v2")
-    results = run(folder, jobs, VLLM_USE_V2_MODEL_RUNNER="1", **env)
-    assert all(result["v2"] for result in results.values())
+    results = run(folder, jobs, VLLM_USE_V2_MODEL_RUNNER="1", **INTERPRETER)
+    assert all(result["scheduler"]["v2"] for result in results.values())
     return results
 
 
 def check(result, wanted):
     assert result["tokens"] == wanted
-    counters = result["counters"]
+    scheduler = result["scheduler"]
+    counters = scheduler["counters"]
     assert counters["corrections"] >= 4
     assert counters["corrected_tokens"] == INTERVAL * counters["corrections"]
-    assert result["left"] == [0, 0, 0]
+    assert scheduler["left"] == [0, 0, 0]
     # A correction's tokens are prefill to the attention, on every rank.
     decoded = len(PROMPTS) * (MAX_TOKENS - 1) - counters["corrections"]
-    assert [w["decode_tokens"] for w in result["workers"]] == [decoded] * len(
-        result["workers"]
-    )
+    assert {w["decode_tokens"] for w in result["counters"]} == {decoded}
 
 
-def test_asynchronous_scheduling(v1, dense):
-    assert v1["async"]["scheduler"] == "TidalAsyncScheduler"
-    assert v1["async"]["ahead"] == 1
-    check(v1["async"], dense(PROMPTS, MAX_TOKENS))
+def test_asynchronous_scheduling(v1, dense_answers):
+    scheduler = v1["async"]["scheduler"]
+    assert (scheduler["name"], scheduler["ahead"]) == ("TidalAsyncScheduler", 1)
+    check(v1["async"], dense_answers(PROMPTS, MAX_TOKENS))
 
 
 @pytest.mark.parametrize("kind", ["tensor", "pipeline"])
-def test_parallel(v1, dense, kind):
-    assert len(v1[kind]["workers"]) == 2
-    check(v1[kind], dense(PROMPTS, MAX_TOKENS))
+def test_parallel(v1, dense_answers, kind):
+    assert len(v1[kind]["counters"]) == 2
+    check(v1[kind], dense_answers(PROMPTS, MAX_TOKENS))
 
 
 @pytest.mark.parametrize("name", ["sync", "async", "split"])
-def test_v2_model_runner(v2, dense, name):
-    scheduler, ahead = ("TidalScheduler", 0)
-    if name == "async":
-        scheduler, ahead = ("TidalAsyncScheduler", 1)
-    assert (v2[name]["scheduler"], v2[name]["ahead"]) == (scheduler, ahead)
-    check(v2[name], dense(PROMPTS, MAX_TOKENS))
+def test_v2_model_runner(v2, dense_answers, name):
+    scheduler = v2[name]["scheduler"]
+    kind = ("TidalAsyncScheduler", 1) if name == "async" else ("TidalScheduler", 0)
+    assert (scheduler["name"], scheduler["ahead"]) == kind
+    check(v2[name], dense_answers(PROMPTS, MAX_TOKENS))
 
 
 def test_v2_model_runner_samples_alike(v2):
     for name in SAMPLINGS:
         plain = v2[f"plain {name}"]
-        assert plain["counters"]["corrections"] == 0
+        assert plain["scheduler"]["counters"]["corrections"] == 0
         check(v2[name], plain["tokens"])
     seeded, penalised = (v2[name]["tokens"] for name in SAMPLINGS)
     assert seeded != penalised

@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tests.engine.correction.harness import correcting, params, scheduler
-from tests.engine.correction.models import BLOCK_SIZE, EXACT, random_prompt
+from tests.support.asking import sampling_params
+from tests.support.drifting import BLOCK_SIZE, EXACT
+from tests.support.engines import scheduler
+from tests.support.models import random_prompt
+from tests.support.watching import correcting
 
 START = 24  # tokens from which decoding counts as polluting
 LONGEST = 200
@@ -45,7 +48,7 @@ class Walk:
         name = str(len(self.asked))
         self.asked[name] = Asked(prompt, max_tokens, sampling)
         self.llm.llm_engine.add_request(
-            name, {"prompt_token_ids": prompt}, params(max_tokens, **sampling)
+            name, {"prompt_token_ids": prompt}, sampling_params(max_tokens, **sampling)
         )
 
     def abort(self) -> None:
@@ -86,8 +89,8 @@ class Walk:
 
 
 @pytest.mark.parametrize(("interval", "max_num_batched_tokens"), [(6, 64), (17, 20)])
-def test_random_walk(engines, dense, interval, max_num_batched_tokens):
-    llm = engines(
+def test_random_walk(small_engine, dense_answers, interval, max_num_batched_tokens):
+    llm = small_engine(
         EXACT | {"correction_interval": 8},
         max_model_len=256,
         num_gpu_blocks_override=24,
@@ -128,7 +131,7 @@ def test_random_walk(engines, dense, interval, max_num_batched_tokens):
     for sampling in {str(walk.asked[name].sampling) for name in finished}:
         alike = [n for n in finished if str(walk.asked[n].sampling) == sampling]
         asked = [walk.asked[name] for name in alike]
-        wanted = dense(
+        wanted = dense_answers(
             [one.prompt for one in asked],
             [one.max_tokens for one in asked],
             **asked[0].sampling,

@@ -7,16 +7,11 @@ attention, and of a run without correction.
 
 import pytest
 
-from tests.engine.correction.harness import (
-    ask,
-    core,
-    correcting,
-    generate,
-    params,
-    scheduler,
-    watched,
-)
-from tests.engine.correction.models import EXACT, random_prompt
+from tests.support.asking import ask, generate, sampling_params, tokens
+from tests.support.drifting import EXACT
+from tests.support.engines import core, scheduler
+from tests.support.models import random_prompt
+from tests.support.watching import correcting, watched
 from tidal_vllm.plan.pollution import MIN_REMAINING
 
 PROMPTS = [random_prompt(n, seed=n) for n in (100, 60, 10)]
@@ -25,14 +20,15 @@ START = 32
 
 
 @pytest.fixture(scope="module")
-def llm(engines):
-    return engines(EXACT | {"correction_interval": 8})
+def llm(small_engine):
+    return small_engine(EXACT | {"correction_interval": 8})
 
 
 @pytest.mark.parametrize("interval", [1, 2, 7, 8, 16, 47])
-def test_greedy(llm, dense, interval):
+def test_greedy(llm, dense_answers, interval):
     with correcting(llm, interval, START) as counters:
-        assert generate(llm, PROMPTS, MAX_TOKENS) == dense(PROMPTS, MAX_TOKENS)
+        answers = tokens(generate(llm, PROMPTS, MAX_TOKENS))
+    assert answers == dense_answers(PROMPTS, MAX_TOKENS)
     if interval < 40:
         assert counters.corrections >= 3
         assert counters.corrected_tokens == interval * counters.corrections
@@ -41,14 +37,14 @@ def test_greedy(llm, dense, interval):
 
 
 def test_due_requests_are_corrected_in_one_step(llm):
-    with correcting(llm, 8, START), watched(llm) as steps:
+    with correcting(llm, 8, START), watched(llm) as seen:
         generate(llm, [random_prompt(40, seed=i) for i in range(4)], 24)
-    corrected = [s for s in steps[1:] if any(n > 1 for _, n in s.values())]
+    corrected = [s for s in seen.steps[1:] if any(n > 1 for _, n in s.values())]
     assert len(corrected) == 2
     for step in corrected:
         assert [count for _, count in step.values()] == [9] * 4
     # A correction yields a token: no step is spent on it.
-    assert len(steps) == 24
+    assert len(seen.steps) == 24
 
 
 @pytest.mark.parametrize(
@@ -68,37 +64,39 @@ def test_short_sequences_are_not_corrected(llm):
 
 
 def test_only_positions_behind_the_exact_ones_are_computed_again(llm):
-    with correcting(llm, 4, 40), watched(llm) as steps:
+    with correcting(llm, 4, 40), watched(llm) as seen:
         generate(llm, [random_prompt(30, seed=30)], 30)
-    spans = [span for step in steps[1:] for span in step.values() if span[1] > 1]
+    spans = [span for step in seen.steps[1:] for span in step.values() if span[1] > 1]
     assert spans[0] == (40, 5)
     assert [start for start, _ in spans] == [40, 45, 50]
 
 
 @pytest.mark.parametrize("budget", [8, 12, 24])
-def test_split_over_steps(engines, dense, budget):
+def test_split_over_steps(small_engine, dense_answers, budget):
     """Steps too small for a correction, beside other requests."""
     kwargs = {"max_num_batched_tokens": budget, "max_num_seqs": 3}
-    llm = engines(EXACT | {"correction_interval": 8}, **kwargs)
+    llm = small_engine(EXACT | {"correction_interval": 8}, **kwargs)
     prompts = [random_prompt(n, seed=n) for n in (50, 40, 35)]
-    with correcting(llm, 20, START) as counters, watched(llm) as steps:
-        assert generate(llm, prompts, 60) == dense(prompts, 60)
+    with correcting(llm, 20, START) as counters, watched(llm) as seen:
+        assert tokens(generate(llm, prompts, 60)) == dense_answers(prompts, 60)
     assert counters.corrections >= 3
-    assert max(sum(n for _, n in step.values()) for step in steps) <= budget
+    assert max(sum(n for _, n in step.values()) for step in seen.steps) <= budget
 
 
-def test_long_prefill_token_threshold(engines, dense):
-    llm = engines(EXACT | {"correction_interval": 8}, long_prefill_token_threshold=5)
-    with correcting(llm, 8, START) as counters, watched(llm) as steps:
-        assert generate(llm, PROMPTS, MAX_TOKENS) == dense(PROMPTS, MAX_TOKENS)
+def test_long_prefill_token_threshold(small_engine, dense_answers):
+    settings = EXACT | {"correction_interval": 8}
+    llm = small_engine(settings, long_prefill_token_threshold=5)
+    with correcting(llm, 8, START) as counters, watched(llm) as seen:
+        answers = tokens(generate(llm, PROMPTS, MAX_TOKENS))
+    assert answers == dense_answers(PROMPTS, MAX_TOKENS)
     assert counters.corrections >= 3
-    assert max(n for step in steps for _, n in step.values()) == 5
+    assert max(n for step in seen.steps for _, n in step.values()) == 5
 
 
-def test_up_to_max_model_len(llm, dense):
+def test_up_to_max_model_len(llm, dense_answers):
     prompt = random_prompt(1000, seed=0)
     with correcting(llm, 8, START) as counters:
-        assert generate(llm, [prompt], 100) == dense([prompt], 100)
+        assert tokens(generate(llm, [prompt], 100)) == dense_answers([prompt], 100)
     assert counters.corrections == 2
 
 
@@ -118,17 +116,17 @@ SAMPLING = {
 
 @pytest.mark.parametrize("name", SAMPLING)
 @pytest.mark.parametrize("max_num_batched_tokens", [256, 12])
-def test_sampling(engines, name, max_num_batched_tokens):
-    llm = engines(
+def test_sampling(small_engine, name, max_num_batched_tokens):
+    llm = small_engine(
         EXACT | {"correction_interval": 8},
         max_num_batched_tokens=max_num_batched_tokens,
     )
     prompts = PROMPTS[:2]
     with correcting(llm, None, START):
-        plain = generate(llm, prompts, MAX_TOKENS, **SAMPLING[name])
+        plain = tokens(generate(llm, prompts, MAX_TOKENS, **SAMPLING[name]))
     llm.reset_prefix_cache()
     with correcting(llm, 3, START) as counters:
-        assert generate(llm, prompts, MAX_TOKENS, **SAMPLING[name]) == plain
+        assert tokens(generate(llm, prompts, MAX_TOKENS, **SAMPLING[name])) == plain
     assert counters.corrections > 0
 
 
@@ -164,13 +162,13 @@ def test_several_sequences_of_one_prompt(llm):
     assert count == 3 * 4
 
 
-def test_abort_in_mid_correction(engines, dense):
-    llm = engines(EXACT | {"correction_interval": 8}, max_num_batched_tokens=12)
+def test_abort_in_mid_correction(small_engine, dense_answers):
+    llm = small_engine(EXACT | {"correction_interval": 8}, max_num_batched_tokens=12)
     engine, found = llm.llm_engine, {}
     with correcting(llm, 16, START) as counters:
         for i, prompt in enumerate(PROMPTS[:2]):
             request = {"prompt_token_ids": prompt}
-            engine.add_request(str(i), request, params(MAX_TOKENS))
+            engine.add_request(str(i), request, sampling_params(MAX_TOKENS))
         while not counters.corrections:
             engine.step()
         (split,) = [r for r in scheduler(llm).running if r.is_prefill_chunk]
@@ -181,17 +179,17 @@ def test_abort_in_mid_correction(engines, dense):
             for output in engine.step():
                 found[output.request_id] = list(output.outputs[0].token_ids)
         engine.abort_request([str(1 - kept)])
-    assert found[str(kept)] == dense(PROMPTS, MAX_TOKENS)[kept]
+    assert found[str(kept)] == dense_answers(PROMPTS, MAX_TOKENS)[kept]
 
 
-def test_preemption_in_mid_correction(engines, dense):
-    llm = engines(EXACT | {"correction_interval": 8}, max_num_batched_tokens=12)
+def test_preemption_in_mid_correction(small_engine, dense_answers):
+    llm = small_engine(EXACT | {"correction_interval": 8}, max_num_batched_tokens=12)
     engine, found = llm.llm_engine, {}
     seen = scheduler(llm)
     with correcting(llm, 16, START) as counters:
         for i, prompt in enumerate(PROMPTS[:2]):
             request = {"prompt_token_ids": prompt}
-            engine.add_request(str(i), request, params(MAX_TOKENS))
+            engine.add_request(str(i), request, sampling_params(MAX_TOKENS))
         preempted = 0
         while engine.has_unfinished_requests():
             split = [
@@ -205,28 +203,26 @@ def test_preemption_in_mid_correction(engines, dense):
                 if output.finished:
                     found[output.request_id] = list(output.outputs[0].token_ids)
     assert preempted == 2
-    assert [found["0"], found["1"]] == dense(PROMPTS[:2], MAX_TOKENS)
+    assert [found["0"], found["1"]] == dense_answers(PROMPTS[:2], MAX_TOKENS)
 
 
-def test_structured_output(engines, tmp_path_factory):
+def test_structured_output(small_engine, planted):
     """A grammar is advanced once per token, corrected or not."""
     from vllm.sampling_params import StructuredOutputsParams
 
-    from tidal_vllm.planted import PlantedSpec, build_planted_model
-
-    folder = build_planted_model(tmp_path_factory.mktemp("planted"), PlantedSpec())
+    _, folder = planted()
     settings = {"dense_layers": [0], "select_layers": [1]} | {
         "token_budget": 1024,
         "min_sparse_len": 0,
         "correction_interval": 3,
     }
-    llm = engines(settings, folder=folder, skip_tokenizer_init=False)
+    llm = small_engine(settings, folder=folder, skip_tokenizer_init=False)
     words = llm.get_tokenizer().convert_ids_to_tokens(range(20, 26))
     choice = StructuredOutputsParams(regex=f"(({'|'.join(words)}) ?){{18}}")
 
     def answer(interval):
         with correcting(llm, interval, START) as counters:
-            (text,) = generate(llm, PROMPTS[:1], 30, structured_outputs=choice)
+            (text,) = tokens(generate(llm, PROMPTS[:1], 30, structured_outputs=choice))
         return text, counters.corrections
 
     (plain, none), (corrected, some) = answer(None), answer(3)

@@ -2,15 +2,12 @@
 
 import pytest
 
-from tests.engine.correction.harness import (
-    core,
-    correcting,
-    kv_of,
-    params,
-    relative_errors,
-    scheduler,
-)
-from tests.engine.correction.models import EXACT, SPARSE, random_prompt
+from tests.support.asking import sampling_params
+from tests.support.drifting import EXACT, SPARSE
+from tests.support.engines import core, scheduler
+from tests.support.kv import kv_of, relative_errors
+from tests.support.models import random_prompt
+from tests.support.watching import correcting
 
 pytestmark = pytest.mark.compat
 
@@ -26,7 +23,7 @@ def converse(llm, name="s"):
         request = processor.process_inputs(
             name,
             {"type": "token", "prompt_token_ids": list(turn)},
-            params(TURN_TOKENS),
+            sampling_params(TURN_TOKENS),
             supported_tasks=("generate",),
             resumable=True,
         )
@@ -43,7 +40,7 @@ def converse(llm, name="s"):
         core(llm).step_fn()
 
 
-def dense_tokens(dense):
+def dense_tokens(dense_answers):
     """The same conversation, each turn asked anew of a dense engine.
 
     vLLM drops the last token of a turn, which was never computed.
@@ -51,25 +48,25 @@ def dense_tokens(dense):
     talk, turns = [], []
     for turn in TURNS:
         talk = talk + turn
-        (answer,) = dense([talk], TURN_TOKENS)
+        (answer,) = dense_answers([talk], TURN_TOKENS)
         turns.append(answer)
         talk = talk + answer[:-1]
     return turns
 
 
-def test_exact(engines, dense):
-    llm = engines(EXACT | {"correction_interval": 8})
+def test_exact(small_engine, dense_answers):
+    llm = small_engine(EXACT | {"correction_interval": 8})
     for interval in (None, 6):
         llm.reset_prefix_cache()
         with correcting(llm, interval, 32) as counters:
             turns = list(converse(llm))
-        assert turns == dense_tokens(dense)
+        assert turns == dense_tokens(dense_answers)
     assert counters.corrections >= 3 * 2 + 2
 
 
 @pytest.mark.parametrize("interval", [None, 1000])
-def test_the_next_turn_starts_clean(engines, interval):
-    llm, seen = engines(SPARSE), []
+def test_the_next_turn_starts_clean(small_engine, interval):
+    llm, seen = small_engine(SPARSE), []
     with correcting(llm, interval):
         for _ in converse(llm):
             (request,) = scheduler(llm).running
@@ -83,14 +80,14 @@ def test_the_next_turn_starts_clean(engines, interval):
         else [len(tokens) for tokens, _, _ in seen[1:]]
     )
     tokens, _, kv = seen[-1]
-    error = float(relative_errors(kv, _dense_kv(engines, tokens)).max())
+    error = float(relative_errors(kv, _dense_kv(small_engine, tokens)).max())
     assert error > 0.01 if interval is None else error < 1e-5
 
 
-def _dense_kv(engines, tokens):
-    llm = engines(max_num_batched_tokens=1024)
+def _dense_kv(small_engine, tokens):
+    llm = small_engine(max_num_batched_tokens=1024)
     engine = llm.llm_engine
-    engine.add_request("dense", {"prompt_token_ids": tokens}, params(2))
+    engine.add_request("dense", {"prompt_token_ids": tokens}, sampling_params(2))
     engine.step()
     (request,) = scheduler(llm).running
     kv = kv_of(llm, request.request_id, 0, len(tokens))

@@ -6,8 +6,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from tests.engine.correction.harness import engine_kwargs
-from tests.engine.correction.models import SPARSE
+from tests.support.drifting import SPARSE
+from tests.support.engines import SMALL_ENGINE, engine_kwargs
 from tidal_vllm.engine.scheduler import TidalAsyncScheduler, TidalScheduler
 
 CONNECTOR = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
@@ -23,18 +23,21 @@ class Theirs(Scheduler):
     pass
 
 
+def configure(model, tidal, **kwargs):
+    arguments = engine_kwargs(tidal, **SMALL_ENGINE | kwargs)
+    return EngineArgs(model=str(model), **arguments).create_engine_config()
+
+
 def scheduler_class(model, tidal, **kwargs):
-    arguments = EngineArgs(model=str(model), **engine_kwargs(tidal, **kwargs))
-    config = arguments.create_engine_config()
-    return config.scheduler_config.get_scheduler_cls()
+    return configure(model, tidal, **kwargs).scheduler_config.get_scheduler_cls()
 
 
 @pytest.mark.parametrize("tidal", [SPARSE, CORRECTING, SPARSE | {"preset": "default"}])
-def test_selected_with_the_backend(model, tidal):
-    assert scheduler_class(model, tidal) is TidalScheduler
+def test_selected_with_the_backend(drifting, tidal):
+    assert scheduler_class(drifting, tidal) is TidalScheduler
 
 
-def test_asynchronous_where_vllm_is(model, monkeypatch):
+def test_asynchronous_where_vllm_is(drifting, monkeypatch):
     """As on a GPU: vLLM's platforms there leave asynchronous scheduling on."""
     from vllm.platforms import current_platform
 
@@ -51,7 +54,7 @@ def test_asynchronous_where_vllm_is(model, monkeypatch):
     _check_setup_early(Platform)
     changed = Platform.__dict__["check_and_update_config"]
     monkeypatch.setattr(type(current_platform), "check_and_update_config", changed)
-    cls = scheduler_class(model, CORRECTING)
+    cls = scheduler_class(drifting, CORRECTING)
     assert cls is TidalAsyncScheduler
     assert issubclass(cls, AsyncScheduler)
     monkeypatch.undo()
@@ -67,12 +70,12 @@ def test_asynchronous_where_vllm_is(model, monkeypatch):
     ],
     ids=["dense", "off", "no sequence is longer than the budget"],
 )
-def test_vllms_own_where_every_step_is_dense(model, tidal):
-    assert scheduler_class(model, tidal) is Scheduler
-    assert scheduler_class(model, tidal, scheduler_cls=Theirs) is Theirs
+def test_vllms_own_where_every_step_is_dense(drifting, tidal):
+    assert scheduler_class(drifting, tidal) is Scheduler
+    assert scheduler_class(drifting, tidal, scheduler_cls=Theirs) is Theirs
 
 
-def test_ours_with_speculative_decoding(model, monkeypatch):
+def test_ours_with_speculative_decoding(drifting, monkeypatch):
     # As on a GPU: without Triton the platform refuses speculative decoding.
     monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", True)
     speculative = {
@@ -80,14 +83,14 @@ def test_ours_with_speculative_decoding(model, monkeypatch):
         "num_speculative_tokens": 2,
         "prompt_lookup_max": 2,
     }
-    cls = scheduler_class(model, SPARSE, speculative_config=speculative)
+    cls = scheduler_class(drifting, SPARSE, speculative_config=speculative)
     assert cls is TidalScheduler
 
 
 @pytest.mark.parametrize("path", [True, False])
-def test_a_subclass_of_ours_is_respected(model, path):
+def test_a_subclass_of_ours_is_respected(drifting, path):
     given = f"{__name__}.Ours" if path else Ours
-    assert scheduler_class(model, CORRECTING, scheduler_cls=given) is Ours
+    assert scheduler_class(drifting, CORRECTING, scheduler_cls=given) is Ours
 
 
 @pytest.mark.parametrize(
@@ -98,9 +101,9 @@ def test_a_subclass_of_ours_is_respected(model, path):
         (CORRECTING | {"publish_polluted": True}, "does not run corrections"),
     ],
 )
-def test_any_other_is_refused(model, tidal, reason):
+def test_any_other_is_refused(drifting, tidal, reason):
     with pytest.raises(ValueError, match=reason) as caught:
-        scheduler_class(model, tidal, scheduler_cls=Theirs)
+        scheduler_class(drifting, tidal, scheduler_cls=Theirs)
     assert "scheduler_cls = <class" in str(caught.value)
     assert "allowed None" in str(caught.value)
 
@@ -112,8 +115,8 @@ def test_any_other_is_refused(model, tidal, reason):
         (SPARSE, {"enable_prefix_caching": False}),
     ],
 )
-def test_any_other_is_respected_where_it_does_no_harm(model, tidal, kwargs):
-    assert scheduler_class(model, tidal, scheduler_cls=Theirs, **kwargs) is Theirs
+def test_any_other_is_respected_where_it_does_no_harm(drifting, tidal, kwargs):
+    assert scheduler_class(drifting, tidal, scheduler_cls=Theirs, **kwargs) is Theirs
 
 
 @pytest.mark.parametrize(
@@ -149,15 +152,14 @@ def test_any_other_is_respected_where_it_does_no_harm(model, tidal, kwargs):
         "lmcache",
     ],
 )
-def test_refused_at_start_up(model, kwargs, message):
+def test_refused_at_start_up(drifting, kwargs, message):
     with pytest.raises(ValueError, match=message):
-        scheduler_class(model, CORRECTING, **kwargs)
+        scheduler_class(drifting, CORRECTING, **kwargs)
 
 
-def test_offloading_is_respected_where_it_does_no_harm(model):
+def test_offloading_is_respected_where_it_does_no_harm(drifting):
     tidal = SPARSE | {"publish_polluted": True}
-    arguments = EngineArgs(model=str(model), **engine_kwargs(tidal, **NATIVE))
-    config = arguments.create_engine_config()
+    config = configure(drifting, tidal, **NATIVE)
     assert config.kv_transfer_config.kv_connector == "OffloadingConnector"
 
 
@@ -168,12 +170,13 @@ def test_offloading_is_respected_where_it_does_no_harm(model):
         ("parallel_config", "enable_dbo", True, "enable_dbo = True: both halves of a"),
     ],
 )
-def test_the_scheduler_refuses_what_has_changed_since(model, part, key, value, message):
+def test_the_scheduler_refuses_what_has_changed_since(
+    drifting, part, key, value, message
+):
     """vLLM's CPU platform, for one, turns microbatches off by itself."""
 
     def make_scheduler(tidal):
-        arguments = EngineArgs(model=str(model), **engine_kwargs(tidal))
-        config = arguments.create_engine_config()
+        config = configure(drifting, tidal)
         setattr(getattr(config, part) if part else config, key, value)
         TidalScheduler(vllm_config=config)
 

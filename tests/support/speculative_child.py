@@ -31,7 +31,7 @@ LENGTHS, STEPS, MAX_TOKENS = (40, 20, 333, 150), (0, 0, 2, 6), 24
 
 
 def arrivals() -> list[tuple[int, list[int], int]]:
-    from tests.engine.models import random_prompt
+    from tests.support.models import random_prompt
 
     def prompt(seed: int, length: int) -> list[int]:
         words = [token % VOCAB_SIZE for token in random_prompt(30, seed)]
@@ -42,31 +42,33 @@ def arrivals() -> list[tuple[int, list[int], int]]:
 
 
 def run(model: Path, speculation: dict | None, **engine) -> dict:
-    from tests.engine import harness
+    from tests.support.asking import generate, serve
+    from tests.support.engines import Engines, scheduler
+    from tests.support.watching import counters, watched
 
     settings = SETTINGS | engine.pop("tidal", {})
     if speculation is not None:
         engine["speculative_config"] = speculation
-    llm = harness.Engines()(
+    llm = Engines()(
         model,
         tidal=settings,
         max_model_len=MODEL_LEN,
         max_num_batched_tokens=128,
         **engine,
     )
-    with harness.watched(llm) as seen:
-        found = harness.serve(llm, arrivals(), logprobs=3)
-    core = harness.scheduler(llm)
+    with watched(llm) as seen:
+        found = serve(llm, arrivals(), logprobs=3)
+    core = scheduler(llm)
     # What a next turn finds of the first conversations in the prefix cache.
     turns = [
         prompt + answer.token_ids
         for (_, prompt, _), answer in zip(arrivals(), found, strict=True)
     ]
-    again = harness.generate(llm, turns, max_tokens=1)
+    again = generate(llm, turns, max_tokens=1)
     return {
         "answers": [dataclasses.asdict(answer) for answer in found],
         "cached": [answer.num_cached_tokens for answer in again],
-        "counters": dict(harness.counters(llm)),
+        "counters": dict(counters(llm)),
         "scheduled": seen.tokens,
         "preemptions": seen.num_preemptions,
         "scheduler": type(core).__name__,
@@ -75,7 +77,7 @@ def run(model: Path, speculation: dict | None, **engine) -> dict:
 
 
 def main() -> None:
-    from tests.interpreter import patch_once
+    from tests.support.interpreter import patch_once
 
     patch_once()
     model, results = Path(sys.argv[1]), Path(sys.argv[2])

@@ -31,7 +31,7 @@ REUSING = {"reselect_interval": 3}
 
 
 def arrivals() -> list[tuple[int, list[int], int]]:
-    from tests.engine.models import random_prompt
+    from tests.support.models import random_prompt
 
     # Seeds without near ties: rounding would decide.
     prompts = [random_prompt(n, seed=n + 116) for n in LENGTHS]
@@ -52,7 +52,9 @@ def start(engines, folder: Path, **tidal):
 
 
 def answers(llm, requests: int = 4) -> dict:
-    from tests.engine.harness import counters, impls, runner, scheduler, serve
+    from tests.support.asking import serve
+    from tests.support.engines import impls, runner, scheduler
+    from tests.support.watching import counters
 
     # Where all blocks are kept nothing is polluted: correct as if it were.
     core, low = scheduler(llm), {"token_budget": 24, "sparse_threshold": 24}
@@ -71,8 +73,8 @@ def answers(llm, requests: int = 4) -> dict:
 
 def replays(llm) -> dict:
     """A replayed step of four rows, the last of them padding, and the same eagerly."""
-    from tests.engine.harness import impls, reconfigured, runner
-    from tests.engine.replay import Graph, common_metadata, random_table, run_layers
+    from tests.support.engines import impls, reconfigured, runner
+    from tests.support.replay import Graph, common_metadata, random_table, run_layers
 
     generator = torch.Generator().manual_seed(1)
     layers = runner(llm).vllm_config.compilation_config.static_forward_context
@@ -103,8 +105,8 @@ def replays(llm) -> dict:
 
 
 def main() -> None:
-    from tests.engine.harness import Engines
-    from tests.interpreter import patch_once
+    from tests.support.engines import Engines
+    from tests.support.interpreter import patch_once
 
     patch_once()
     folder, windowed, results = map(Path, sys.argv[1:])

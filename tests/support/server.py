@@ -14,7 +14,7 @@ from pathlib import Path
 
 import openai
 
-from tests.leftovers import living
+from tests.support.processes import living
 
 VLLM = Path(sys.executable).with_name("vllm")
 START_S, STOP_S = 500, 200

@@ -5,7 +5,7 @@ import math
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from tests.engine.harness import runner
+from tests.support.engines import builders, runner
 
 
 def common_metadata(query_lens, lens, prefilling=None, **fields):
@@ -27,15 +27,6 @@ def common_metadata(query_lens, lens, prefilling=None, **fields):
         "is_prefilling": torch.tensor(prefilling or [False] * len(lens)),
     }
     return CommonAttentionMetadata(**defaults | fields)
-
-
-def builders(llm):
-    return [
-        builder
-        for groups in runner(llm).attn_groups
-        for group in groups
-        for builder in group.metadata_builders
-    ]
 
 
 class Graph:

@@ -6,7 +6,7 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
-from tests.serving.server import Server, wait_until
+from tests.support.server import Server, wait_until
 
 NUM_STREAMS, NUM_PLAIN = 4, 8  # together more than the server runs at once
 UNREAD = 2_000_000  # tokens, whose text is more than the buffers of a socket hold

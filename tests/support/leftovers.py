@@ -85,17 +85,6 @@ class Leftovers:
                 self._shared |= new & _mapped(pid)
 
 
-def living(session: int) -> list[int]:
-    """The processes of a session that have not ended."""
-    alive = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session and fields[0] != "Z":
-                alive.append(int(folder.name))
-    return alive
-
-
 def _is_vllms(path: Path) -> bool:
     """Whether vLLM leaves it, too, where its processes end in order: nothing of ours.
 

@@ -1,0 +1,90 @@
+"""Other settings for an engine that runs, without a new start."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from tidal_vllm.engine.attention import TidalImpl
+from tidal_vllm.engine.backend import TidalBackend
+from tidal_vllm.engine.state import choose_implementations
+from tidal_vllm.plan.resolve import resolve
+from tidal_vllm.registry import METHODS
+from tidal_vllm.validators import TidalConfigError
+
+
+def reconfigure(model_runner: Any, settings: dict[str, Any]) -> Callable[[], None]:
+    """Let the model runner of one worker decode under other settings from now on.
+
+    The kernels and the state of the layers with full attention are made anew, and so
+    are the metadata builders of TIDAL. The scheduler keeps its settings: corrections
+    and the prefix cache follow those that the engine was started with.
+
+    Args:
+        model_runner: vLLM's, between two steps.
+        settings: What `additional_config["tidal"]` would hold. A key that is left out
+            may come from a profile.
+
+    Returns:
+        A function that brings the former settings back.
+
+    Raises:
+        ValueError: The settings are refused. The engine is then as it was.
+    """
+    config = copy.copy(model_runner.vllm_config)
+    config.additional_config = {"tidal": settings}
+    for one in (model_runner.vllm_config, config):
+        _require_no_followed_keys(resolve(one).config.method)
+    impls = _full_attention(config)
+    groups = [
+        group
+        for groups in model_runner.attn_groups
+        for group in groups
+        if group.backend is TidalBackend
+    ]
+    kept = [(impl, impl.kernels, impl.state) for impl in impls]
+    kept_builders = [(group, group.metadata_builders) for group in groups]
+
+    def undo() -> None:
+        for impl, kernels, state in kept:
+            impl.kernels, impl.state = kernels, state
+        for group, builders in kept_builders:
+            group.metadata_builders = builders
+
+    first = impls[0]
+    try:
+        first.kernels, _ = choose_implementations(
+            config, first.head_size, first.kv_cache_dtype
+        )
+        first.state = first.make_state(config)
+        for impl in impls:
+            impl.kernels, impl.state = first.kernels, first.state
+        for group, builders in kept_builders:
+            group.metadata_builders = [
+                type(old)(old.kv_cache_spec, old.layer_names, config, old.device)
+                for old in builders
+            ]
+    except Exception:
+        undo()
+        raise
+    return undo
+
+
+def _require_no_followed_keys(method: str) -> None:
+    """Refuse a method that would miss keys which are written before it, or after it."""
+    if METHODS[method].follows_keys:
+        allowed = (
+            "keeps something of every key that is written, so it stays as the engine "
+            "was started: must be another method, before and after"
+        )
+        raise TidalConfigError("tidal.method", method, allowed)
+
+
+def _full_attention(vllm_config: Any) -> list[TidalImpl]:
+    """TIDAL's implementations of the layers without a sliding window."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    impls = [getattr(layer, "impl", None) for layer in layers]
+    return [
+        impl
+        for impl in impls
+        if isinstance(impl, TidalImpl) and impl.sliding_window is None
+    ]
