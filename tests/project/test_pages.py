@@ -10,10 +10,10 @@ PAGES = sorted(
     str(path.relative_to(ROOT))
     for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))
 ) + ["tests/README.md"]
-# Below which folders a page may name a file, beside the root.
-SHORT_OF = ("tidal_vllm", "tests/kernels", "tests/startup")
 # Stands for a name, or exists once a command has run.
-NO_FILE = re.compile(r"[A-Z]{4}[./]|tidal_profiles/|\.venv|setup\.log|\.(cu|cuh|so|jsonl)$")
+NO_FILE = re.compile(
+    r"[A-Z]{4}[./]|tidal_profiles/|\.venv|setup\.log|\.(cu|cuh|so|jsonl)$"
+)
 
 
 def text_of(page: str) -> str:
@@ -37,18 +37,20 @@ def test_linked_headings_exist(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_named_files_exist(page):
-    """In backticks, from the root or from the package; folders end with a slash."""
+    """In backticks, from the root, the package or the page; folders end with a slash."""
     named = set(re.findall(r"`([\w.]+(?:/[\w.]+)*/?)[`:]", text_of(page)))
     for name in sorted(named):
         is_path = name.endswith((".py", ".md", ".sh", ".toml", ".txt", "/")) and (
             "/" in name or name.endswith((".md", ".toml"))
         )
         if is_path and not NO_FILE.search(name):
-            folders = (ROOT, *(ROOT / short for short in SHORT_OF))
+            folders = (ROOT, ROOT / "tidal_vllm", (ROOT / page).parent)
             assert any((folder / name).exists() for folder in folders), name
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_named_paths_exist(page):
-    for path in set(re.findall(r"\b(?:tests|benchmarks|docs)/\w[\w./]*", text_of(page))):
+    for path in set(
+        re.findall(r"\b(?:tests|benchmarks|docs)/\w[\w./]*", text_of(page))
+    ):
         assert (ROOT / path.rstrip(".")).exists(), path
