@@ -37,7 +37,7 @@ def test_linked_headings_exist(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_named_files_exist(page):
-    """In backticks, from the root, the package or the page; folders end with a slash."""
+    """Paths in backticks, from the root, the package or the page."""
     named = set(re.findall(r"`([\w.]+(?:/[\w.]+)*/?)[`:]", text_of(page)))
     for name in sorted(named):
         is_path = name.endswith((".py", ".md", ".sh", ".toml", ".txt", "/")) and (
