@@ -201,11 +201,9 @@ def test_dense_only_and_empty_stages_are_fine():
 def test_stage_that_starts_sparse_is_refused():
     with pytest.raises(TidalConfigError) as caught:
         check_pipeline_stage(plan(profile=make_profile()), 4, 8)
-    assert str(caught.value) == (
-        "tidal.select_layers = [2, 5]: the pipeline stage with layers 4-7 starts with "
-        "SPARSE layer 4, and selections do not travel between stages: must contain 4, "
-        "e.g. [2, 4, 5]"
-    )
+    start = "tidal.select_layers = [2, 5]: the pipeline stage with layers 4-7"
+    assert str(caught.value).startswith(start)
+    assert str(caught.value).endswith("must contain 4, e.g. [2, 4, 5]")
 
 
 def test_one_choice_for_all_layers_or_one_per_select_layer():
