@@ -24,8 +24,14 @@ def describe_run(*packages: str) -> dict:
             **{name: _version(name) for name in ("torch", *packages)},
         },
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": "python " + " ".join(sys.argv),
+        "command": " ".join(["python", _program(), *sys.argv[1:]]),
     }
+
+
+def _program() -> str:
+    """The words behind `python` that started this process."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"-m {module.name}" if module else sys.argv[0]
 
 
 def _version(name: str) -> str | None:

@@ -1,16 +1,20 @@
-// torch.ops.tidal: PyTorch's stable ABI, so one binary serves torch 2.11 and later.
+// torch.ops.tidal, by PyTorch's stable ABI: one binary serves torch 2.11 and later.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "ops.h"
 
 namespace {
 
-using torch::headeronly::DeviceType;
+using tidal::AttendArguments;
+using tidal::SelectArguments;
+using tidal::TensorView;
+using tidal::WrittenTensor;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -37,8 +41,8 @@ const char* dtype_of(const Tensor& t) {
   }
 }
 
-tidal::TensorView view(const Tensor& t) {
-  tidal::TensorView result;
+TensorView view(const Tensor& t) {
+  TensorView result;
   result.data = t.data_ptr();
   result.dtype = dtype_of(t);
   result.device = t.is_cuda() ? "cuda" : t.is_cpu() ? "cpu" : "another device";
@@ -51,117 +55,89 @@ tidal::TensorView view(const Tensor& t) {
   return result;
 }
 
-// What all ops that attend begin with.
-tidal::AttendArguments attend_arguments(const Tensor& query, const Tensor& kv_cache,
-                                        const Tensor& block_table,
-                                        const Tensor& seq_lens, const Tensor& lse,
-                                        const Tensor& partial_lse, double scale,
-                                        double k_scale, int64_t select_block_size) {
-  tidal::AttendArguments a;
-  a.query = view(query);
-  a.kv_cache = view(kv_cache);
-  a.block_table = view(block_table);
-  a.seq_lens = view(seq_lens);
-  a.lse = view(lse);
-  a.partial_lse = view(partial_lse);
-  a.scale = scale;
-  a.k_scale = k_scale;
-  a.select_block_size = select_block_size;
-  return a;
+// Writes a schema, argument by argument. Written tensors get an alias set of their own.
+class Schema {
+ public:
+  void operator()(const char* name, const TensorView&) { add("Tensor", name); }
+  void operator()(const char* name, const WrittenTensor&) { add(written(), name); }
+  void operator()(const char* name, const std::optional<TensorView>&) {
+    add("Tensor?", name, "=None");
+  }
+  void operator()(const char* name, const std::optional<WrittenTensor>&) {
+    add(written() + "?", name, "=None");
+  }
+  void operator()(const char* name, double) { add("float", name); }
+  void operator()(const char* name, int64_t) { add("int", name); }
+
+  std::string of(const char* op) const { return op + ("(" + arguments_) + ") -> ()"; }
+
+ private:
+  std::string written() { return std::string("Tensor(") + alias_++ + "!)"; }
+  void add(const std::string& type, const char* name, const char* value = "") {
+    if (!arguments_.empty()) arguments_ += ", ";
+    arguments_ += type + " " + name + value;
+  }
+
+  std::string arguments_;
+  char alias_ = 'a';
+};
+
+// Takes the arguments of a call from PyTorch's stack, and keeps their tensors alive.
+class Call {
+ public:
+  explicit Call(StableIValue* stack) : next_(stack) {}
+
+  // TensorView, WrittenTensor
+  void operator()(const char*, TensorView& to) { to = view(keep(take<Tensor>())); }
+  template <class View>
+  void operator()(const char*, std::optional<View>& to) {
+    const auto given = take<std::optional<Tensor>>();
+    if (given) static_cast<TensorView&>(to.emplace()) = view(keep(*given));
+  }
+  void operator()(const char*, double& to) { to = take<double>(); }
+  void operator()(const char*, int64_t& to) { to = take<int64_t>(); }
+
+ private:
+  template <class V>
+  V take() {
+    return torch::stable::detail::to<V>(*next_++);
+  }
+  const Tensor& keep(const Tensor& t) { return tensors_.emplace_back(t); }
+
+  StableIValue* next_;
+  std::vector<Tensor> tensors_;
+};
+
+// An op as PyTorch calls it; none returns anything.
+template <class Arguments, void (*op)(const Arguments&)>
+void boxed(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments;
+  Call call(stack);
+  for_each_argument(arguments, call);
+  op(arguments);
 }
 
-void dense_decode(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
-                  const Tensor& seq_lens, const Tensor& output, const Tensor& lse,
-                  std::optional<Tensor> block_lse, const Tensor& partial_out,
-                  const Tensor& partial_lse, double scale, double k_scale, double v_scale,
-                  int64_t select_block_size) {
-  auto a = attend_arguments(query, kv_cache, block_table, seq_lens, lse, partial_lse,
-                            scale, k_scale, select_block_size);
-  const tidal::TensorView out = view(output), part = view(partial_out);
-  a.output = &out;
-  a.partial_out = &part;
-  tidal::TensorView scores;
-  if (block_lse) a.block_lse = &(scores = view(*block_lse));
-  a.v_scale = v_scale;
-  tidal::dense_decode(a);
-}
-
-void score_blocks(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
-                  const Tensor& seq_lens, const Tensor& lse, const Tensor& block_lse,
-                  const Tensor& partial_lse, double scale, double k_scale,
-                  int64_t select_block_size) {
-  auto a = attend_arguments(query, kv_cache, block_table, seq_lens, lse, partial_lse,
-                            scale, k_scale, select_block_size);
-  const tidal::TensorView scores = view(block_lse);
-  a.block_lse = &scores;
-  tidal::score_blocks(a);
-}
-
-void sparse_decode(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
-                   const Tensor& topk_blocks, const Tensor& topk_lens,
-                   const Tensor& seq_lens, const Tensor& output, const Tensor& lse,
-                   const Tensor& partial_out, const Tensor& partial_lse, double scale,
-                   double k_scale, double v_scale, int64_t select_block_size) {
-  auto a = attend_arguments(query, kv_cache, block_table, seq_lens, lse, partial_lse,
-                            scale, k_scale, select_block_size);
-  const tidal::TensorView out = view(output), part = view(partial_out);
-  a.output = &out;
-  a.partial_out = &part;
-  const tidal::TensorView blocks = view(topk_blocks), lens = view(topk_lens);
-  a.topk_blocks = &blocks;
-  a.topk_lens = &lens;
-  a.v_scale = v_scale;
-  tidal::sparse_decode(a);
-}
-
-void select_blocks(const Tensor& block_lse, const Tensor& lse, const Tensor& seq_lens,
-                   const Tensor& topk_blocks, const Tensor& topk_lens,
-                   const Tensor& mass, int64_t token_budget, int64_t select_block_size,
-                   int64_t sink_tokens, int64_t recent_tokens,
-                   int64_t sparse_threshold) {
-  tidal::SelectArguments a;
-  a.block_lse = view(block_lse);
-  a.lse = view(lse);
-  a.seq_lens = view(seq_lens);
-  a.topk_blocks = view(topk_blocks);
-  a.topk_lens = view(topk_lens);
-  a.mass = view(mass);
-  a.token_budget = token_budget;
-  a.select_block_size = select_block_size;
-  a.sink_tokens = sink_tokens;
-  a.recent_tokens = recent_tokens;
-  a.sparse_threshold = sparse_threshold;
-  tidal::select_blocks(a);
+template <class Arguments>
+std::string schema_of(const char* op) {
+  Arguments arguments;
+  Schema schema;
+  for_each_argument(arguments, schema);
+  return schema.of(op);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(tidal, m) {
-  m.def(
-      "dense_decode(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
-      "Tensor(a!) output, Tensor(b!) lse, Tensor(c!)? block_lse, "
-      "Tensor(d!) partial_out, Tensor(e!) partial_lse, float scale, float k_scale, "
-      "float v_scale, int select_block_size) -> ()");
-  m.def(
-      "score_blocks(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, "
-      "Tensor(a!) lse, Tensor(b!) block_lse, Tensor(c!) partial_lse, float scale, "
-      "float k_scale, int select_block_size) -> ()");
-  m.def(
-      "sparse_decode(Tensor query, Tensor kv_cache, Tensor block_table, "
-      "Tensor topk_blocks, Tensor topk_lens, Tensor seq_lens, Tensor(a!) output, "
-      "Tensor(b!) lse, Tensor(c!) partial_out, Tensor(d!) partial_lse, float scale, "
-      "float k_scale, float v_scale, int select_block_size) -> ()");
-  m.def(
-      "select_blocks(Tensor block_lse, Tensor lse, Tensor seq_lens, "
-      "Tensor(a!) topk_blocks, Tensor(b!) topk_lens, Tensor(c!) mass, "
-      "int token_budget, int select_block_size, int sink_tokens, int recent_tokens, "
-      "int sparse_threshold) -> ()");
+  m.def(schema_of<AttendArguments>("dense_decode").c_str());
+  m.def(schema_of<AttendArguments>("score_blocks").c_str());
+  m.def(schema_of<AttendArguments>("sparse_decode").c_str());
+  m.def(schema_of<SelectArguments>("select_blocks").c_str());
 }
 
-// For all devices: a tensor on a wrong one is refused by name.
+// For all devices: the checks then name a tensor that is on a wrong one.
 STABLE_TORCH_LIBRARY_IMPL(tidal, CompositeExplicitAutograd, m) {
-  m.impl("dense_decode", TORCH_BOX(&dense_decode));
-  m.impl("score_blocks", TORCH_BOX(&score_blocks));
-  m.impl("sparse_decode", TORCH_BOX(&sparse_decode));
-  m.impl("select_blocks", TORCH_BOX(&select_blocks));
+  m.impl("dense_decode", &boxed<AttendArguments, tidal::dense_decode>);
+  m.impl("score_blocks", &boxed<AttendArguments, tidal::score_blocks>);
+  m.impl("sparse_decode", &boxed<AttendArguments, tidal::sparse_decode>);
+  m.impl("select_blocks", &boxed<SelectArguments, tidal::select_blocks>);
 }

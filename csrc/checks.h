@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -25,7 +26,18 @@ class Checks {
     throw std::invalid_argument(message.str());
   }
 
-  // The first tensor fixes the device of all.
+  // An argument that may be None: the op needs it, or has no use for it.
+  template <class V>
+  void given(const std::optional<V>& t, const std::string& name) const {
+    that(t.has_value(), name, "None", "a tensor");
+  }
+
+  template <class V>
+  void absent(const std::optional<V>& t, const std::string& name) const {
+    that(!t.has_value(), name, "a tensor", "None");
+  }
+
+  // The first tensor that is checked fixes the device of all.
   void tensor(const TensorView& t, const std::string& name, int rank,
               std::initializer_list<const char*> dtypes) {
     that(t.rank == rank, name + ".dim()", t.rank, rank);

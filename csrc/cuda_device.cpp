@@ -1,14 +1,20 @@
-// What only PyTorch knows of a CUDA device.
+// A CUDA device, as launch.h describes one; PyTorch knows its current stream.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/macros.h>
 
-#include <stdexcept>
-
+#include "cuda_check.h"
 #include "launch.h"
 
 namespace tidal {
 
 const char* const kDeviceType = "cuda";
+
+int count_processors(int device_index) {
+  int count = 0;
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_index),
+             "cudaDeviceGetAttribute");
+  return count;
+}
 
 Stream current_stream(int device_index) {
   void* handle = nullptr;

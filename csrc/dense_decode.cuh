@@ -1,59 +1,62 @@
-// dense_decode: one query token per sequence against all its tokens, keeping the lse of
-// each selection block; score_blocks, the same kernel without values: the lse alone.
-// Defined by tidal_vllm/kernels/reference. Has run under the CPU emulation only, not yet
-// on a GPU.
+// dense_decode: each row attends to all its tokens, and the lse of each selection block
+// is kept where it is wanted. score_blocks: the same kernel without values, so the lse
+// alone. Defined by tidal_vllm/kernels/reference. Has run under the CPU emulation only,
+// not yet on a GPU.
 #pragma once
 
 #include "attend.cuh"
+#include "join_warps.cuh"
 
 namespace tidal {
 
-// Writes the lse of selection blocks from the scores of a warp's tiles.
-// Precondition: select_block_size is 1, 2, 4, 8 or a multiple of 16.
-struct BlockLse {
+// Given to attend_tiles: computes the lse of selection blocks from the scores of a warp's
+// tiles, and writes it. Precondition: select_block_size is 1, 2, 4, 8 or a multiple
+// of 16.
+struct WriteBlockLse {
   const AttendParams& p;
   const Share& share;
-  float top[2], sum[2];  // of the block so far, where it is larger than a tile
+  float max[2], sum[2];  // of the tiles so far of a block that is larger than a tile
 
-  TIDAL_DEVICE void operator()(int tile, const float (&scores)[2][4],
-                               const float (&tops)[2], const float (&sums)[2],
-                               int slot) {
+  TIDAL_DEVICE void operator()(int tile, const float (&scores)[2][4], const float (&maxima)[2],
+                         const float (&sums)[2], int entry) {
     if (p.block_lse == nullptr) return;
     if (p.select_block_size >= kTileTokens) {
-      add_tile(tile, tops, sums, slot);
+      add_tile(tile, maxima, sums, entry);
     } else {
-      write_parts(scores, slot);
+      write_blocks_of_tile(scores, entry);
     }
   }
 
-  TIDAL_DEVICE void add_tile(int tile, const float (&tops)[2], const float (&sums)[2],
-                             int slot) {
+  // For a selection block of one tile or more.
+  TIDAL_DEVICE void add_tile(int tile, const float (&maxima)[2], const float (&sums)[2],
+                       int entry) {
     const int tiles = p.select_block_size / kTileTokens;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (tile % tiles == 0) {
-        top[half] = kMinusInfinity;
+        max[half] = kMinusInfinity;
         sum[half] = 0.f;
       }
-      const float most = tops[half] > top[half] ? tops[half] : top[half];
+      const float most = maxima[half] > max[half] ? maxima[half] : max[half];
       const float base = or_zero_if_empty(most);
-      sum[half] = sum[half] * exp2_of(top[half] - base) +
-                  sum_of_quad(sums[half]) * exp2_of(tops[half] - base);
-      top[half] = most;
+      sum[half] = sum[half] * exp2_of(max[half] - base) +
+                  sum_of_quad(sums[half]) * exp2_of(maxima[half] - base);
+      max[half] = most;
     }
-    if (tile % tiles != tiles - 1 && slot + kTileTokens < share.end) return;
+    if (tile % tiles != tiles - 1 && entry + kTileTokens < share.end) return;
     if (thread_index() % 4 != 0) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      write(half, slot / p.select_block_size, top[half] + log2_of(sum[half]));
+      write(half, entry / p.select_block_size, max[half] + log2_of(sum[half]));
     }
   }
 
-  TIDAL_DEVICE void write_parts(const float (&scores)[2][4], int slot) {
+  // For a tile of several selection blocks.
+  TIDAL_DEVICE void write_blocks_of_tile(const float (&scores)[2][4], int entry) {
     const int quad = thread_index() % 4, size = p.select_block_size;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int half = i / 2, first = slot + i % 2 * 8 + quad * 2;
+      const int half = i / 2, first = entry + i % 2 * 8 + quad * 2;
       const float a = scores[i % 2][2 * half], b = scores[i % 2][2 * half + 1];
       if (size == 1) {
         if (first < share.end) write(half, first, a);
@@ -77,9 +80,10 @@ struct BlockLse {
 
   TIDAL_DEVICE void write(int half, int block, float log2_sum) const {
     const int head = thread_index() % 32 / 4 + 8 * half;
-    if (head >= share.heads || block >= p.num_blocks) return;
-    p.block_lse[share.row * p.block_lse_row +
-                (share.head + head) * p.block_lse_head + block] = log2_sum * kLn2;
+    if (head >= share.num_heads || block >= p.num_blocks) return;
+    p.block_lse[share.row * p.block_lse_row_stride +
+                (share.first_head + head) * p.block_lse_head_stride + block] =
+        log2_sum * kLn2;
   }
 };
 
@@ -87,10 +91,10 @@ template <class S>
 TIDAL_KERNEL(S::threads, 2) dense_decode_kernel(const AttendParams p) {
   const Share share = find_share(p);
   if (!has_work(share)) return;
-  const DenseSlots slots{share.seq_len};
-  State<S> state;
-  attend_tiles<S>(p, slots, share, state, BlockLse{p, share, {}, {}});
-  join_warps<S>(p, share, state);
+  const DenseEntries entries{share.seq_len};
+  OnlineSoftmax<S> softmax;
+  attend_tiles<S>(p, entries, share, softmax, WriteBlockLse{p, share, {}, {}});
+  join_warps<S>(p, share, softmax);
 }
 
 }  // namespace tidal

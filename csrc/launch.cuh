@@ -1,21 +1,14 @@
-// Launching on a stream, with every error an exception.
+// Launches kernels on a stream.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include <stdexcept>
-#include <string>
-
+#include "cuda_check.h"
 #include "launch.h"
 
 namespace tidal {
 
-inline void check_cuda(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
-}
-
-// Makes a stream's device current for its lifetime.
+// Makes the stream's device the current one until the end of the scope.
 class OnDevice {
  public:
   explicit OnDevice(const Stream& stream) {
@@ -39,7 +32,7 @@ class OnDevice {
 template <class Params>
 void launch_kernel(const char* name, void (*kernel)(const Params), dim3 grid, int threads,
                    int shared_bytes, const Params& params, const Stream& stream) {
-  if (shared_bytes > 48 << 10) {
+  if (shared_bytes > 48 << 10) {  // more has to be asked for
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     shared_bytes),
                name);

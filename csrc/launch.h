@@ -1,4 +1,5 @@
-// What the ops need of a device: the .cu files for CUDA, an emulation in the tests.
+// What the ops need of a device: the .cu files provide it for CUDA, the tests for their
+// emulation.
 #pragma once
 
 #include "params.h"
@@ -10,7 +11,7 @@ struct Stream {
   void* handle;
 };
 
-extern const char* const kDeviceType;  // that the tensors must be on
+extern const char* const kDeviceType;  // where the tensors must be: "cuda"
 
 int count_processors(int device_index);
 Stream current_stream(int device_index);

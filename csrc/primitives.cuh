@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "plan.h"
+#include "splits.h"
 
 namespace tidal {
 
@@ -57,9 +57,7 @@ template <class V>
 TIDAL_DEVICE V shuffle_xor(V value, int mask) {
   return __shfl_xor_sync(~0u, value, mask);
 }
-TIDAL_DEVICE void atomic_add_shared(int* address, int value) {
-  atomicAdd(address, value);
-}
+TIDAL_DEVICE void atomic_add_shared(int* address, int value) { atomicAdd(address, value); }
 
 TIDAL_DEVICE unsigned float_bits(float value) { return __float_as_uint(value); }
 TIDAL_DEVICE float exp2_of(float value) {
@@ -120,29 +118,27 @@ TIDAL_DEVICE void ldmatrix_x4_trans(uint32_t (&to)[4], const char* row) {
 }
 
 // to[16, 8] += a[16, 16] * b[16, 8], accumulated in fp32.
-TIDAL_DEVICE void mma(bf16, float (&to)[4], const uint32_t (&a)[4], uint32_t b0,
-                      uint32_t b1) {
+TIDAL_DEVICE void mma(bf16, float (&to)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(to[0]), "+f"(to[1]), "+f"(to[2]), "+f"(to[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-TIDAL_DEVICE void mma(fp16, float (&to)[4], const uint32_t (&a)[4], uint32_t b0,
-                      uint32_t b1) {
+TIDAL_DEVICE void mma(fp16, float (&to)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(to[0]), "+f"(to[1]), "+f"(to[2]), "+f"(to[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// 16 bytes to shared memory; zeros, and nothing is read, unless valid. L2 brings the
-// aligned kAround bytes, 64 or 128, that they are in.
-template <int kAround>
+// 16 bytes to shared memory; zeros, and nothing is read, unless valid. L2 fetches the
+// aligned kPrefetchBytes, 64 or 128, that they are part of.
+template <int kPrefetchBytes>
 TIDAL_DEVICE void copy_async_16(char* to, const char* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::%3B [%0], [%1], 16, %2;" ::"r"(
-                   shared_address(to)),
-               "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0), "n"(kAround)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global.L2::%3B [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+      "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0), "n"(kPrefetchBytes)
+      : "memory");
 }
 TIDAL_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most `kPending` of this thread's groups are under way. Other threads' copies

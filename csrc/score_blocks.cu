@@ -1,19 +1,12 @@
 #include "dense_decode.cuh"
 
-#include "launch.cuh"
-#include "merge_splits.cuh"
+#include "launch_attend.cuh"
 
 namespace tidal {
 
 void launch_score_blocks(const AttendParams& p, const Stream& stream) {
-  const OnDevice on_device(stream);
-  for_shape<false>(p, [&](auto shape) {
-    using S = decltype(shape);
-    launch_kernel("score_blocks", dense_decode_kernel<S>,
-                  dim3(thread_blocks(p), p.splits, p.num_seqs), S::threads,
-                  S::shared_bytes, p, stream);
-  });
-  launch_merge(p, stream);
+  launch_attend<false>("score_blocks", p, stream,
+                       [](auto shape) { return dense_decode_kernel<decltype(shape)>; });
 }
 
 }  // namespace tidal

@@ -1,10 +1,10 @@
-// select_blocks: the forced blocks and the heaviest others of each row and set.
+// select_blocks: chooses the forced blocks and the heaviest others of each row and set.
 // Defined by tidal_vllm/kernels/reference. Has run under the CPU emulation only, not yet
 // on a GPU.
 //
-// Two kernels: `set_mass` sums the heads over as many thread blocks as the masses fill;
-// `choose_blocks`, one thread block per row and set, finds the smallest mass that is
-// kept, by digits (radix select, exact), and writes the set in ascending order.
+// Two kernels. `sum_masses` adds up the masses of a set's heads. `choose_blocks`, one
+// thread block per row and set, finds the smallest mass that is kept, digit by digit (an
+// exact radix select), and writes the set in ascending order.
 #pragma once
 
 #include "params.h"
@@ -25,28 +25,40 @@ struct ChooseShared {
   int room;
 };
 
+// How much a set keeps of a row; all fields count selection blocks.
+struct Kept {
+  int total;   // of the row's sequence
+  int blocks;  // kept
+  int sinks;   // blocks before this one are forced
+  int recent;  // this block and all after it are forced
+};
+
 TIDAL_DEVICE Kept kept_of(const SelectParams& p, int seq_len) {
-  return kept_of(seq_len, p.token_budget, p.keep_all_len, p.select_block_size,
-                 p.sink_tokens, p.recent_tokens);
+  const int size = p.select_block_size;
+  const int total = ceil_div(seq_len, size);
+  if (seq_len <= p.keep_all_len) return {total, total, total, total};
+  const int recent = larger(seq_len - larger(p.recent_tokens, 1), 0) / size;
+  return {total, p.token_budget / size, ceil_div(p.sink_tokens, size), recent};
 }
 
-// Grid: blocks of kMassThreads selection blocks, sets, rows.
-TIDAL_KERNEL(kMassThreads, 1) set_mass(const SelectParams p) {
+// Grid: (groups of kMassThreads selection blocks, sets, rows).
+TIDAL_KERNEL(kMassThreads, 1) sum_masses(const SelectParams p) {
   const int row = block_z(), set = block_y();
   const Kept kept = kept_of(p, p.seq_lens[row]);
   const int block = block_x() * kMassThreads + thread_index();
   if (kept.blocks == kept.total || block >= smaller(kept.total, p.num_blocks)) return;
   const int heads = p.num_heads / p.num_sets;
   const int first = set * heads;
-  const float* from = p.block_lse + row * p.block_lse_row + first * p.block_lse_head;
+  const float* from =
+      p.block_lse + row * p.block_lse_row_stride + first * p.block_lse_head_stride;
   const float* lse = p.lse + static_cast<int64_t>(row) * p.num_heads + first;
   float mass = 0.f;
 #pragma unroll 8
   for (int head = 0; head < heads; ++head) {
-    mass += exp2_of((from[head * p.block_lse_head + block] - lse[head]) * kLog2E);
+    mass += exp2_of((from[head * p.block_lse_head_stride + block] - lse[head]) * kLog2E);
   }
-  if (!(mass > 0.f)) mass = 0.f;  // NaN too
-  p.mass[row * p.mass_row + set * p.mass_set + block] = mass;
+  if (!(mass > 0.f)) mass = 0.f;  // a NaN weighs nothing
+  p.mass[row * p.mass_row_stride + set * p.mass_set_stride + block] = mass;
 }
 
 // Adds one to the digit's bin for each lane that counts. Many masses are equal (zeros
@@ -109,7 +121,7 @@ struct Threshold {
 
 // The `room`-th largest of `count` masses, exactly. 0 < room <= count.
 TIDAL_DEVICE Threshold find_threshold(ChooseShared* shared, const float* mass, int count,
-                                      int room) {
+                                int room) {
   unsigned prefix = 0, known = 0;
 #pragma unroll 1
   for (int pass = 0; pass < 3; ++pass) {
@@ -139,7 +151,7 @@ TIDAL_DEVICE Threshold find_threshold(ChooseShared* shared, const float* mass, i
 // Writes, ascending, first + i for the masses i above the threshold, and the first few
 // that equal it. Each warp takes a run of them.
 TIDAL_DEVICE void write_heaviest(ChooseShared* shared, const float* mass, int count,
-                                 Threshold threshold, int first, int* chosen) {
+                           Threshold threshold, int first, int* chosen) {
   const int lane = thread_index() % 32, warp = thread_index() / 32;
   const int run = ceil_div(count, kChooseThreads) * 32;
   const int begin = smaller(warp * run, count), end = smaller(begin + run, count);
@@ -166,11 +178,11 @@ TIDAL_DEVICE void write_heaviest(ChooseShared* shared, const float* mass, int co
     const unsigned is_above = ballot(i < end && key > threshold.key);
     const unsigned is_tie = ballot(i < end && key == threshold.key);
     const int ties_before = ties + bit_count(is_tie & lower);
-    const bool kept = (is_above >> lane & 1) ||
-                      ((is_tie >> lane & 1) && ties_before < threshold.ties);
+    const bool kept =
+        (is_above >> lane & 1) || ((is_tie >> lane & 1) && ties_before < threshold.ties);
     if (kept) {
-      const int rank = above + bit_count(is_above & lower) +
-                       smaller(ties_before, threshold.ties);
+      const int rank =
+          above + bit_count(is_above & lower) + smaller(ties_before, threshold.ties);
       chosen[rank] = first + i;
     }
     above += bit_count(is_above);
@@ -178,7 +190,7 @@ TIDAL_DEVICE void write_heaviest(ChooseShared* shared, const float* mass, int co
   }
 }
 
-// Grid: sets, rows.
+// Grid: (sets, rows).
 TIDAL_KERNEL(kChooseThreads, 1) choose_blocks(const SelectParams p) {
   ChooseShared* shared = reinterpret_cast<ChooseShared*>(shared_memory());
   const int set = block_x(), row = block_y(), thread = thread_index();
@@ -186,8 +198,8 @@ TIDAL_KERNEL(kChooseThreads, 1) choose_blocks(const SelectParams p) {
   if (seq_len < 0) return;
   const Kept kept = kept_of(p, seq_len);
   const int blocks = smaller(kept.blocks, p.max_blocks);
-  int* chosen = p.topk_blocks + row * p.topk_row + set * p.topk_set;
-  if (thread == 0) p.topk_lens[row * p.topk_lens_row + set] = blocks;
+  int* chosen = p.topk_blocks + row * p.topk_row_stride + set * p.topk_set_stride;
+  if (thread == 0) p.topk_lens[row * p.topk_lens_row_stride + set] = blocks;
   for (int i = blocks + thread; i < p.max_blocks; i += kChooseThreads) chosen[i] = -1;
   if (kept.blocks == kept.total) {
     for (int i = thread; i < blocks; i += kChooseThreads) chosen[i] = i;
@@ -201,7 +213,8 @@ TIDAL_KERNEL(kChooseThreads, 1) choose_blocks(const SelectParams p) {
   const int count = kept.recent - kept.sinks;
   const int room = blocks - kept.sinks - newest;
   if (room <= 0 || count <= 0) return;
-  const float* mass = p.mass + row * p.mass_row + set * p.mass_set + kept.sinks;
+  const float* mass =
+      p.mass + row * p.mass_row_stride + set * p.mass_set_stride + kept.sinks;
   const Threshold threshold = find_threshold(shared, mass, count, room);
   write_heaviest(shared, mass, count, threshold, kept.sinks, chosen + kept.sinks);
 }

@@ -6,7 +6,7 @@ installed there, so it follows vLLM's version:
 
     bare    packages whose requirements are not to be installed with them
     rest    what those require, without what only a GPU uses
-    beside  companions of torch, which may not fit its build
+    beside  companions of torch, which may not fit its build; their names are given
 """
 
 import sys
@@ -18,7 +18,6 @@ from packaging.utils import canonicalize_name
 
 # Whatever requires one of these belongs here too: pip looks at all below it.
 BARE = ("torch", "cuda-toolkit", "vllm", "xgrammar", "compressed-tensors")
-BESIDE = ("torchvision", "torchaudio", "torchcodec")
 GPU_ONLY = (
     # Kernels, and what compiles them.
     *("flashinfer-cubin", "flashinfer-python", "humming-kernels", "quack-kernels"),
@@ -30,9 +29,13 @@ GPU_ONLY = (
 )
 
 
-def requirements(kind: str) -> list[str]:
-    """The requirements of one kind (bare, rest, beside), sorted."""
-    return sorted({_text(found) for found in _walk() if _kind(found) == kind})
+def requirements(kind: str, beside: list[str]) -> list[str]:
+    """The requirements of one kind (bare, rest, beside), sorted.
+
+    Args:
+        beside: Names of the packages of that kind.
+    """
+    return sorted({_text(found) for found in _walk() if _kind(found, beside) == kind})
 
 
 def _walk() -> Iterator[Requirement]:
@@ -64,9 +67,9 @@ def _applies(requirement: Requirement, extras: set[str]) -> bool:
     )
 
 
-def _kind(requirement: Requirement) -> str:
+def _kind(requirement: Requirement, beside: list[str]) -> str:
     name = canonicalize_name(requirement.name)
-    named = {"bare": BARE, "beside": BESIDE, "left out": GPU_ONLY}
+    named = {"bare": BARE, "beside": beside, "left out": GPU_ONLY}
     return next((kind for kind, names in named.items() if name in names), "rest")
 
 
@@ -77,4 +80,4 @@ def _text(requirement: Requirement) -> str:
 
 
 if __name__ == "__main__":
-    print(*requirements(sys.argv[1]), sep="\n")
+    print(*requirements(sys.argv[1], beside=sys.argv[2:]), sep="\n")

@@ -22,7 +22,8 @@ from environment.torn import remove_torn_packages
 TOOLS = ("pip", "setuptools>=78.1.1,<81", "wheel", "packaging")
 BUILT_FROM = ("pyproject.toml", "setup.py")
 REQUIREMENTS = Path(__file__).with_name("requirements.py")
-BESIDE_TORCH = ("torchvision", "torchaudio", "torchcodec")
+# As in `tidal_vllm.versions`, which cannot be imported before it is installed.
+BUILT_FOR_TORCH = ("torchvision", "torchaudio", "torchcodec")
 GPU_SIGNS = (
     "/dev/nvidiactl",
     "/dev/nvidia0",
@@ -130,14 +131,16 @@ class Environment:
         if not self.full:
             yield Part(
                 "Installing what vLLM requires without a GPU",
-                (REQUIREMENTS.read_text(),),
+                (REQUIREMENTS.read_text(), *BUILT_FOR_TORCH),
                 self._install_requirements,
             )
         sources = [(self.root / name).read_text() for name in BUILT_FROM]
         yield Part(
             "Installing tidal_vllm", (str(self.root), *sources), self._install_package
         )
-        yield Part("Looking at " + ", ".join(BESIDE_TORCH), (), self._keep_what_imports)
+        yield Part(
+            "Looking at " + ", ".join(BUILT_FOR_TORCH), (), self._keep_what_imports
+        )
         if self.tests:
             tools = tuple(self._test_requirements())
             yield Part("Installing what tests need", tools, self._install_test_tools)
@@ -191,7 +194,7 @@ class Environment:
 
     def _keep_what_imports(self, step: Step) -> None:
         """Builds for another torch break `import transformers`."""
-        for name in BESIDE_TORCH:
+        for name in BUILT_FOR_TORCH:
             if step.fails([self.python, "-c", f"import {name}"]):
                 step.run(self._installer.pip("uninstall", "--yes", name))
                 step.say(f"without {name}, which cannot be imported")
@@ -208,7 +211,8 @@ class Environment:
         return [*extras["test"], *extras["lint"]]
 
     def _required(self, step: Step, kind: str) -> list[str]:
-        return step.run([self.python, "-I", str(REQUIREMENTS), kind]).split()
+        command = [self.python, "-I", str(REQUIREMENTS), kind, *BUILT_FOR_TORCH]
+        return step.run(command).split()
 
     @property
     def _installer(self) -> Installer:

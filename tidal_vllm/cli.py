@@ -54,8 +54,8 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 
 
 def _profiles(arguments: argparse.Namespace) -> int:
-    from tidal_vllm.config import TidalConfigError
     from tidal_vllm.profiles.show import list_all, show
+    from tidal_vllm.validators import TidalConfigError
 
     try:
         print(list_all() if arguments.name is None else show(arguments.name))

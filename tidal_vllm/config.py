@@ -1,24 +1,35 @@
 """Every knob of the TIDAL backend: unit, range, default and what is refused.
 
-Read once at start-up from ``--additional-config '{"tidal": {...}}'``. Knows neither
-torch nor vLLM; which layers a model really has is checked in ``policy.py``.
+Read once at start-up from ``--additional-config '{"tidal": {...}}'``. Imports neither
+torch nor vLLM; which layers a model really has is checked in ``plan/layers.py``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from tidal_vllm.registry import METHODS
+from tidal_vllm.validators import (
+    TidalConfigError,
+    check_bool,
+    check_choice,
+    check_int,
+    check_layers,
+    check_share,
+    suggestion,
+)
 
 SCOPES = ("sequence", "kv_head", "query_head")
 SELECT_ATTENDS = ("everything", "chosen")
 KERNELS = ("auto", "cuda", "triton", "reference")
-MAX_TOKENS = 2**31 - 1  # positions and block indices are int32 on the device
 
+# What a preset stands for: a method of choosing blocks, and the knobs of its paper.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
+        "method": "tidaldecode",
         "token_budget": 4096,
         "select_block_size": 16,
         "scope": "sequence",
@@ -30,6 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # current token must attend to itself. 4096 is the larger of the paper's two
     # LongBench budgets.
     "tidaldecode": {
+        "method": "tidaldecode",
         "token_budget": 4096,
         "select_block_size": 1,
         "scope": "query_head",
@@ -38,34 +50,44 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # LessIsMore, arXiv 2508.07101: one set of tokens for all heads, r = 0.25 of the
     # budget for the newest tokens and "four tokens as attention sinks in all
-    # experiments" (v2, section 4.1). The paper merges the heads' top-k lists by rank,
-    # we by attention mass; its budgets are 1K to 8K.
+    # experiments" (v2, section 4.1). Its budgets are 1K to 8K.
     "lessismore": {
+        "method": "lessismore",
         "token_budget": 4096,
         "select_block_size": 1,
         "scope": "sequence",
         "sink_tokens": 4,
         "recent_fraction": 0.25,
     },
+    # Quest, arXiv 2406.10774: every query head keeps its own top pages of 16 tokens, in
+    # all layers but the first two. 4096 is the largest budget of its figures.
+    "quest": {
+        "method": "quest",
+        "token_budget": 4096,
+        "select_block_size": 16,
+        "scope": "query_head",
+        "sink_tokens": 0,
+        "recent_fraction": 0.0,
+    },
+    # StreamingLLM, arXiv 2309.17453: four sinks and a window of the newest tokens.
+    "sliding_window": {
+        "method": "sliding_window",
+        "token_budget": 4096,
+        "select_block_size": 16,
+        "scope": "sequence",
+        "sink_tokens": 4,
+        "recent_fraction": 0.25,
+    },
+    # What exact scores in every layer would give: a bound for the other methods.
+    "oracle": {
+        "method": "oracle",
+        "token_budget": 4096,
+        "select_block_size": 1,
+        "scope": "query_head",
+        "sink_tokens": 0,
+        "recent_fraction": 0.0,
+    },
 }
-
-
-class TidalConfigError(ValueError):
-    """A refused setting: the key, the value given and what would be allowed.
-
-    Its arguments stay positional so that it survives pickling between vLLM's
-    processes.
-    """
-
-    def __init__(self, key: str, value: object, allowed: str) -> None:
-        super().__init__(key, value, allowed)
-        self.key, self.value, self.allowed = key, value, allowed
-
-    def __str__(self) -> str:
-        shown = repr(self.value)
-        if len(shown) > 200:
-            shown = shown[:197] + "..."
-        return f"{self.key} = {shown}: {self.allowed}"
 
 
 class _FromPreset:
@@ -83,8 +105,14 @@ class TidalConfig:
     """The validated configuration; building one with a bad value raises.
 
     Attributes:
-        preset: Named starting point, one of ``PRESETS``: "default", "tidaldecode",
-            "lessismore". Any key given explicitly wins over it.
+        preset: Named starting point, one of ``PRESETS``: "default", or the settings of
+            a paper: "tidaldecode", "lessismore", "quest", "sliding_window", "oracle".
+            Any key given explicitly wins over it.
+        method: How blocks are chosen, one of ``registry.METHODS``; their docstrings
+            define them. "tidaldecode" (default): by attention mass, in few layers.
+            "lessismore": there too, by merging the heads' own rankings. In every layer
+            choose "quest" (by bounds of a block's keys), "sliding_window" (the sinks
+            and the newest tokens) and "oracle" (by the layer's own attention mass).
         token_budget: Tokens a set may hold, forced ones included. A positive multiple
             of ``select_block_size`` with room for the forced tokens. Default 4096.
         select_block_size: Tokens per selection block, >= 1; must divide the KV cache
@@ -111,8 +139,9 @@ class TidalConfig:
             tokens that are newer than the choice are always kept. 1 (default): it
             chooses in every step.
         select_attends: What a SELECT layer attends to once it has chosen:
-            "everything" (default), or "chosen": it reads the keys of everything to
-            choose, and keys and values of what it chose.
+            "everything", or "chosen": it reads the keys of everything to choose, and
+            keys and values of what it chose. Null (default): "everything"; "chosen"
+            with a method by which every layer chooses, which allows nothing else.
         correction_interval: Decode steps, >= 1, after which the KV that sparse layers
             wrote is recomputed densely. Null (default): never.
         publish_polluted: Whether vLLM's prefix cache may hand out KV that sparse
@@ -124,6 +153,7 @@ class TidalConfig:
     """
 
     preset: str = "default"
+    method: str = _FROM_PRESET
     token_budget: int = _FROM_PRESET
     select_block_size: int = _FROM_PRESET
     scope: str = _FROM_PRESET
@@ -134,7 +164,7 @@ class TidalConfig:
     profile: str | None = None
     min_sparse_len: int | None = None
     reselect_interval: int = 1
-    select_attends: str = "everything"
+    select_attends: str | None = None
     correction_interval: int | None = None
     publish_polluted: bool = False
     kernels: str = "auto"
@@ -144,21 +174,15 @@ class TidalConfig:
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is _FROM_PRESET:
                 self._set(name, value)
+        check_choice("tidal.method", self.method, METHODS)
         check_choice("tidal.scope", self.scope, SCOPES)
-        check_choice("tidal.select_attends", self.select_attends, SELECT_ATTENDS)
+        self._check_select_attends()
         check_choice("tidal.kernels", self.kernels, KERNELS)
         allowed = "must be an integer >= 1 (decode steps)"
         check_int("tidal.reselect_interval", self.reselect_interval, 1, allowed)
         self._check_tokens()
         self._check_layers()
-        if self.profile is not None and (
-            not isinstance(self.profile, str) or not self.profile.strip()
-        ):
-            allowed = (
-                "must be the name of a profile, a path to a .json file, or null "
-                "(chosen by the model's name)"
-            )
-            raise TidalConfigError("tidal.profile", self.profile, allowed)
+        self._check_profile()
         self._check_correction()
 
     @classmethod
@@ -244,6 +268,18 @@ class TidalConfig:
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
+    def _check_select_attends(self) -> None:
+        everywhere = METHODS[self.method].every_layer
+        if self.select_attends is None:
+            self._set("select_attends", "chosen" if everywhere else "everything")
+        check_choice("tidal.select_attends", self.select_attends, SELECT_ATTENDS)
+        if everywhere and self.select_attends != "chosen":
+            allowed = (
+                f"with method {self.method!r} every layer chooses, and none would be "
+                "sparse: must be 'chosen', or null"
+            )
+            raise TidalConfigError("tidal.select_attends", self.select_attends, allowed)
+
     def _check_tokens(self) -> None:
         size = self.select_block_size
         allowed = "must be an integer >= 1 (tokens) that divides the KV block size"
@@ -254,12 +290,9 @@ class TidalConfig:
             raise TidalConfigError("tidal.token_budget", self.token_budget, allowed)
         allowed = "must be an integer >= 0 (tokens)"
         check_int("tidal.sink_tokens", self.sink_tokens, 0, allowed)
-        fraction = self.recent_fraction
-        if type(fraction) not in (int, float) or not 0 <= fraction < 1:
-            allowed = "must be a number in [0, 1), a share of token_budget"
-            allowed += _not_a(fraction, (int, float))
-            raise TidalConfigError("tidal.recent_fraction", fraction, allowed)
-        self._set("recent_fraction", float(fraction))
+        allowed = "must be a number in [0, 1), a share of token_budget"
+        check_share("tidal.recent_fraction", self.recent_fraction, allowed)
+        self._set("recent_fraction", float(self.recent_fraction))
         if self.min_sparse_len is not None:
             allowed = (
                 "must be an integer >= 0 (tokens), or null for token_budget "
@@ -290,15 +323,20 @@ class TidalConfig:
         recent = max(1, math.floor(self.recent_fraction * token_budget))
         return -(-self.sink_tokens // size) + -(-(recent - 1) // size) + 1
 
+    def _check_profile(self) -> None:
+        name = self.profile
+        if name is not None and (not isinstance(name, str) or not name.strip()):
+            allowed = (
+                "must be the name of a profile, a path to a .json file, or null "
+                "(chosen by the model's name)"
+            )
+            raise TidalConfigError("tidal.profile", name, allowed)
+
     def _check_correction(self) -> None:
         if self.correction_interval is not None:
             allowed = "must be an integer >= 1 (decode steps), or null (no correction)"
             check_int("tidal.correction_interval", self.correction_interval, 1, allowed)
-        if type(self.publish_polluted) is not bool:
-            allowed = "must be true or false" + _not_a(self.publish_polluted, (bool,))
-            raise TidalConfigError(
-                "tidal.publish_polluted", self.publish_polluted, allowed
-            )
+        check_bool("tidal.publish_polluted", self.publish_polluted)
 
     def _check_layers(self) -> None:
         for name in ("dense_layers", "select_layers"):
@@ -306,10 +344,10 @@ class TidalConfig:
             if value is not None:
                 nullable = ", or null (from the profile)"
                 self._set(name, check_layers(f"tidal.{name}", value, nullable))
-        both = sorted({*(self.dense_layers or ())} & {*(self.select_layers or ())})
-        if both:
+        shared = sorted({*(self.dense_layers or ())} & {*(self.select_layers or ())})
+        if shared:
             allowed = (
-                f"overlaps dense_layers = {list(self.dense_layers or ())} in {both}: "
+                f"overlaps dense_layers = {list(self.dense_layers or ())} in {shared}: "
                 "must name other layers, a layer has one role"
             )
             raise TidalConfigError(
@@ -318,48 +356,6 @@ class TidalConfig:
 
 
 KEYS = tuple(field.name for field in dataclasses.fields(TidalConfig))
-
-
-def check_int(key: str, value: object, minimum: int, allowed: str) -> None:
-    """Refuse anything but an int (no bool, no 16.0) from ``minimum`` to MAX_TOKENS."""
-    if type(value) is not int:
-        raise TidalConfigError(key, value, allowed + _not_a(value, (int,)))
-    if value > MAX_TOKENS:
-        allowed += f", at most {MAX_TOKENS}"
-    if not minimum <= value <= MAX_TOKENS:
-        raise TidalConfigError(key, value, allowed)
-
-
-def check_choice(key: str, value: object, choices: Iterable[str]) -> None:
-    """Refuse anything but one of ``choices``; suggest the nearest."""
-    choices = tuple(choices)
-    if not isinstance(value, str) or value not in choices:
-        allowed = "must be one of " + ", ".join(map(repr, choices))
-        raise TidalConfigError(key, value, allowed + suggestion(value, choices))
-
-
-def check_layers(key: str, value: object, alternative: str = "") -> tuple[int, ...]:
-    """Return the layer indices ascending; refuse all but different ints >= 0."""
-    allowed = f"must be a list of different layers >= 0 such as [2, 13]{alternative}"
-    if not isinstance(value, list | tuple):
-        raise TidalConfigError(key, value, allowed + _not_a(value, (list,)))
-    for layer in value:
-        if type(layer) is not int or layer < 0:
-            raise TidalConfigError(key, value, f"{allowed}; {layer!r} is not one")
-    repeated = sorted({layer for layer in value if value.count(layer) > 1})
-    if repeated:
-        raise TidalConfigError(key, value, f"{allowed}; {repeated} appears twice")
-    return tuple(sorted(value))
-
-
-def suggestion(given: object, known: Sequence[str]) -> str:
-    """Say which known word was probably meant: "; did you mean 'x'?", or nothing."""
-    near = difflib.get_close_matches(str(given).lower(), known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _not_a(value: object, types: tuple[type, ...]) -> str:
-    return "" if type(value) in types else f", not a {type(value).__name__}"
 
 
 def _refuse_misplaced(additional_config: Mapping[str, Any]) -> None:

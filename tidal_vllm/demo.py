@@ -9,8 +9,8 @@ from statistics import median
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.engine.metrics import COUNTING_WORKER
 from tidal_vllm.fair_timing import Race, waiting_and_running
+from tidal_vllm.plan.layers import plan_layers
 from tidal_vllm.plan.lengths import limit_plan
-from tidal_vllm.plan.policy import plan_layers
 from tidal_vllm.plan.table import format_plan
 from tidal_vllm.planted import (
     PlantedPrompt,

@@ -18,15 +18,18 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from tidal_vllm import __version__
+from tidal_vllm.child_process import TIMEOUT, last_words, python_command
 from tidal_vllm.probe import MARK, STAGES
-from tidal_vllm.versions import SUPPORTED_VLLM, unsupported_vllm
+from tidal_vllm.versions import (
+    BUILT_FOR_TORCH,
+    SUPPORTED_VLLM,
+    TESTED,
+    unsupported_vllm,
+)
 
-# Builds of these for another torch break imports beside it.
-BESIDE_TORCH = ("torchvision", "torchaudio", "torchcodec")
 PLUGINS = ("tidal", "tidal_cpu")
 ON_REQUEST = "engine"
-FIRST_VLLM = "vllm==0.32.0"
-TIMEOUT = 900  # seconds; a cold disk takes its time
+FIRST_VLLM = f"vllm=={next(iter(TESTED))}"
 # Nothing is fetched or told, whatever a stage asks vLLM for.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
@@ -83,8 +86,8 @@ def _findings(engine: bool, on_start: Callable[[str], None]) -> Iterator[Finding
 
 
 def _profiles() -> Finding:
-    from tidal_vllm.config import TidalConfigError
     from tidal_vllm.profiles import list_profiles
+    from tidal_vllm.validators import TidalConfigError
 
     try:
         names = ", ".join(sorted(profile.name for profile in list_profiles()))
@@ -99,7 +102,7 @@ def _probe_findings(
 ) -> Iterator[Finding]:
     code = f"from tidal_vllm.probe import run_stages; run_stages({stages})"
     process = subprocess.Popen(
-        _python_command(code),
+        python_command(code),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -156,14 +159,8 @@ def root_cause(log: list[str], found: str) -> str:
 _ERROR = re.compile(r"\b((?!EngineDeadError)\w+(?:Error|Exception): .+)")
 
 
-def last_words(said: str, status: int) -> str:
-    """The last line that a process wrote, and how it ended."""
-    lines = said.strip().splitlines()
-    return f"{lines[-1] if lines else 'no message'} (exit status {status})"
-
-
 def _fix_imports(found: str) -> str:
-    broken = [name for name in BESIDE_TORCH if name in found]
+    broken = [name for name in BUILT_FOR_TORCH if name in found]
     if broken:
         return (
             f"{_pip()} uninstall {' '.join(broken)} (a build for another torch, which "
@@ -248,21 +245,3 @@ FIXES: dict[str, Callable[[str], str]] = {
     "config": _fix_run,
     "engine": _fix_run,
 }
-
-
-def run_python(code: str) -> subprocess.CompletedProcess:
-    """Run code in a fresh interpreter, without the current folder on its path."""
-    return subprocess.run(
-        _python_command(code),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        timeout=TIMEOUT,
-        check=False,
-    )
-
-
-def _python_command(code: str) -> list[str]:
-    first = "import sys; sys.path = [p for p in sys.path if p]; "
-    return [sys.executable, "-c", first + code]

@@ -99,7 +99,7 @@ def _check_setup_early(platform_cls: type) -> None:
 
         stock(vllm_config)
         if is_selected(vllm_config) or has_settings(vllm_config):
-            from tidal_vllm.engine.backend import check_setup
+            from tidal_vllm.engine.setup_checks import check_setup
 
             check_setup(vllm_config)
 

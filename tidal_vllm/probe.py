@@ -16,6 +16,7 @@ from textwrap import shorten
 from typing import NamedTuple
 
 import tidal_vllm
+from tidal_vllm.child_process import last_words, run_python
 from tidal_vllm.engine.metrics import COUNTING_WORKER
 from tidal_vllm.names import CPU_PLATFORM_PATH, NAME
 from tidal_vllm.plugin import cpu_platform, register
@@ -119,8 +120,6 @@ def _import_modules() -> Seen:
 def _reach_spawned_processes() -> Seen:
     """A spawned engine unpickles the choice before it has loaded any plug-in."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    from tidal_vllm.doctor import last_words, run_python
 
     choice = pickle.dumps(AttentionBackendEnum[NAME])
     done = run_python(f"import pickle; print(pickle.loads({choice!r}).name)")

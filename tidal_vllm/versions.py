@@ -10,6 +10,9 @@ SUPPORTED_VLLM = ">=0.32,<0.34"
 _FIRST, _END = (0, 32), (0, 34)
 # The releases that CI runs on, each with the torch that it requires.
 TESTED = {"0.32.0": "2.13.0", "0.33.0": "2.14.0"}
+# Packages that have to be built for the very torch that they run beside. A build for
+# another torch breaks whatever imports them.
+BUILT_FOR_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
 
 def unsupported_vllm(found: str | None = None) -> str | None:

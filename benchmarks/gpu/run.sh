@@ -53,8 +53,8 @@ run() {
     echo "+ $*"
     [[ $dry ]] || "$@"
 }
-bench() {
-    run "$PYTHON" "benchmarks/$1.py" --out "$OUT/gpu.jsonl" "${@:2}"
+bench() { # a module below benchmarks/, and its arguments
+    run "$PYTHON" -m "benchmarks.$1" --out "$OUT/gpu.jsonl" "${@:2}"
 }
 
 do_site() {
@@ -75,7 +75,7 @@ do_smoke() {
     run "$PYTHON" setup.py -q egg_info
     run "$PYTHON" -m tidal_vllm.cli doctor
     local model=(--cases 4x4096 --rounds 1)
-    bench decode_engine --dummy-weights "${model[@]}" --kernels triton
+    bench engine.decode_engine --dummy-weights "${model[@]}" --kernels triton
 }
 do_build() {
     run env TIDAL_BUILD_CUDA=1 "$PYTHON" setup.py -q egg_info build_ext --inplace
@@ -85,15 +85,15 @@ do_tests() {
     run "$PYTHON" -m pytest -q -p no:cacheprovider tests/kernels/parity \
         $(ls tests/kernels/cuda/test_gpu_parity.py 2>/dev/null)
 }
-do_stack() { bench bench_stack; }
-do_sparse() { bench bench_sparse_decode; }
-do_dense() { bench bench_dense_decode; }
-do_select() { bench bench_select; }
+do_stack() { bench kernels.bench_stack; }
+do_sparse() { bench kernels.bench_sparse_decode; }
+do_dense() { bench kernels.bench_dense_decode; }
+do_select() { bench kernels.bench_select; }
 do_engine() {
-    bench decode_engine --dummy-weights --cases 16x32768 64x1024 64x8192
+    bench engine.decode_engine --dummy-weights --cases 16x32768 64x1024 64x8192
 }
 do_engine_128k() {
-    bench decode_engine --dummy-weights --cases 6x131072 1x131072
+    bench engine.decode_engine --dummy-weights --cases 6x131072 1x131072
 }
 
 failed=()

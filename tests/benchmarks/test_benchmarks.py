@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.kernels.paged_case import Case, Decoder, Shape, rule_of
 from tidal_vllm import kernels as ops
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-# Runs several scripts in one process: paths and arguments, as JSON.
+ROOT = Path(__file__).parents[2]
+# Runs several scripts in one process: modules and arguments, as JSON.
 RUN = """
 import json, runpy, sys
-for path, arguments in json.loads(sys.argv[1]):
-    sys.argv = [path, *arguments]
-    print("script:", path, flush=True)
+for module, arguments in json.loads(sys.argv[1]):
+    sys.argv[1:] = arguments
+    print("script:", module, flush=True)
     try:
-        runpy.run_path(path, run_name="__main__")
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         print("ended:", end.code, flush=True)
 """
@@ -27,11 +28,11 @@ for path, arguments in json.loads(sys.argv[1]):
 
 def run(*scripts: tuple[str, list[str]], **env: str) -> list[str]:
     """What each script printed, with how it ended in the last line."""
-    jobs = [(str(FOLDER / name), arguments) for name, arguments in scripts]
-    path = {"PYTHONPATH": f"{FOLDER}:{os.environ.get('PYTHONPATH', '')}"}
+    jobs = [(f"benchmarks.{name}", arguments) for name, arguments in scripts]
     done = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps(jobs)],
-        env=os.environ | path | env,
+        env=os.environ | env,
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -48,7 +49,8 @@ SCRIPTS = {"dense_decode": 2, "sparse_decode": 3, "select": 2, "stack": 4}
 def smoke(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     out = tmp_path_factory.mktemp("smoke") / "out.jsonl"
     given = ["--smoke", "--kernels", "triton", "--dtype", "float16", "--out", str(out)]
-    jobs = [(f"bench_{name}.py", given) for name in SCRIPTS] + [("bench_select.py", [])]
+    jobs = [(f"kernels.bench_{name}", given) for name in SCRIPTS]
+    jobs += [("kernels.bench_select", [])]
     interpreted = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
     printed = run(*jobs, **interpreted)
     return out, dict(zip([*SCRIPTS, "without a GPU"], printed, strict=True))
@@ -78,7 +80,7 @@ def test_engines_with_dummy_weights(tmp_path):
     """TIDAL without sparse layers stands in for the dense backend of a GPU."""
     out = tmp_path / "out.jsonl"
     given = ["--dummy-weights", "--smoke", "--baseline", "TIDAL", "--out", str(out)]
-    (printed,) = run(("decode_engine.py", given))
+    (printed,) = run(("engine.decode_engine", given))
     assert printed.endswith("ended: 0\n"), printed
     assert "no graphs: 132 tokens of 2 sequences as dense" in printed
     assert "2x96 tidal: " in printed
@@ -89,10 +91,7 @@ class TestChecks:
     """What is wrong is not timed."""
 
     @pytest.fixture
-    def decoder(self, monkeypatch):
-        monkeypatch.syspath_prepend(FOLDER)
-        from paged_case import Case, Decoder, Shape, rule_of
-
+    def decoder(self):
         torch.manual_seed(0)
         case = Case.make(Shape(4, 2, 32, dtype="float32"), 2, 200, torch.device("cpu"))
         kernels = ops.choose("cpu", head_size=32, dtype=torch.float32)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = {
     "--num-layers": "5",
     "--context": "96",
@@ -24,10 +23,9 @@ def run_script(vllm_here):
 
     envs.disable_envs_cache()
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         patch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
-        import correction_ablation
+        from benchmarks.quality import correction_ablation
 
         def run(*arguments):
             patch.setattr(sys, "argv", ["correction_ablation.py", *map(str, arguments)])

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small_model_tasks as tasks
-import train_small_model
 from safetensors.torch import load_file
 
 import tidal_vllm
+from benchmarks.train import small_model_tasks as tasks
+from benchmarks.train import train_small_model
 from tests.support.processes import child_environment
-from tidal_vllm import cli, profiles
+from tidal_vllm import cli
+from tidal_vllm.profiles import load_profile, search
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train_small_model.py"
+ROOT = Path(__file__).parents[2]
+SCRIPT = "benchmarks.train.train_small_model"
 SOURCE = Path(tidal_vllm.__file__).parent
 TINY = ["--steps", "6", "--contexts", "128", "256", "--batch-tokens", "512"]
 TINY += ["--layers", "5", "--hidden", "64", "--heads", "2", "--kv-heads", "1"]
@@ -25,7 +27,8 @@ TINY += ["--questions", "2", "--text", str(SOURCE), "--device", "cpu"]
 
 def train(out: Path, *more: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, SCRIPT, str(out), *TINY, *more],
+        [sys.executable, "-m", SCRIPT, str(out), *TINY, *more],
+        cwd=ROOT,
         env=child_environment(),
         capture_output=True,
         text=True,
@@ -75,7 +78,7 @@ def test_vllm_serves_it_and_it_can_be_calibrated(
 
     envs.disable_envs_cache()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(profiles, "USER_DIR", str(tmp_path / "user"))
+    monkeypatch.setattr(search, "USER_DIR", str(tmp_path / "user"))
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     folder, engine = str(trained[1]), {"kv_cache_memory_bytes": 1 << 24}
     llm = LLM(folder, max_model_len=512, max_num_seqs=2, **engine)
@@ -90,7 +93,7 @@ def test_vllm_serves_it_and_it_can_be_calibrated(
     line = ["calibrate", folder, "--prompts", f"{folder}/calibration.jsonl"]
     line += ["--budget", "64", "--max-loss", "1", "-o", "p.json"]
     assert cli.main([*line, "--engine-args", json.dumps(engine)]) == 0
-    assert profiles.load_profile("p.json").measured["dense"]["judged"] == 3
+    assert load_profile("p.json").measured["dense"]["judged"] == 3
     assert os.path.exists("p.html")
 
 
@@ -103,7 +106,7 @@ def test_vllm_serves_it_and_it_can_be_calibrated(
     ],
 )
 def test_bad_options(tmp_path, monkeypatch, capsys, more, reason):
-    line = [str(SCRIPT), str(tmp_path / "m"), *TINY, *more]
+    line = [SCRIPT, str(tmp_path / "m"), *TINY, *more]
     monkeypatch.setattr(sys, "argv", line)
     with pytest.raises(SystemExit):
         train_small_model.parse()
@@ -111,7 +114,7 @@ def test_bad_options(tmp_path, monkeypatch, capsys, more, reason):
 
 
 def test_a_folder_of_someone_else_s_is_left_alone(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path), *TINY])
+    monkeypatch.setattr(sys, "argv", [SCRIPT, str(tmp_path), *TINY])
     with pytest.raises(SystemExit):
         train_small_model.parse()
     assert "exists and was not made by this script" in capsys.readouterr().err

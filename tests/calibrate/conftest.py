@@ -1,6 +1,5 @@
 """Small models and engines for calibration, closed at the end of each module."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,6 @@ from tidal_vllm.calibrate.engine import (
     switches,
 )
 from tidal_vllm.config import TidalConfig
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 CONFIG = TidalConfig(token_budget=64)
 SMALL = {"max_model_len": 1024, "kv_cache_memory_bytes": 1 << 26, "block_size": 16}

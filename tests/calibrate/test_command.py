@@ -11,15 +11,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from calibration_baselines import random_spec
 
+from benchmarks.quality.calibration_baselines import random_spec
 from tests.support.models import build_random_model, random_prompt
 from tests.support.processes import child_environment
-from tidal_vllm import cli, profiles
+from tidal_vllm import cli
 from tidal_vllm.calibrate import command
 from tidal_vllm.calibrate.engine import CalibrationEngine
 from tidal_vllm.planted import build_planted_model, make_prompt
-from tidal_vllm.profiles import load_profile
+from tidal_vllm.profiles import load_profile, search
 
 ENGINE = {"kv_cache_memory_bytes": 1 << 26, "block_size": 16}
 # A loss of 0.1 takes 35 tokens to prove; 3 prompts of a planted model give 24.
@@ -35,7 +35,7 @@ def in_a_project(vllm_here, tmp_path, monkeypatch):
     envs.disable_envs_cache()
     (tmp_path / "project").mkdir()
     monkeypatch.chdir(tmp_path / "project")
-    monkeypatch.setattr(profiles, "USER_DIR", str(tmp_path / "user"))
+    monkeypatch.setattr(search, "USER_DIR", str(tmp_path / "user"))
 
 
 def planted(hops: int, seed: int, num_layers: int = 9):

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from calibration_baselines import random_spec
 
+from benchmarks.quality.calibration_baselines import random_spec
 from tests.calibrate.test_command import ENGINE, QUICK, in_a_project  # noqa: F401
 from tests.support.models import (
     build_random_model,
@@ -13,8 +13,8 @@ from tests.support.models import (
     hybrid_layers,
 )
 from tidal_vllm import cli
-from tidal_vllm.plan.policy import Role
 from tidal_vllm.plan.resolve import resolve
+from tidal_vllm.plan.roles import Role
 from tidal_vllm.planted import build_planted_model, make_prompt
 from tidal_vllm.profiles import load_profile
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from calibration_baselines import build_distracted_model, random_spec
 
+from benchmarks.quality.calibration_baselines import build_distracted_model, random_spec
 from tests.calibrate.conftest import CONFIG
 from tidal_vllm.calibrate import baselines
 from tidal_vllm.calibrate.choice import assess, best_choices, candidates, over_steps

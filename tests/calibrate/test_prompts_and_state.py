@@ -13,7 +13,8 @@ from tidal_vllm.calibrate.grid import settings_grid
 from tidal_vllm.calibrate.interrupt import Interrupts
 from tidal_vllm.calibrate.prompts import Prompt, built_in, from_file
 from tidal_vllm.calibrate.state import State
-from tidal_vllm.config import TidalConfig, TidalConfigError
+from tidal_vllm.config import TidalConfig
+from tidal_vllm.validators import TidalConfigError
 
 
 @pytest.fixture(scope="module")

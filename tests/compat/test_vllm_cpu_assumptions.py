@@ -26,7 +26,7 @@ from tidal_vllm.cpu.worker import (
     TidalCpuWorker,
     compute_slot_mapping,
 )
-from tidal_vllm.engine import backend as backend_module
+from tidal_vllm.engine import support
 from tidal_vllm.engine.backend import TidalBackend
 
 pytestmark = pytest.mark.compat
@@ -64,13 +64,13 @@ class TestPlatform:
         """What `backend.kv_block_size` expects; 0.33 sets it with the model."""
         early = inspect.getsource(CpuPlatform.check_and_update_config)
         late = inspect.getsource(CpuPlatform.update_block_size_for_backend)
-        default = backend_module.ON_CPU.default_block_size
+        default = support.ON_CPU.default_block_size
         if version("vllm").startswith("0.32."):
             assert f"cache_config.block_size = {default}" in early
         else:
             assert f"(\n                backend_classes, {default}, vllm_config" in late
         assert TidalBackend.get_preferred_block_size(default) == default
-        assert backend_module.ON_GPU.default_block_size == CacheConfig().block_size
+        assert support.ON_GPU.default_block_size == CacheConfig().block_size
 
     def test_config_fields(self):
         assert ParallelConfig().worker_cls == "auto"

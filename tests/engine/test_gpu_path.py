@@ -20,9 +20,10 @@ from tests.support.watching import counters
 from tests.support.written_kernels import written_kernels
 from tidal_vllm.engine import attention
 from tidal_vllm.engine import state as sparse_state
-from tidal_vllm.engine.dense import ReferenceBackend, count_decodes, rows_from
-from tidal_vllm.engine.metadata import TidalMetadataBuilder, is_captured
+from tidal_vllm.engine.batch import count_decodes, is_captured, rows_from
+from tidal_vllm.engine.metadata import TidalMetadataBuilder
 from tidal_vllm.engine.state import choose_implementations
+from tidal_vllm.engine.torch_dense import ReferenceBackend
 
 BUDGET = 64
 SETTINGS = ROLES | {"token_budget": BUDGET, "select_block_size": 8}
@@ -80,7 +81,7 @@ class TestBatches:
     def test_count_decodes_with_drafts(self, query_lens, prefilling, decodes):
         prefilling = [bool(p) for p in prefilling]
         batch = common_metadata(query_lens, [20] * len(query_lens), prefilling)
-        assert count_decodes(batch, longest_query=3) == decodes
+        assert count_decodes(batch, max_decode_query_len=3) == decodes
 
     def test_rows_from(self):
         prefilling = [False, False, True, True]
@@ -134,7 +135,7 @@ class TestBatches:
         )
         lens = [100] * len(query_lens)
         batch = common_metadata(query_lens, lens, num_tokens=num_tokens)
-        assert is_captured(compilation, batch, longest_query=3) is captured
+        assert is_captured(compilation, batch, max_decode_query_len=3) is captured
 
     def test_a_padded_batch_is_captured(self):
         compilation = SimpleNamespace(
@@ -195,7 +196,7 @@ def test_kernels_give_the_answers_of_the_reference(llm, reference, monkeypatch, 
     with reconfigured(llm, **SETTINGS, scope=scope, kernels="triton"):
         (state,) = {id(impl.state): impl.state for impl in impls(llm)}.values()
         assert state.kernels.name == "written"
-        assert state.rows_per_pass == (4 if limit is None else 1)
+        assert state.max_part_rows == (4 if limit is None else 1)
         llm.reset_prefix_cache()
         assert serve(llm, ARRIVALS, logprobs=3) == wanted
         counted = counters(llm)
@@ -226,7 +227,7 @@ class TestWorkspace:
             config = builders(llm)[0].vllm_config
             half = impls(llm)[0].make_state(config)
         assert half.workspace.nbytes < whole.workspace.nbytes
-        assert (whole.rows_per_pass, half.rows_per_pass) == (4, 2)
+        assert (whole.max_part_rows, half.max_part_rows) == (4, 2)
         assert half.selection.topk_blocks.shape == whole.selection.topk_blocks.shape
         assert "for 2 query tokens at a time" in str(half)
 
@@ -365,7 +366,7 @@ class TestDrafts:
     def test_selection_has_room_for_every_row(self, drafting):
         state = impls(drafting)[0].state
         assert state.selection.topk_blocks.shape[1] == 4 * 3
-        assert state.rows_per_pass == 4 * 3
+        assert state.max_part_rows == 4 * 3
 
     def test_longer_queries_are_not_captured(self, drafting):
         (builder,) = builders(drafting)

@@ -13,10 +13,11 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from tests.support.engines import builders
 from tests.support.models import ROLES
 from tests.support.replay import common_metadata
-from tidal_vllm import kernels as ops
-from tidal_vllm.engine import backend, dense
+from tidal_vllm.engine import backend, dense, support
 from tidal_vllm.engine.backend import TidalBackend
-from tidal_vllm.engine.dense import ReferenceBackend, rows_from
+from tidal_vllm.engine.batch import rows_from
+from tidal_vllm.engine.torch_dense import ReferenceBackend
+from tidal_vllm.kernels import choose
 
 
 def pretend(monkeypatch, device_type, capability=None, has_flash=True):
@@ -28,6 +29,7 @@ def pretend(monkeypatch, device_type, capability=None, has_flash=True):
     )
     monkeypatch.setattr(dense, "current_platform", platform)
     monkeypatch.setattr(backend, "current_platform", platform)
+    monkeypatch.setattr(support, "current_platform", platform)
     monkeypatch.setattr(dense, "_has_flash", lambda head_size: has_flash)
 
 
@@ -52,7 +54,7 @@ class TestDenseBackend:
         assert dense.choose_dense_backend(self.ASKED, None).get_name() == wanted
 
     def test_on_a_cpu(self):
-        kernels = ops.choose("cpu", head_size=128, dtype=torch.bfloat16)
+        kernels = choose("cpu", head_size=128, dtype=torch.bfloat16)
         assert dense.choose_dense_backend(self.ASKED, None) is ReferenceBackend
         assert dense.choose_dense_backend(self.ASKED, kernels) is ReferenceBackend
         interpreted = dataclasses.replace(kernels, name="triton")

@@ -15,7 +15,7 @@ from tests.support.models import (
 )
 from tests.support.oracle import Oracle
 from tests.support.watching import counters
-from tidal_vllm.plan.policy import Role
+from tidal_vllm.plan.roles import Role
 from tidal_vllm.planted import make_prompt
 
 WINDOW = 24
@@ -198,7 +198,7 @@ class TestPlantedModels:
         assert {i for i, role in roles.items() if role is Role.SELECT} == {
             *case.roles["select_layers"]
         }
-        assert sum(builder.leads for builder in builders(case.llm)) == 1
+        assert sum(builder.is_primary for builder in builders(case.llm)) == 1
 
     def test_all_groups_share_one_selection(self, case):
         states = {id(b.state) for b in builders(case.llm) if b.state is not None}

@@ -57,8 +57,8 @@ def following(llm, interval):
         held.update({row: (n, ages[row]) for row, n in enumerate(ids)})
         lens, keeps = metadata.seq_lens[: len(ids)], torch.tensor(ages) > 0
         kept, chosen = lens.masked_fill(~keeps, -1), lens.masked_fill(keeps, -1)
-        assert torch.equal(metadata.reuse_lens[: len(ids)], kept)
-        assert torch.equal(metadata.select_lens[: len(ids)], chosen)
+        assert torch.equal(self.state.reuse.reuse_lens[: len(ids)], kept)
+        assert torch.equal(self.state.reuse.select_lens[: len(ids)], chosen)
         seen["kept"] += sum(map(bool, ages))
         return metadata
 

@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from tidal_vllm.engine.selection import Reuse, Selection
+from tidal_vllm.engine.reuse import Reuse
+from tidal_vllm.engine.selection import Selection
 
 BLOCK_SIZE, SIZE = 8, 4
 ROWS, MAX_BLOCKS = 6, 12

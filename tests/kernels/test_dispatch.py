@@ -9,9 +9,9 @@ import torch
 from tests.kernels.reference.cases import make_batch, without_values
 from tests.kernels.reference.exact import assert_within
 from tidal_vllm import kernels as ops
-from tidal_vllm.config import TidalConfigError
 from tidal_vllm.kernels import dispatch, reference
-from tidal_vllm.plan.policy import SelectionRule
+from tidal_vllm.plan.rule import SelectionRule
+from tidal_vllm.validators import TidalConfigError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 MODEL = {"head_size": 128, "dtype": torch.bfloat16}

@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 from tidal_vllm.config import (
     KERNELS,
     KEYS,
-    MAX_TOKENS,
     PRESETS,
     SCOPES,
     SELECT_ATTENDS,
     TidalConfig,
-    TidalConfigError,
 )
+from tidal_vllm.validators import MAX_TOKENS, TidalConfigError
 
 
 def read(settings):

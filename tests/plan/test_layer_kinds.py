@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import transformers
 
-from tidal_vllm.config import TidalConfigError
 from tidal_vllm.plan.layer_kinds import LayerKind, layer_kinds, why_not_correctable
 from tidal_vllm.profiles.fingerprint import config_sha256
+from tidal_vllm.validators import TidalConfigError
 
 F, W, S, N = LayerKind.FULL, LayerKind.WINDOW, LayerKind.STATE, LayerKind.NONE
 

@@ -3,8 +3,9 @@
 import pytest
 
 from tidal_vllm.config import TidalConfig
+from tidal_vllm.plan.layers import plan_layers
 from tidal_vllm.plan.lengths import limit_plan
-from tidal_vllm.plan.policy import Role, plan_layers
+from tidal_vllm.plan.roles import Role
 from tidal_vllm.plan.table import format_plan
 
 NEVER = (

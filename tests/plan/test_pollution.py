@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidal_vllm.config import TidalConfig, TidalConfigError
-from tidal_vllm.plan.policy import SelectionRule, all_dense, plan_layers
+from tidal_vllm.config import TidalConfig
+from tidal_vllm.plan.layers import plan_layers
 from tidal_vllm.plan.pollution import (
     MIN_REMAINING,
     StepDemand,
@@ -14,7 +14,10 @@ from tidal_vllm.plan.pollution import (
     is_due,
     pollutes,
 )
+from tidal_vllm.plan.roles import all_dense
+from tidal_vllm.plan.rule import SelectionRule
 from tidal_vllm.plan.table import format_plan
+from tidal_vllm.validators import TidalConfigError
 
 SETTINGS = {"dense_layers": [0], "select_layers": [1], "token_budget": 64}
 PLAN = plan_layers(TidalConfig(**SETTINGS), 4, None)
@@ -54,7 +57,7 @@ def test_what_pollutes(query_len, num_computed, num_prompt, polluted):
 )
 def test_what_pollutes_with_drafts(query_len, num_computed, num_prompt, polluted):
     request = (query_len, num_computed, num_prompt)
-    assert pollutes(PLAN, rule(), *request, longest_query=3) is polluted
+    assert pollutes(PLAN, rule(), *request, max_decode_query_len=3) is polluted
 
 
 @pytest.mark.parametrize(

@@ -4,18 +4,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tidal_vllm.config import TidalConfig, TidalConfigError
-from tidal_vllm.plan.policy import (
-    LayerPlan,
-    Role,
-    check_pipeline_stage,
-    choices_of_layers,
-    format_layers,
-    plan_layers,
-    safest_roles,
-)
+from tidal_vllm.config import TidalConfig
+from tidal_vllm.plan.layers import plan_layers, safest_roles
+from tidal_vllm.plan.roles import LayerPlan, Role, format_layers
+from tidal_vllm.plan.stages import check_pipeline_stage
+from tidal_vllm.plan.steps import selection_indices
 from tidal_vllm.plan.table import format_plan
 from tidal_vllm.profiles import PACKAGED_DIR, Profile
+from tidal_vllm.validators import TidalConfigError
 
 D, S, P = Role.DENSE, Role.SELECT, Role.SPARSE
 
@@ -209,10 +205,10 @@ def test_stage_that_starts_sparse_is_refused():
 def test_one_choice_for_all_layers_or_one_per_select_layer():
     made = LayerPlan((D, S, P, P, S, P, D, P), "test")
     every = range(8)
-    assert choices_of_layers(made, every, 1) == dict.fromkeys((1, 2, 3, 4, 5, 7), 0)
+    assert selection_indices(made, every, 1) == dict.fromkeys((1, 2, 3, 4, 5, 7), 0)
     kept = {1: 0, 2: 0, 3: 0, 4: 1, 5: 1, 7: 1}
-    assert choices_of_layers(made, every, 2) == kept
-    assert choices_of_layers(made, range(4, 8), 2) == {4: 0, 5: 0, 7: 0}
+    assert selection_indices(made, every, 2) == kept
+    assert selection_indices(made, range(4, 8), 2) == {4: 0, 5: 0, 7: 0}
 
 
 @pytest.mark.parametrize(

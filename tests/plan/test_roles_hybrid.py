@@ -4,18 +4,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tidal_vllm.config import TidalConfig, TidalConfigError
-from tidal_vllm.plan.policy import (
-    Role,
-    check_full_layers,
-    check_pipeline_stage,
-    choices_of_layers,
-    format_layers,
-    kv_read_share,
-    plan_layers,
-    safest_roles,
-)
+from tidal_vllm.config import TidalConfig
+from tidal_vllm.plan.layers import plan_layers, safest_roles
+from tidal_vllm.plan.roles import Role, format_layers
+from tidal_vllm.plan.stages import check_full_layers, check_pipeline_stage
+from tidal_vllm.plan.steps import kv_read_share, selection_indices
 from tidal_vllm.profiles import PACKAGED_DIR, Profile
+from tidal_vllm.validators import TidalConfigError
 
 D, S, P, OTHER = Role.DENSE, Role.SELECT, Role.SPARSE, Role.OTHER
 # One layer of three, as in a model of 18 layers.
@@ -143,9 +138,9 @@ def test_what_vllm_built_has_to_be_what_the_config_says():
 
 def test_choices_go_to_full_layers():
     made = plan(select_layers=[5, 14])
-    assert choices_of_layers(made, range(18), 1) == dict.fromkeys((5, 8, 11, 14, 17), 0)
+    assert selection_indices(made, range(18), 1) == dict.fromkeys((5, 8, 11, 14, 17), 0)
     kept = {5: 0, 8: 0, 11: 0, 14: 1, 17: 1}
-    assert choices_of_layers(made, range(18), 2) == kept
+    assert selection_indices(made, range(18), 2) == kept
 
 
 def test_the_share_is_that_of_the_full_layers():

@@ -4,17 +4,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tidal_vllm.config import TidalConfig, TidalConfigError
-from tidal_vllm.plan.policy import (
-    LayerPlan,
-    Role,
-    SelectionRule,
-    all_dense,
-    kv_read_share,
-    num_sets,
-    plan_layers,
-    runs_sparse,
-)
+from tidal_vllm.config import TidalConfig
+from tidal_vllm.plan.layers import plan_layers
+from tidal_vllm.plan.roles import LayerPlan, Role, all_dense
+from tidal_vllm.plan.rule import SelectionRule, num_sets
+from tidal_vllm.plan.steps import kv_read_share, runs_sparse
+from tidal_vllm.validators import TidalConfigError
 
 D, S, P = Role.DENSE, Role.SELECT, Role.SPARSE
 

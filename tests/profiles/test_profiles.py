@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from tidal_vllm import profiles
-from tidal_vllm.config import TidalConfig, TidalConfigError
-from tidal_vllm.plan.policy import plan_layers
+from tidal_vllm.config import TidalConfig
+from tidal_vllm.plan.layers import plan_layers
 from tidal_vllm.profiles import (
     PACKAGED_DIR,
     find_profile,
     list_profiles,
     load_profile,
     near_miss,
+    search,
 )
+from tidal_vllm.validators import TidalConfigError
 
 FIELDS = {
     "name": "mine",
@@ -41,7 +42,7 @@ PUBLISHED = {  # layers, re-selection layers as published
 @pytest.fixture(autouse=True)
 def no_profiles_of_this_machine(tmp_path_factory, monkeypatch):
     monkeypatch.chdir(tmp_path_factory.mktemp("project"))
-    monkeypatch.setattr(profiles, "USER_DIR", str(tmp_path_factory.mktemp("user")))
+    monkeypatch.setattr(search, "USER_DIR", str(tmp_path_factory.mktemp("user")))
 
 
 def write(folder, file_name="mine.json", **changes):
@@ -169,7 +170,7 @@ def test_layer_count_decides_between_profiles_of_one_name(tmp_path):
 
 def test_project_then_user_then_packaged(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(profiles, "USER_DIR", str(tmp_path / "user"))
+    monkeypatch.setattr(search, "USER_DIR", str(tmp_path / "user"))
     settings = {"models": ["qwen3-8b*"], "num_hidden_layers": 36}
     assert find_profile(None, "Qwen3-8B", 36).label == "qwen3-8b"
     user = write(tmp_path / "user", name="qwen3-8b", **settings)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+from environment import installer, steps
+from environment.installer import Installer
+from environment.progress import Step, StepFailed
+from environment.torn import remove_torn_packages
+from tidal_vllm import versions
 
-from environment import installer, steps  # noqa: E402
-from environment.installer import Installer  # noqa: E402
-from environment.progress import Step, StepFailed  # noqa: E402
-from environment.torn import remove_torn_packages  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 
 def write_wheel(folder: Path, name: str, version: str, requires: tuple = ()) -> Path:
@@ -209,11 +209,15 @@ def test_a_gpu_or_a_wish_installs_everything(environment, monkeypatch):
     assert left_out not in titles(), "what was once installed stays"
 
 
+def test_the_package_knows_the_same_companions_of_torch():
+    assert steps.BUILT_FOR_TORCH == versions.BUILT_FOR_TORCH
+
+
 def test_keeps_what_can_be_imported(environment, wheels):
-    for name in steps.BESIDE_TORCH:
+    for name in steps.BUILT_FOR_TORCH:
         write_wheel(wheels, name, "3")
     with environment._step("Installing") as step:
-        step.run(environment._installer.install(*steps.BESIDE_TORCH))
+        step.run(environment._installer.install(*steps.BUILT_FOR_TORCH))
     (environment.packages / "torchaudio.py").write_text("raise OSError('no symbol')")
     (looking,) = parts_of(environment, "Looking at")
     with environment._step("Looking") as step:

@@ -1,6 +1,7 @@
 """The script for a GPU machine: its parts, what they would run, how it resumes."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -42,10 +43,11 @@ def test_a_dry_run_names_every_command(tmp_path):
         assert f"== {part}\n" in output
     commands = [line for line in output.splitlines() if line.startswith("+ ")]
     assert len(commands) >= 12
-    scripts = {
-        word for line in commands for word in line.split() if word.endswith(".py")
-    }
-    assert {"setup.py", "benchmarks/decode_engine.py"} < scripts
+    words = " ".join(commands)
+    modules = re.findall(r"-m (benchmarks\.\S+)", words)
+    scripts = {word for word in words.split() if word.endswith(".py")}
+    scripts |= {module.replace(".", "/") + ".py" for module in modules}
+    assert {"setup.py", "benchmarks/engine/decode_engine.py"} < scripts
     assert all((ROOT / script).is_file() for script in scripts)
     assert not (tmp_path / "done").exists()
 
@@ -63,7 +65,10 @@ def test_goes_on_after_a_failure_and_resumes(tmp_path, python):
     assert output.count("== sparse FAILED") == 1
     names = parts(tmp_path)
     assert names.count("done") == len(names) // 2  # all others
-    assert "ran benchmarks/bench_sparse" in (tmp_path / "sparse.log").read_text()
+    assert (
+        "ran -m benchmarks.kernels.bench_sparse"
+        in (tmp_path / "sparse.log").read_text()
+    )
 
     code, output, _ = run(tmp_path, PYTHON=python)
     assert code == 1

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.support.processes import TIDAL_VLLM, run, run_python, write_distribution
-from tidal_vllm import doctor, probe
-from tidal_vllm import kernels as ops
+from tidal_vllm import child_process, doctor, probe
+from tidal_vllm.kernels import choosing
 
 AT_ONCE = ["package", "vLLM", "torch", "profiles"]
 
@@ -175,9 +175,9 @@ def test_the_cause_of_a_failed_engine_is_its_own():
 def test_a_gpu_without_its_kernels(monkeypatch, device, cuda, advised):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     if device != "cpu":  # what a machine with Triton alone has to offer
-        offer = {name: ops.dispatch._CANDIDATES[name] for name in ("cuda", "reference")}
-        monkeypatch.setattr(ops.dispatch, "_CANDIDATES", offer)
-    kernels = ops.describe(device)
+        offer = {name: choosing._CANDIDATES[name] for name in ("cuda", "reference")}
+        monkeypatch.setattr(choosing, "_CANDIDATES", offer)
+    kernels = choosing.describe(device)
     assert kernels.name == "reference"
     assert ("TIDAL_BUILD_CUDA=1" in kernels.advice) is advised
     assert ("not the CUDA kernels for it: " in kernels.advice) is advised
@@ -259,7 +259,7 @@ def test_a_process_that_hangs(monkeypatch):
 def test_ignores_packages_in_the_current_folder(tmp_path, monkeypatch):
     broken_package(tmp_path, "torch", "raise ImportError('not the real one')")
     monkeypatch.chdir(tmp_path)
-    assert doctor.run_python("import torch").returncode == 0
+    assert child_process.run_python("import torch").returncode == 0
 
 
 def test_the_examiner_itself_imports_nothing_that_may_break():

@@ -7,10 +7,10 @@ import torch
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
-from tidal_vllm.engine.dense import ReferenceBuilder
 from tidal_vllm.engine.metadata import TidalMetadataBuilder
-from tidal_vllm.plan.policy import Role
+from tidal_vllm.engine.torch_dense import ReferenceBuilder
 from tidal_vllm.plan.resolve import resolve
+from tidal_vllm.plan.roles import Role
 
 ODD = (1, 3, 5, 7)
 # Full-attention layers by model.

@@ -17,7 +17,8 @@ from tests.startup.test_bad_settings import (
 )
 from tests.startup.test_unsupported_models import ARGUMENTS, MODELS, SPECULATION
 from tidal_vllm.config import TidalConfig
-from tidal_vllm.plan.policy import LayerPlan, all_dense, plan_layers
+from tidal_vllm.plan.layers import plan_layers
+from tidal_vllm.plan.roles import LayerPlan, all_dense
 from tidal_vllm.plan.table import format_plan
 from tidal_vllm.profiles import PACKAGED_DIR, Profile
 

@@ -1,5 +1,6 @@
 """A spy on the ops: which layer read which tokens of which row, step by step."""
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -8,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tidal_vllm import kernels as ops
-from tidal_vllm.engine import dense
 from tidal_vllm.engine.attention import TidalImpl
-from tidal_vllm.engine.metadata import TidalMetadata, TidalMetadataBuilder
+from tidal_vllm.engine.batch import TidalMetadata
+from tidal_vllm.engine.metadata import TidalMetadataBuilder
+from tidal_vllm.kernels import reference
 
 
 @dataclass
@@ -69,56 +70,57 @@ def spying() -> Iterator[list[Step]]:
     def record(op, tokens, selects=False):
         steps[-1].calls.append(Call(op, layer.index, tokens, selects))
 
-    def everything(op, run, of_kernels=False):
-        def spied(*args, **kwargs):
-            owner = args[:of_kernels]
-            query, kv_cache, block_table, seq_lens, *rest = args[of_kernels:]
-            positions = [[torch.arange(max(n, 0))] for n in seq_lens.tolist()]
-            kv_cache = _only(kv_cache, block_table, positions)
-            record(op, _counts(positions), selects=of_kernels)
-            args = (*owner, query, kv_cache, block_table, seq_lens, *rest)
-            return run(*args, **kwargs)
+    def spied_op(op, run, readable):
+        """The op on a copy of its cache, which holds what it may read alone."""
+
+        def spied(args, seq_lens):
+            kv_cache = readable(op, args, seq_lens)
+            return run(dataclasses.replace(args, kv_cache=kv_cache), seq_lens)
 
         return spied
 
-    follow = ops.Kernels.sparse_decode
+    def everything(op, args, seq_lens):
+        positions = [[torch.arange(max(n, 0))] for n in seq_lens.tolist()]
+        record(op, _counts(positions), selects=args.topk_blocks is not None)
+        return _only(args.kv_cache, args.block_table, positions)
 
-    def sparse_decode(
-        self, query, kv_cache, block_table, topk_blocks, topk_lens, seq_lens, **kwargs
-    ):
-        size = kwargs["select_block_size"]
+    def keys_only(op, args, seq_lens):
+        kv_cache = everything(op, args, seq_lens)
+        kv_cache[..., kv_cache.shape[3] // 2 :] = torch.nan
+        return kv_cache
+
+    def chosen(op, args, seq_lens):
         positions = [
             [
-                _positions(blocks[:count], size, seq_len)
+                _positions(blocks[:count], args.select_block_size, seq_len)
                 for blocks, count in zip(sets, counts, strict=True)
             ]
             for sets, counts, seq_len in zip(
-                topk_blocks, topk_lens.tolist(), seq_lens.tolist(), strict=True
+                args.topk_blocks,
+                args.topk_lens.tolist(),
+                seq_lens.tolist(),
+                strict=True,
             )
         ]
+        record(op, _counts(positions))
+        return _only(args.kv_cache, args.block_table, positions)
+
+    def extend(query, kv_cache, block_table, seq_lens, *rest, **kwargs):
+        positions = [[torch.arange(max(n, 0))] for n in seq_lens.tolist()]
         kv_cache = _only(kv_cache, block_table, positions)
-        record("sparse_decode", _counts(positions))
-        chosen = (topk_blocks, topk_lens)
-        follow(self, query, kv_cache, block_table, *chosen, seq_lens, **kwargs)
+        record("dense_extend", _counts(positions))
+        return dense_extend(query, kv_cache, block_table, seq_lens, *rest, **kwargs)
 
-    spies = SimpleNamespace(
-        write_kv=ops.write_kv,
-        dense_decode=everything("dense_decode", ops.dense_decode),
-        dense_extend=everything("dense_extend", ops.dense_extend),
-    )
-    selecting = everything("dense_decode", ops.Kernels.dense_decode, of_kernels=True)
-    score = everything("score_blocks", ops.Kernels.score_blocks, of_kernels=True)
-
-    def scoring(self, query, kv_cache, *args, **kwargs):
-        keys_only = kv_cache.clone()
-        keys_only[..., kv_cache.shape[3] // 2 :] = torch.nan
-        score(self, query, keys_only, *args, **kwargs)
-
+    dense_extend = reference.dense_extend
+    readable = {
+        "dense_decode": everything,
+        "score_blocks": keys_only,
+        "sparse_decode": chosen,
+    }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dense, "ops", spies)
-        patch.setattr(ops.Kernels, "dense_decode", selecting)
-        patch.setattr(ops.Kernels, "score_blocks", scoring)
-        patch.setattr(ops.Kernels, "sparse_decode", sparse_decode)
+        for op, what in readable.items():
+            patch.setattr(reference, op, spied_op(op, getattr(reference, op), what))
+        patch.setattr(reference, "dense_extend", extend)
         patch.setattr(TidalMetadataBuilder, "build", spied_build)
         patch.setattr(TidalImpl, "forward", spied_forward)
         yield steps

@@ -4,166 +4,90 @@ The reference ops behind the kernels' signatures, so that the engine's use of ke
 can be tested in fp32 and at speed. Outside what they must write they leave NaN.
 """
 
+import dataclasses
 import math
 import sys
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
+import torch
 
-from tidal_vllm import kernels as ops
-from tidal_vllm.kernels import dispatch, reference
+from tidal_vllm.kernels import DecodeArgs, Kernels, Workspace, choosing, reference
 
 
-def dense_decode(
-    query,
-    kv_cache,
-    block_table,
-    seq_lens,
-    output,
-    lse,
-    block_lse,
-    partial_out,
-    partial_lse,
-    scale,
-    k_scale,
-    v_scale,
-    select_block_size,
-):
-    assert (k_scale, v_scale) == (1.0, 1.0)
-    _check(query, seq_lens, output, lse, partial_out, partial_lse)
-    found = reference.dense_decode(
-        query,
-        kv_cache,
-        block_table,
-        seq_lens,
-        scale=scale,
-        select_block_size=select_block_size,
+def dense_decode(args: DecodeArgs, seq_lens: torch.Tensor) -> None:
+    _check(args, seq_lens)
+    found = _result_of(reference.dense_decode, args, seq_lens)
+    _write(args, seq_lens, found, output=True, block_lse=True)
+
+
+def score_blocks(args: DecodeArgs, seq_lens: torch.Tensor) -> None:
+    _check(args, seq_lens)
+    found = _result_of(reference.score_blocks, args, seq_lens)
+    _write(args, seq_lens, found, output=False, block_lse=True)
+
+
+def sparse_decode(args: DecodeArgs, seq_lens: torch.Tensor) -> None:
+    _check(args, seq_lens)
+    found = _result_of(reference.sparse_decode, args, seq_lens)
+    _write(args, seq_lens, found, output=True, block_lse=False)
+
+
+def select_blocks(args: DecodeArgs, seq_lens: torch.Tensor, rule) -> None:
+    num_rows = seq_lens.shape[0]
+    assert args.workspace.mass.shape[0] >= num_rows
+    scratch = Workspace(
+        lse=args.workspace.lse[:num_rows], block_lse=args.workspace.block_lse[:num_rows]
     )
-    _write(found[:2], seq_lens, output, lse)
-    if block_lse is not None:
-        _write_blocks(found[2], seq_lens, block_lse, select_block_size)
+    args = dataclasses.replace(args, workspace=scratch)
+    reference.select_blocks(args, seq_lens, rule)
 
 
-def score_blocks(
-    query,
-    kv_cache,
-    block_table,
-    seq_lens,
-    lse,
-    block_lse,
-    partial_lse,
-    scale,
-    k_scale,
-    select_block_size,
-):
-    assert k_scale == 1.0
-    assert query.shape[0] == seq_lens.shape[0] == lse.shape[0]
-    assert partial_lse.shape[0] >= query.shape[0]
-    for scratch in (lse, partial_lse):
-        scratch.fill_(math.nan)
-    found = reference.score_blocks(
-        query,
-        kv_cache,
-        block_table,
-        seq_lens,
-        scale=scale,
-        select_block_size=select_block_size,
+def _result_of(op, args: DecodeArgs, seq_lens: torch.Tensor) -> DecodeArgs:
+    """What the reference makes of the same rows, in tensors of its own."""
+    found = dataclasses.replace(
+        args, output=torch.zeros_like(args.output), workspace=Workspace()
     )
-    _write(found[:1], seq_lens, lse)
-    _write_blocks(found[1], seq_lens, block_lse, select_block_size)
+    op(found, seq_lens)
+    return found
 
 
-def sparse_decode(
-    query,
-    kv_cache,
-    block_table,
-    topk_blocks,
-    topk_lens,
-    seq_lens,
-    output,
-    lse,
-    partial_out,
-    partial_lse,
-    scale,
-    k_scale,
-    v_scale,
-    select_block_size,
-):
-    assert (k_scale, v_scale) == (1.0, 1.0)
-    _check(query, seq_lens, output, lse, partial_out, partial_lse)
-    rows = query.shape[0]
-    chosen = (topk_blocks[:rows], topk_lens[:rows])
-    found = reference.sparse_decode(
-        query,
-        kv_cache,
-        block_table,
-        *chosen,
-        seq_lens,
-        scale=scale,
-        select_block_size=select_block_size,
-    )
-    _write(found, seq_lens, output, lse)
-
-
-def select_blocks(
-    block_lse,
-    lse,
-    seq_lens,
-    topk_blocks,
-    topk_lens,
-    mass,
-    token_budget,
-    select_block_size,
-    sink_tokens,
-    recent_tokens,
-    sparse_threshold,
-):
-    assert mass.shape[0] >= seq_lens.shape[0]
-    rule = SimpleNamespace(
-        token_budget=token_budget,
-        select_block_size=select_block_size,
-        sink_tokens=sink_tokens,
-        recent_tokens=recent_tokens,
-        sparse_threshold=sparse_threshold,
-    )
-    reference.select_blocks(
-        block_lse,
-        lse,
-        seq_lens,
-        rule=rule,
-        topk_blocks=topk_blocks,
-        topk_lens=topk_lens,
-    )
-
-
-def _check(query, seq_lens, output, lse, partial_out, partial_lse) -> None:
-    assert query.shape == output.shape
-    assert query.shape[0] == seq_lens.shape[0] == lse.shape[0]
-    assert partial_out.shape[0] >= query.shape[0]
+def _check(args: DecodeArgs, seq_lens: torch.Tensor) -> None:
+    assert (args.k_scale, args.v_scale) == (1.0, 1.0)
+    num_rows, workspace = args.query.shape[0], args.workspace
+    assert args.query.shape == args.output.shape
+    assert seq_lens.shape[0] == num_rows <= workspace.lse.shape[0]
+    partial_out, partial_lse = workspace.partials(num_rows)
+    assert partial_out.shape[0] >= num_rows
     assert partial_out.shape[:-1] == partial_lse.shape
-    for scratch in (lse, partial_out, partial_lse):  # nothing outlives a layer
-        scratch.fill_(math.nan)
+    for scratch in (workspace.lse, partial_out, partial_lse):
+        scratch.fill_(math.nan)  # nothing outlives a layer
 
 
-def _write(found, seq_lens, *tensors) -> None:
-    """All rows but those that are left out."""
-    rows = seq_lens >= 0
-    for one, tensor in zip(found, tensors, strict=True):
-        tensor[rows] = one[rows]
-
-
-def _write_blocks(found, seq_lens, block_lse, select_block_size) -> None:
-    block_lse.fill_(math.nan)
-    for row, seq_len in enumerate(seq_lens.tolist()):
-        used = max(-(-seq_len // select_block_size), 0)
-        block_lse[row, :, :used] = found[row, :, :used]
+def _write(
+    args: DecodeArgs,
+    seq_lens: torch.Tensor,
+    found: DecodeArgs,
+    output: bool,
+    block_lse: bool,
+) -> None:
+    """Copy all rows but those that are left out; of block_lse what a row has."""
+    rows = (seq_lens >= 0).nonzero()[:, 0]
+    args.workspace.lse[rows] = found.workspace.lse[rows]
+    if output:
+        args.output[rows] = found.output[rows]
+    if block_lse:
+        args.workspace.block_lse.fill_(math.nan)
+        for row, seq_len in enumerate(seq_lens.tolist()):
+            used = max(-(-seq_len // args.select_block_size), 0)
+            sums = found.workspace.block_lse[row, :, :used]
+            args.workspace.block_lse[row, :, :used] = sums
 
 
 @contextmanager
 def written_kernels():
     """Let `kernels = "triton"` of the configuration choose these."""
-    made = ops.Kernels("written", "for a test", sys.modules[__name__])
+    made = Kernels("written", "for a test", sys.modules[__name__], capturable=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(dispatch._CANDIDATES, "triton", lambda case: ("", made))
+        patch.setitem(choosing._CANDIDATES, "triton", lambda needed: ("", made))
         yield made

@@ -28,10 +28,11 @@ from tidal_vllm.calibrate.report import describe, write_report
 from tidal_vllm.calibrate.result import Job, NotCalibrated, Result, more_evidence
 from tidal_vllm.calibrate.run import calibrate
 from tidal_vllm.calibrate.state import State
-from tidal_vllm.config import SCOPES, TidalConfig, TidalConfigError
+from tidal_vllm.config import SCOPES, TidalConfig
 from tidal_vllm.plan.layer_kinds import LayerKind
 from tidal_vllm.plan.resolve import model_sha256, resolve, uncorrectable
 from tidal_vllm.profiles import PROJECT_DIR, find_profile, load_profile, model_names
+from tidal_vllm.validators import TidalConfigError
 
 LEAST_LOSS = 0.0001  # takes 38,413 tokens to prove
 LEAST_BLOCKS, LEAST_BUDGET = 4, 8  # what is forced by default fits into both
@@ -247,7 +248,7 @@ class _Request:
             raise TidalConfigError("-o", shown, "must end in .json")
         if self.output.is_dir():
             raise TidalConfigError("-o", shown, "is a folder; must be a file")
-        if self.output.exists() and "checksum" not in self.output.read_text():
+        if self.output.exists() and not _is_calibrated(self.output):
             reason = "is there already, and no earlier calibration: would be lost"
             raise TidalConfigError("-o", shown, reason)
         parent = next(p for p in self.output.absolute().parents if p.exists())
@@ -258,7 +259,7 @@ class _Request:
         """Let vLLM read the config; it refuses what the backend cannot run."""
         from vllm.engine.arg_utils import EngineArgs
 
-        from tidal_vllm.engine.backend import kv_block_size
+        from tidal_vllm.engine.support import kv_block_size
 
         model = self.given.model
         if os.path.isdir(model) and not os.path.exists(f"{model}/config.json"):
@@ -332,6 +333,14 @@ class _Starter:
     def __exit__(self, *_: object) -> None:
         if self._engine is not None:
             self._engine.close()
+
+
+def _is_calibrated(path: Path) -> bool:
+    """Whether a file is the profile of an earlier calibration."""
+    try:
+        return bool(load_profile(path).measured)
+    except TidalConfigError:
+        return False
 
 
 def _write(request: _Request, job: Job, result: Result, seconds: float) -> Path:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from tidal_vllm.config import TidalConfig, TidalConfigError
+from tidal_vllm.config import TidalConfig
+from tidal_vllm.validators import TidalConfigError
 
 BUDGETS = (0.25, 0.5, 1, 2)  # times the budget asked for
 BLOCK_SIZES = (4, 16)

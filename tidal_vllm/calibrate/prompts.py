@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tidal_vllm.config import TidalConfigError, suggestion
 from tidal_vllm.planted import load_spec, make_prompt
 from tidal_vllm.planted.build import MARKER
+from tidal_vllm.validators import TidalConfigError, suggestion
 
 BUILTIN = "builtin"
 _FILE_KEYS = ("prompt", "prompt_token_ids", "answer", "answer_token_ids")

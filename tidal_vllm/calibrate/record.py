@@ -12,16 +12,15 @@ from tidal_vllm import __version__
 from tidal_vllm.calibrate.grid import recorder_settings
 from tidal_vllm.calibrate.result import Job, Measured, Result
 from tidal_vllm.profiles import model_names
-from tidal_vllm.profiles.fingerprint import checksum
 
 
 def profile_fields(
     name: str, sha256: str, job: Job, result: Result, seconds: float
 ) -> dict[str, Any]:
-    """The profile's content, checksum included."""
+    """The profile's content, as `profiles.load_profile` reads it."""
     dense, select = result.roles(result.chosen.choice)
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    fields: dict[str, Any] = {
+    return {
         "name": f"{name}-calibrated",
         "models": [glob.escape(one) for one in dict.fromkeys(model_names(job.model))],
         "model": job.model,
@@ -35,7 +34,6 @@ def profile_fields(
         "measured": _measured(job, result, seconds),
         "versions": versions(),
     }
-    return fields | {"checksum": checksum(fields)}
 
 
 def _measured(job: Job, result: Result, seconds: float) -> dict[str, Any]:

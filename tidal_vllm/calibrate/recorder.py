@@ -16,7 +16,7 @@ import torch
 
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.kernels import reference
-from tidal_vllm.plan.policy import SelectionRule, num_sets
+from tidal_vllm.plan.rule import SelectionRule, num_sets
 
 WORST, MEAN, AVOIDABLE, OVERLAP = "worst", "mean", "avoidable", "overlap"
 # How the ranks of a tensor parallel run combine: each has heads of its own.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tidal_vllm.calibrate.result import CurvePoint, Job, Measured, Result, Tried
-from tidal_vllm.plan.policy import format_layers
+from tidal_vllm.plan.roles import format_layers
 
 _CELL = 18  # pixels of a heat map's cell
 _PLOT = (520, 260)  # pixels of the curve

@@ -27,8 +27,10 @@ from tidal_vllm.calibrate.result import (
 )
 from tidal_vllm.calibrate.state import State
 from tidal_vllm.config import TidalConfig
-from tidal_vllm.plan.policy import Role, kv_read_share, plan_layers
+from tidal_vllm.plan.layers import plan_layers
 from tidal_vllm.plan.pollution import MIN_REMAINING
+from tidal_vllm.plan.roles import Role
+from tidal_vllm.plan.steps import kv_read_share
 
 LOSS_QUANTILE, MASS_QUANTILE = 0.95, 0.05  # over decode steps: the worse end
 INTERVALS = (4, 8, 16, 32)

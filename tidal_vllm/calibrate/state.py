@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from tidal_vllm.calibrate.interrupt import Interrupts
-from tidal_vllm.config import TidalConfigError
+from tidal_vllm.validators import TidalConfigError
 
 _FORMAT = 1
 

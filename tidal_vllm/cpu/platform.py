@@ -91,7 +91,7 @@ class TidalCpuPlatform(CpuPlatform):
         for name in sorted(chosen_backends(vllm_config)):
             _require_tidal(name)
         if vllm_config.model_config is not None:
-            from tidal_vllm.engine.backend import refuse_model
+            from tidal_vllm.engine.setup_checks import refuse_model
 
             refuse_model(vllm_config.model_config)  # its dense attention is ours too
         refuse_what_needs_a_gpu(vllm_config)
@@ -165,7 +165,7 @@ def _set_kv_cache_default(vllm_config: "VllmConfig") -> None:
     programs use more than the rest. Here: 4 GiB, more if one sequence of
     `max_model_len` needs more, never over half of the memory that is free now.
     """
-    from tidal_vllm.engine.backend import kv_block_size
+    from tidal_vllm.engine.support import kv_block_size
 
     cache, model = vllm_config.cache_config, vllm_config.model_config
     stated = (

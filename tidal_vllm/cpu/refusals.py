@@ -7,12 +7,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from tidal_vllm.plan.resolve import has_convolutions
+from tidal_vllm.versions import BUILT_FOR_TORCH
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
-
-# Parts of PyTorch that have to be built for the very torch they run beside.
-BUILT_FOR_TORCH = ("torchvision", "torchaudio", "torchcodec")
 
 
 def refuse_what_needs_a_gpu(vllm_config: "VllmConfig") -> None:

@@ -5,13 +5,20 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
+from vllm.v1.attention.backend import (
+    AttentionImpl,
+    AttentionLayer,
+    AttentionMetadata,
+    AttentionType,
+)
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from tidal_vllm.engine.metadata import TidalMetadata
+from tidal_vllm.engine.batch import DecodePart, TidalMetadata
 from tidal_vllm.engine.state import SparseState, choose_implementations
-from tidal_vllm.plan.policy import Role
+from tidal_vllm.kernels import DecodeArgs
 from tidal_vllm.plan.resolve import resolve
+from tidal_vllm.plan.roles import Role
+from tidal_vllm.registry import METHODS
 
 
 class TidalImpl(AttentionImpl[TidalMetadata]):
@@ -43,7 +50,8 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         config = get_current_vllm_config()
-        sliding_window = resolve(config).window(sliding_window)
+        startup = resolve(config)
+        sliding_window = startup.window(sliding_window)
         self.sliding_window = sliding_window
         self.kernels, self.dense_backend = choose_implementations(
             config, head_size, kv_cache_dtype, sliding_window is not None
@@ -60,7 +68,7 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
             attn_type,
             None,
         )
-        # Ours read 16-bit queries; FlashAttention wants them as the cache is.
+        # FlashAttention reads queries of the cache's dtype, the decode ops 16-bit ones.
         self.quantizes_query = (
             self.dense_backend.get_name() == "FLASH_ATTN"
             and is_quantized_kv_cache(kv_cache_dtype)
@@ -69,21 +77,26 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
         self.state: SparseState | None = None
         if sliding_window is None:
             self.state = self._find_state(config) or self.make_state(config)
+        follows_keys = METHODS[startup.config.method].follows_keys
+        self.follows_keys = follows_keys and self.state is not None
 
     def _find_state(self, vllm_config: VllmConfig) -> SparseState | None:
-        """That of a layer made before, if it fits this one."""
+        """The state of a layer that was made before, if the state fits this layer."""
         for layer in vllm_config.compilation_config.static_forward_context.values():
             other = getattr(layer, "impl", None)
-            alike = isinstance(other, TidalImpl) and other._kind == self._kind
-            if alike and other.state is not None:
+            fits = isinstance(other, TidalImpl) and other._kind == self._kind
+            if fits and other.state is not None:
                 return other.state
         return None
 
     @property
     def _kind(self) -> tuple[int, int, int, bool]:
-        """A draft model's layers, which are dense, do not share the state of ours."""
-        shape = (self.num_heads, self.num_kv_heads, self.head_size)
-        return (*shape, self.kernels is not None)
+        """Layers of one kind share a state; those of a draft model, dense, do not."""
+        return (*self._shape, self.kernels is not None)
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        return (self.num_heads, self.num_kv_heads, self.head_size)
 
     def make_state(self, vllm_config: VllmConfig) -> SparseState | None:
         """Allocate what SELECT and SPARSE layers share; None where there are none."""
@@ -93,14 +106,12 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
             resolve(vllm_config),
             self.kernels,
             vllm_config,
-            self.num_heads,
-            self.num_kv_heads,
-            self.head_size,
+            *self._shape,
             torch.device(current_platform.device_type),
         )
 
     def get_impl_variants(self) -> tuple[AttentionImpl, ...]:
-        """vLLM looks through these for its own implementations."""
+        """The implementations among which vLLM looks for its own."""
         return (self, self.dense)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -116,6 +127,8 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
     ) -> None:
         """Write this step's K and V into the slots that the scheduler gave them."""
         self.dense.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        if self.follows_keys:
+            self.state.method.keys_written(layer.layer_name, kv_cache, slot_mapping)
 
     def forward(
         self,
@@ -134,6 +147,7 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
         Args:
             layer: The vLLM layer; its name decides the role.
             query: `[num_tokens, num_heads, head_size]`.
+            key, value: `[num_tokens, num_kv_heads, head_size]`.
             kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`,
                 any strides, already holding this step's K and V.
             attn_metadata: None in vLLM's profiling run.
@@ -142,62 +156,73 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
         batch = attn_metadata
         if batch is None:
             return output.zero_()
-        tokens = (query, key, value)
         role = batch.roles[layer.layer_name] if batch.sparse else Role.DENSE
         if role in (Role.DENSE, Role.OTHER):
-            self._dense(layer, tokens, kv_cache, batch.dense, output)
+            self._attend_densely(
+                layer, query, key, value, kv_cache, batch.dense, output
+            )
             return output
-        if batch.num_prefills:
-            first = batch.num_decode_tokens
-            rest = (rows[first:] for rows in tokens)
-            self._dense(layer, rest, kv_cache, batch.prefills, output[first:])
-        for rows in batch.passes:
-            self._decode(layer, role, rows, query[rows], kv_cache, batch, output[rows])
+        if batch.prefills is not None:
+            rest = slice(batch.num_decode_tokens, None)
+            self._attend_densely(
+                layer,
+                *(query[rest], key[rest], value[rest], kv_cache),
+                batch.prefills,
+                output[rest],
+            )
+        for part in batch.parts:
+            self._decode(layer, role, batch, part, query, kv_cache, output)
         return output
 
-    def _dense(self, layer, tokens, kv_cache, metadata, output) -> None:
-        query, key, value = tokens
+    def _attend_densely(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        output: torch.Tensor,
+    ) -> None:
         if self.quantizes_query:
             query = _to_fp8(query, layer)
         self.dense.forward(layer, query, key, value, kv_cache, metadata, output)
 
     def _decode(
-        self, layer, role: Role, rows: slice, query, kv_cache, batch, output
+        self,
+        layer: AttentionLayer,
+        role: Role,
+        batch: TidalMetadata,
+        part: DecodePart,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        output: torch.Tensor,
     ) -> None:
-        state, rule = self.state, batch.rule
-        kernels, choice = state.kernels, batch.choices[layer.layer_name]
-        chosen = (
-            state.selection.topk_blocks[choice, rows],
-            state.selection.topk_lens[choice, rows],
+        """A SELECT layer chooses, then both attend to what is chosen."""
+        state = self.state
+        topk_blocks, topk_lens = part.topk[batch.selection_index[layer.layer_name]]
+        args = DecodeArgs(
+            query[part.rows],
+            kv_cache,
+            part.block_table,
+            output[part.rows],
+            self.scale,
+            state.workspace,
+            batch.rule.select_block_size,
+            topk_blocks,
+            topk_lens,
+            layer._k_scale_float,
+            layer._v_scale_float,
         )
-        paged = (query, kv_cache, batch.block_table[rows])
-        keys = {
-            "scale": self.scale,
-            "k_scale": layer._k_scale_float,
-            "workspace": state.workspace,
-            "select_block_size": rule.select_block_size,
-        }
-        both = keys | {"v_scale": layer._v_scale_float, "output": output}
-        follow = batch.seq_lens  # of the rows that attend to what is chosen
+        attending_lens = part.seq_lens
         if role is Role.SELECT:
-            choose = batch.select_lens[rows]
-            if state.attends_to_chosen:
-                kernels.score_blocks(*paged, choose, **keys)
-            else:
-                kernels.dense_decode(*paged, choose, **both)
-                follow = batch.reuse_lens
-            kernels.select_blocks(
-                choose,
-                rule=rule,
-                workspace=state.workspace,
-                topk_blocks=chosen[0],
-                topk_lens=chosen[1],
-            )
-        if follow is not None:
-            kernels.sparse_decode(*paged, *chosen, follow[rows], **both)
+            state.method.select(layer.layer_name, args, part.select_lens)
+            attending_lens = part.lens_after_select
+        if attending_lens is not None:
+            state.kernels.ops.sparse_decode(args, attending_lens)
 
 
-# What vLLM's models pass for "not here", where that is not None.
+# What vLLM's models pass for an argument that they lack, where it is not None.
 _ABSENT = {"chunk_lookback": -1}
 
 

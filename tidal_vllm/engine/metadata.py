@@ -1,12 +1,10 @@
-"""What all layers share in one step: the batch, the roles and the selection."""
+"""The metadata builder: what each step's batch means for the layers."""
 
-from dataclasses import dataclass
+import functools
 from typing import Any
 
 import torch
 from vllm.config import (
-    CompilationConfig,
-    CUDAGraphMode,
     VllmConfig,
     get_layers_from_vllm_config,
 )
@@ -23,65 +21,35 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 
-from tidal_vllm.engine.dense import count_decodes, rows_from
+from tidal_vllm.engine.batch import (
+    DecodePart,
+    TidalMetadata,
+    count_decodes,
+    is_captured,
+    rows_from,
+)
 from tidal_vllm.engine.metrics import DecodeCounters
 from tidal_vllm.engine.query_rows import QueryRows, row_lens
 from tidal_vllm.engine.state import (
     SparseState,
     choose_implementations,
-    max_decode_rows,
+    max_num_decode_tokens,
 )
 from tidal_vllm.names import NAME
-from tidal_vllm.plan.policy import Role, SelectionRule, check_full_layers, runs_sparse
 from tidal_vllm.plan.resolve import resolve
+from tidal_vllm.plan.roles import Role
+from tidal_vllm.plan.stages import check_full_layers
+from tidal_vllm.plan.steps import runs_sparse
 from tidal_vllm.plan.table import format_plan
 
 logger = init_logger("vllm.tidal.metadata")
 
 
-@dataclass
-class TidalMetadata(AttentionMetadata):
-    """One step's batch, decodes first; one object for all layers of a group."""
-
-    num_decodes: int
-    """Requests of the batch that decode: their prompt is done. Those that pad a CUDA
-    graph are among them."""
-    num_decode_tokens: int
-    """Their query tokens, each a row of the decode ops: one per request, and one for
-    each token of a draft that it verifies. Rows of padding are among them."""
-    num_prefills: int
-    seq_lens: torch.Tensor
-    """`[>= num_decode_tokens]` int32, tokens of the sequence up to a row's; 0 for
-    padding."""
-    block_table: torch.Tensor
-    """`[>= num_decode_tokens, max_blocks_per_seq]` int32, of each row's sequence."""
-    dense: AttentionMetadata
-    """The dense backend's, of the whole batch."""
-    prefills: AttentionMetadata | None
-    """The dense backend's, of the rows behind the decodes; None unless sparse."""
-    sparse: bool
-    """Whether SELECT and SPARSE layers act as such in this step. Otherwise every
-    layer takes the dense path."""
-    passes: list[slice]
-    """Parts of the decodes that fit into the workspace; none unless sparse."""
-    roles: dict[str, Role]
-    """Role of each layer by its name, where any is sparse."""
-    choices: dict[str, int]
-    """Index of the choice in `Selection` that a SELECT layer writes and SPARSE layers
-    read, by the layer's name."""
-    select_lens: torch.Tensor
-    """Like seq_lens, where SELECT layers choose in this step; -1 for
-    rows that keep the last step's choice."""
-    reuse_lens: torch.Tensor | None
-    """Like seq_lens, for those rows; -1 for others. None where all choose."""
-    rule: SelectionRule
-
-
 class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
     """Splits each batch into decodes and prefills, and decides if it runs sparse.
 
-    There is one for each KV cache group, and all see the same batch. What happens once
-    per step is done by the one that leads.
+    There is one builder for each KV cache group, and all see the same batch. The
+    primary one also does what is done once per step.
     """
 
     reorder_batch_threshold: int = 1
@@ -100,40 +68,40 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         roles = self._roles_of(impls)
         self.roles = {name: roles[name] for name in layer_names}
         choosing = [n for n, r in roles.items() if r in (Role.SELECT, Role.SPARSE)]
-        ours = [name for name in choosing if name in self.roles]
+        choosing_here = [name for name in choosing if name in self.roles]
         _require_one_state({n: impls[n] for n in choosing})
-        self.leads = next(iter(choosing or impls)) in self.roles
+        # Of the group with the first SELECT layer, or with the first layer of all.
+        self.is_primary = next(iter(choosing or impls)) in self.roles
         self.counters = DecodeCounters()
-        self.state: SparseState | None = None
-        self.choices: dict[str, int] = {}
-        if ours:
-            startup.config.check_kv_block_size(kv_cache_spec.block_size)
-            self.state = impls[ours[0]].state
-            self.choices = {
-                name: self.state.choices[extract_layer_index(name)] for name in ours
-            }
         self.num_steps = 0
-        self.longest_query = max_decode_query_len(vllm_config)
+        self.state: SparseState | None = None
+        self.selection_index: dict[str, int] = {}
+        if choosing_here:
+            startup.config.check_kv_block_size(kv_cache_spec.block_size)
+            self.state = impls[choosing_here[0]].state
+            self.selection_index = {
+                name: self.state.selection_index[extract_layer_index(name)]
+                for name in choosing_here
+            }
+        self.max_decode_query_len = max_decode_query_len(vllm_config)
         if self.plan.sparse:
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.query_rows: QueryRows | None = None
-        if self.state is not None and self.longest_query > 1:
-            longest = vllm_config.model_config.max_model_len
+        if self.state is not None and self.max_decode_query_len > 1:
+            max_model_len = vllm_config.model_config.max_model_len
             self.query_rows = QueryRows.allocate(
-                max_decode_rows(vllm_config),
-                -(-longest // kv_cache_spec.block_size),
+                max_num_decode_tokens(vllm_config),
+                -(-max_model_len // kv_cache_spec.block_size),
                 device,
             )
-        # Two, for a builder keeps what its last metadata points to.
-        impl = impls[layer_names[0]]
-        made = (kv_cache_spec, layer_names, vllm_config, device)
-        builder_cls = impl.dense_backend.get_builder_cls()
-        self.dense_builder, self.prefill_builder = (
-            builder_cls(*made),
-            builder_cls(*made),
+        # Two builders: each may keep what its last metadata points to.
+        backend = impls[layer_names[0]].dense_backend
+        new_builder = functools.partial(
+            backend.get_builder_cls(), kv_cache_spec, layer_names, vllm_config, device
         )
-        if self.leads:
-            self._print_plan(startup.config, impl.dense_backend)
+        self.dense_builder, self.prefill_builder = new_builder(), new_builder()
+        if self.is_primary:
+            self._print_plan(startup.config, backend)
 
     @classmethod
     def get_cudagraph_support(
@@ -169,27 +137,71 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> TidalMetadata:
-        common, args = common_attn_metadata, (common_prefix_len, fast_build)
+        """The metadata of one step, for all layers of this builder's group."""
+        common, query_len = common_attn_metadata, self.max_decode_query_len
         # What a captured graph does is fixed: every row decodes, and runs sparse.
-        compilation, most = self.vllm_config.compilation_config, self.longest_query
-        captured = is_captured(compilation, common, most)
-        num_decodes = common.num_reqs if captured else count_decodes(common, most)
+        captured = is_captured(self.vllm_config.compilation_config, common, query_len)
         starts = common.query_start_loc_cpu
-        num_rows = common.num_actual_tokens if captured else int(starts[num_decodes])
+        if captured:
+            num_decodes, num_rows = common.num_reqs, common.num_actual_tokens
+        else:
+            num_decodes = count_decodes(common, query_len)
+            num_rows = int(starts[num_decodes])
         decode_lens = row_lens(
             (starts[1:] - starts[:-1])[:num_decodes].tolist(),
             common.seq_lens_cpu_upper_bound[:num_decodes].tolist(),
         )
-        # A decode has its prompt behind it: 1 is a row of a warm-up.
+        # A decode has its prompt behind it: a length of 1 is a row of a warm-up.
         decode_lens = [length for length in decode_lens if length > 1]
-        longest = max(decode_lens, default=0)
         sparse = self.state is not None and (
-            captured or runs_sparse(self.plan, self.rule, longest)
+            captured or runs_sparse(self.plan, self.rule, max(decode_lens, default=0))
         )
-        if self.leads:
-            self.counters.count_step(self.rule, decode_lens, sparse)
-            self.num_steps += 1
-        if sparse and self.leads and self.state.reuse is not None:
+        if self.is_primary:
+            self._advance_step(common, num_decodes, decode_lens, sparse)
+        dense = self.dense_builder.build(common_prefix_len, common, fast_build)
+        prefills = None
+        if sparse and num_decodes < common.num_reqs:
+            rest = rows_from(common, num_decodes)
+            prefills = self.prefill_builder.build(common_prefix_len, rest, fast_build)
+        return self._metadata(common, num_decodes, num_rows, sparse, dense, prefills)
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> TidalMetadata:
+        """The metadata of a full graph: decodes only, through the sparse path."""
+        common, sparse = common_attn_metadata, self.state is not None
+        if sparse and common.max_query_len > self.max_decode_query_len:
+            raise ValueError(
+                f"max_query_len = {common.max_query_len} in a full CUDA graph: only "
+                f"decodes can be captured, of {self.max_decode_query_len} query tokens "
+                "at most; allowed cudagraph_mode FULL_DECODE_ONLY, FULL_AND_PIECEWISE, "
+                "PIECEWISE or NONE"
+            )
+        if sparse and self.state.reuse is not None:
+            self.state.reuse.choose_anew(common.seq_lens[: common.num_reqs])
+        dense = self.dense_builder.build_for_cudagraph_capture(common)
+        num_decodes, num_rows = common.num_reqs, common.num_actual_tokens
+        return self._metadata(common, num_decodes, num_rows, sparse, dense, None)
+
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> TidalMetadata:
+        """The metadata of a draft model's step, which is dense and not counted."""
+        common = common_attn_metadata
+        dense = self.dense_builder.build_for_drafting(common, draft_index)
+        return self._metadata(common, 0, 0, False, dense, None)
+
+    def _advance_step(
+        self,
+        common: CommonAttentionMetadata,
+        num_decodes: int,
+        decode_lens: list[int],
+        sparse: bool,
+    ) -> None:
+        """What happens once per step, however many KV cache groups there are."""
+        self.counters.count_step(self.rule, decode_lens, sparse)
+        self.num_steps += 1
+        if sparse and self.state.reuse is not None:
             self.state.reuse.advance(
                 self.num_steps,
                 common.seq_lens[:num_decodes],
@@ -198,49 +210,16 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
                 self.rule.select_block_size,
                 self.state.selection,
             )
-        dense = self.dense_builder.build(args[0], common, args[1])
-        prefills = None
-        if sparse and num_decodes < common.num_reqs:
-            rest = rows_from(common, num_decodes)
-            prefills = self.prefill_builder.build(args[0], rest, args[1])
-        rows = (num_decodes, num_rows)
-        return self._metadata(common, rows, sparse, dense, prefills)
-
-    def build_for_cudagraph_capture(
-        self, common_attn_metadata: CommonAttentionMetadata
-    ) -> TidalMetadata:
-        """The batch of a full graph: decodes only, through the sparse path."""
-        common, sparse = common_attn_metadata, self.state is not None
-        if sparse and common.max_query_len > self.longest_query:
-            raise ValueError(
-                f"max_query_len = {common.max_query_len} in a full CUDA graph: only "
-                f"decodes can be captured, of {self.longest_query} query tokens at "
-                "most; allowed cudagraph_mode FULL_DECODE_ONLY, FULL_AND_PIECEWISE, "
-                "PIECEWISE or NONE"
-            )
-        if sparse and self.state.reuse is not None:
-            self.state.reuse.choose_anew(common.seq_lens[: common.num_reqs])
-        dense = self.dense_builder.build_for_cudagraph_capture(common)
-        rows = (common.num_reqs, common.num_actual_tokens)
-        return self._metadata(common, rows, sparse, dense, None)
-
-    def build_for_drafting(
-        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
-    ) -> TidalMetadata:
-        """The batch of a draft model, which is no step of ours and always dense."""
-        common = common_attn_metadata
-        dense = self.dense_builder.build_for_drafting(common, draft_index)
-        return self._metadata(common, (0, 0), False, dense, None)
 
     def _metadata(
         self,
         common: CommonAttentionMetadata,
-        rows: tuple[int, int],
+        num_decodes: int,
+        num_rows: int,
         sparse: bool,
         dense: AttentionMetadata,
         prefills: AttentionMetadata | None,
     ) -> TidalMetadata:
-        num_decodes, num_rows = rows
         seq_lens, block_table = common.seq_lens, common.block_table_tensor
         if sparse and self.query_rows is not None:
             seq_lens, block_table = self.query_rows.fill(
@@ -249,14 +228,6 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
                 seq_lens[:num_decodes],
                 block_table[:num_decodes],
             )
-        passes, select_lens, reuse_lens = [], seq_lens, None
-        if sparse:
-            if self.state.reuse is not None:
-                select_lens = self.state.reuse.select_lens
-                reuse_lens = self.state.reuse.reuse_lens
-            step = self.state.rows_per_pass
-            starts = range(0, num_rows, step)
-            passes = [slice(first, min(first + step, num_rows)) for first in starts]
         return TidalMetadata(
             num_decodes=num_decodes,
             num_decode_tokens=num_rows,
@@ -266,13 +237,36 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
             dense=dense,
             prefills=prefills,
             sparse=sparse,
-            passes=passes,
+            parts=self._parts(num_rows, seq_lens, block_table) if sparse else [],
             roles=self.roles,
-            choices=self.choices,
-            select_lens=select_lens,
-            reuse_lens=reuse_lens,
+            selection_index=self.selection_index,
             rule=self.rule,
         )
+
+    def _parts(
+        self, num_rows: int, seq_lens: torch.Tensor, block_table: torch.Tensor
+    ) -> list[DecodePart]:
+        state, selection = self.state, self.state.selection
+        select_lens, lens_after_select = seq_lens, None
+        if state.reuse is not None:
+            select_lens = state.reuse.select_lens
+            lens_after_select = state.reuse.reuse_lens
+        if state.method.attends_to_chosen:
+            lens_after_select = seq_lens
+        parts = []
+        for first in range(0, num_rows, state.max_part_rows):
+            rows = slice(first, min(first + state.max_part_rows, num_rows))
+            topk = zip(selection.topk_blocks, selection.topk_lens, strict=True)
+            part = DecodePart(
+                rows,
+                block_table[rows],
+                seq_lens[rows],
+                select_lens[rows],
+                None if lens_after_select is None else lens_after_select[rows],
+                [(blocks[rows], lens[rows]) for blocks, lens in topk],
+            )
+            parts.append(part)
+        return parts
 
     def _roles_of(self, impls: dict[str, Any]) -> dict[str, Role]:
         """The role of each layer of this worker, once they are what they should be."""
@@ -298,7 +292,7 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
             model = self.vllm_config.model_config
             lines = [format_plan(self.plan, config, model.max_model_len, model.model)]
             if self.state is not None:
-                lines += [f"kernels: {self.state.kernels.why}", str(self.state)]
+                lines += [f"kernels: {self.state.kernels.reason}", str(self.state)]
             lines.append(f"dense attention: {dense_backend.get_name()}")
             logger.info("%s", "\n".join(lines))
             if self.state is not None and self.state.kernels.advice:
@@ -329,28 +323,3 @@ def _tidal_impls(vllm_config: VllmConfig) -> dict[str, Any]:
         for name, layer in layers.items()
         if layer.attn_backend.get_name() == NAME
     }
-
-
-def is_captured(
-    compilation: CompilationConfig,
-    common: CommonAttentionMetadata,
-    longest_query: int = 1,
-) -> bool:
-    """Whether vLLM may replay a full CUDA graph of decodes for this batch.
-
-    Both model runners pad such a batch to a size that was captured, and take short
-    chunks of prompts for decodes.
-
-    Args:
-        longest_query: Query tokens that a decode may have; one graph has as many for
-            all its requests.
-    """
-    query_len, num_tokens = common.max_query_len, common.num_actual_tokens
-    sizes = compilation.cudagraph_capture_sizes or ()
-    return (
-        query_len <= longest_query
-        and common.num_reqs * query_len == num_tokens
-        and compilation.cudagraph_mode is not None
-        and compilation.cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
-        and any(-(-size // query_len) * query_len == num_tokens for size in sizes)
-    )

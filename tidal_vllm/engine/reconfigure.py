@@ -7,6 +7,9 @@ from typing import Any
 from tidal_vllm.engine.attention import TidalImpl
 from tidal_vllm.engine.backend import TidalBackend
 from tidal_vllm.engine.state import choose_implementations
+from tidal_vllm.plan.resolve import resolve
+from tidal_vllm.registry import METHODS
+from tidal_vllm.validators import TidalConfigError
 
 
 def reconfigure(model_runner: Any, settings: dict[str, Any]) -> Callable[[], None]:
@@ -29,6 +32,8 @@ def reconfigure(model_runner: Any, settings: dict[str, Any]) -> Callable[[], Non
     """
     config = copy.copy(model_runner.vllm_config)
     config.additional_config = {"tidal": settings}
+    for one in (model_runner.vllm_config, config):
+        _require_no_followed_keys(resolve(one).config.method)
     impls = _full_attention(config)
     groups = [
         group
@@ -62,6 +67,16 @@ def reconfigure(model_runner: Any, settings: dict[str, Any]) -> Callable[[], Non
         undo()
         raise
     return undo
+
+
+def _require_no_followed_keys(method: str) -> None:
+    """Refuse a method that would miss keys which are written before it, or after it."""
+    if METHODS[method].follows_keys:
+        allowed = (
+            "keeps something of every key that is written, so it stays as the engine "
+            "was started: must be another method, before and after"
+        )
+        raise TidalConfigError("tidal.method", method, allowed)
 
 
 def _full_attention(vllm_config: Any) -> list[TidalImpl]:

@@ -58,7 +58,7 @@ class CorrectionMixin:
         # of its own, as a decode.
         graphs = self.vllm_config.compilation_config.cudagraph_mode
         self._tails_decode = graphs is not None and graphs.has_full_cudagraphs()
-        self._longest_query = max_decode_query_len(self.vllm_config)
+        self._max_decode_query_len = max_decode_query_len(self.vllm_config)
         self._clean_positions: dict[str, int] = {}
         # For the V2 runner, which keeps its own count of computed tokens and
         # ignores a lowered one, except in a request that is announced as new.
@@ -180,7 +180,7 @@ class CorrectionMixin:
             query_len,
             start,
             0 if self._tails_decode else request.num_prompt_tokens,
-            self._longest_query,
+            self._max_decode_query_len,
         )
         clean = self._clean_positions.get(request.request_id, start)
         return clean_position_after(clean, start, query_len, polluted)

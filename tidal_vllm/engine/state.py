@@ -7,11 +7,17 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionBackend, max_decode_query_len
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
+from tidal_vllm.config import TidalConfig
 from tidal_vllm.engine.dense import choose_dense_backend
-from tidal_vllm.engine.selection import Reuse, Selection
+from tidal_vllm.engine.reuse import Reuse
+from tidal_vllm.engine.selection import Selection
 from tidal_vllm.kernels import Kernels, Workspace, choose
-from tidal_vllm.plan.policy import choices_of_layers, num_sets
+from tidal_vllm.methods.base import Method, create_method
 from tidal_vllm.plan.resolve import Startup, resolve
+from tidal_vllm.plan.rule import num_sets
+from tidal_vllm.plan.steps import selection_indices
+from tidal_vllm.registry import METHODS
+from tidal_vllm.validators import TidalConfigError
 
 # Most bytes that the kernels' workspace may take. Where the longest sequences are many
 # or very long it holds a part of the batch only, and layers go over the batch in parts.
@@ -27,15 +33,16 @@ class SparseState:
 
     kernels: Kernels
     workspace: Workspace
-    """Scratch of one layer, for `rows_per_pass` rows at a time."""
+    """Scratch of one layer, for `max_part_rows` rows at a time."""
     selection: Selection
+    method: Method
+    """Fills the selection in SELECT layers."""
     reuse: Reuse | None
     """None where SELECT layers choose in every step."""
-    choices: dict[int, int]
-    """Index of the choice in `selection` that a layer writes or reads, by layer."""
-    attends_to_chosen: bool
-    """Whether SELECT layers attend to what they chose, not to everything."""
-    rows_per_pass: int
+    selection_index: dict[int, int]
+    """Index in `selection` of what a layer writes or reads, by the layer's index."""
+    max_part_rows: int
+    """Decode rows that fit into the workspace."""
 
     @classmethod
     def allocate(
@@ -48,34 +55,44 @@ class SparseState:
         head_size: int,
         device: torch.device,
     ) -> "SparseState":
+        """Allocate for the layers of one worker.
+
+        Args:
+            num_heads, num_kv_heads: Of this rank.
+        """
         config, rule = startup.config, startup.rule
-        num_rows = max_decode_rows(vllm_config)
-        longest = rule.num_blocks(vllm_config.model_config.max_model_len)
+        max_rows = max_num_decode_tokens(vllm_config)
+        max_blocks = rule.num_blocks(vllm_config.model_config.max_model_len)
         sets = num_sets(config.scope, num_heads, num_kv_heads)
-        shape = (num_heads, sets, head_size, longest)
 
-        def workspace(rows: int, device: torch.device) -> Workspace:
-            return kernels.allocate_workspace(rows, *shape, device)
+        def workspace(num_rows: int, device: torch.device) -> Workspace:
+            return kernels.allocate_workspace(
+                num_rows, num_heads, sets, head_size, max_blocks, device
+            )
 
-        rows, nowhere = num_rows, torch.device("meta")
-        while rows > 1 and workspace(rows, nowhere).nbytes > WORKSPACE_LIMIT:
-            rows = -(-rows // 2)
+        part_rows, nowhere = max_rows, torch.device("meta")
+        while part_rows > 1 and workspace(part_rows, nowhere).nbytes > WORKSPACE_LIMIT:
+            part_rows = -(-part_rows // 2)
         stage = vllm_config.model_config.get_layers_start_end_indices(
             vllm_config.parallel_config
         )
         interval = config.reselect_interval
-        choices = choices_of_layers(startup.plan, range(*stage), interval)
-        count, kept = len({*choices.values()}), min(config.max_blocks, longest)
-        selection = Selection.allocate(count, num_rows, sets, kept, device)
-        reuse = Reuse.allocate(interval, num_rows, device) if interval > 1 else None
+        indices = selection_indices(startup.plan, range(*stage), interval)
+        selection = Selection.allocate(
+            len({*indices.values()}),
+            max_rows,
+            sets,
+            min(config.max_blocks, max_blocks),
+            device,
+        )
         return cls(
             kernels,
-            workspace(rows, device),
+            workspace(part_rows, device),
             selection,
-            reuse,
-            choices,
-            attends_to_chosen=config.select_attends == "chosen",
-            rows_per_pass=rows,
+            create_method(config, rule, kernels),
+            Reuse.allocate(interval, max_rows, device) if interval > 1 else None,
+            indices,
+            part_rows,
         )
 
     def __str__(self) -> str:
@@ -85,14 +102,14 @@ class SparseState:
         )
         if not self.workspace.nbytes:
             return f"selection {selection}"
-        rows = f"{self.rows_per_pass} query tokens at a time"
+        rows = f"{self.max_part_rows} query tokens at a time"
         return f"selection {selection}, workspace {workspace} for {rows}"
 
 
-def max_decode_rows(vllm_config: VllmConfig) -> int:
+def max_num_decode_tokens(vllm_config: VllmConfig) -> int:
     """Query tokens of a step's decodes at most: one per sequence, and its drafts."""
-    longest = max_decode_query_len(vllm_config)
-    return vllm_config.scheduler_config.max_num_seqs * longest
+    per_sequence = max_decode_query_len(vllm_config)
+    return vllm_config.scheduler_config.max_num_seqs * per_sequence
 
 
 def choose_implementations(
@@ -116,7 +133,7 @@ def choose_implementations(
     if startup.plan.sparse:
         kernels = choose(
             current_platform.device_type,
-            requested=startup.config.kernels,
+            requested=_requested_kernels(startup.config),
             head_size=head_size,
             dtype=dtype,
             kv_cache_dtype=kv_cache_dtype,
@@ -130,3 +147,20 @@ def choose_implementations(
         has_sliding_window=has_sliding_window,
     )
     return kernels, choose_dense_backend(asked, kernels)
+
+
+def _requested_kernels(config: TidalConfig) -> str:
+    """What the configuration asks for, as far as its method leaves a choice.
+
+    Raises:
+        TidalConfigError: The method runs on other kernels only.
+    """
+    if not METHODS[config.method].reference_only:
+        return config.kernels
+    if config.kernels not in ("auto", "reference"):
+        allowed = (
+            f"method {config.method!r} runs on the reference ops alone: must be 'auto' "
+            "or 'reference'"
+        )
+        raise TidalConfigError("tidal.kernels", config.kernels, allowed)
+    return "reference"

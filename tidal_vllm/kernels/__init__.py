@@ -1,31 +1,21 @@
-"""The operations on the paged KV cache, dispatched to what can run them.
+"""The decode ops on the paged KV cache, and what can run them.
 
-Each op means what `reference` says. The decode ops run through `Kernels`, chosen once
-per engine by `choose`; writing KV and extending run on PyTorch, here for the CPU.
+`choose` picks the implementation once per engine; all of them take one `DecodeArgs`.
+`tidal_vllm.kernels.reference` defines what each op means, and has what the CPU needs
+beside them: writing KV, and prefills.
 """
 
-from tidal_vllm.kernels.dispatch import Kernels, choose, describe
-from tidal_vllm.kernels.reference.decode import (
-    dense_decode,
-    dense_extend,
-    merge_states,
-    score_blocks,
-    select_blocks,
-    sparse_decode,
-    write_kv,
-)
+from tidal_vllm.kernels.arguments import DecodeArgs, DecodeOps
+from tidal_vllm.kernels.choosing import choose, describe
+from tidal_vllm.kernels.interface import Kernels, Requirements
 from tidal_vllm.kernels.workspace import Workspace
 
 __all__ = [
+    "DecodeArgs",
+    "DecodeOps",
     "Kernels",
+    "Requirements",
     "Workspace",
     "choose",
-    "dense_decode",
-    "dense_extend",
     "describe",
-    "merge_states",
-    "score_blocks",
-    "select_blocks",
-    "sparse_decode",
-    "write_kv",
 ]

@@ -1,6 +1,6 @@
 """What a decode op is given: one structure, for every op and every implementation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -22,25 +22,28 @@ class DecodeArgs:
     """`[num_rows, num_heads, head_size]` bf16, fp16 or fp32."""
     kv_cache: torch.Tensor
     """`[num_blocks, num_kv_heads, block_size, 2 * head_size]`, K then V of a token side
-    by side, any strides but the last; the query's dtype, or fp8 e4m3."""
+    by side, any strides but the last; the query's dtype, or fp8 e4m3. Query head h
+    reads KV head h // (num_heads // num_kv_heads)."""
     block_table: torch.Tensor
     """`[>= num_rows, max_blocks_per_seq]` int32, physical KV blocks of a row's
     sequence."""
     output: torch.Tensor
     """Like query; written by the ops that attend."""
-    topk_blocks: torch.Tensor
-    """`[>= num_rows, num_sets, max_blocks]` int32, the logical selection blocks of each
-    set, ascending, then -1; written where blocks are selected, read by
-    `sparse_decode`."""
-    topk_lens: torch.Tensor
-    """`[>= num_rows, num_sets]` int32, how many of them are in use."""
-    workspace: Workspace
-    """Scratch of the engine; `lse` and `block_lse` are what one op leaves for the
-    next."""
     scale: float
     """What a dot product of query and key is multiplied by."""
-    select_block_size: int
-    """Tokens of a selection block; divides block_size."""
+    workspace: Workspace = field(default_factory=Workspace)
+    """Scratch of the engine; `lse` and `block_lse` are what one op leaves for the
+    next."""
+    select_block_size: int | None = None
+    """Tokens of a selection block; divides block_size. None where nothing is selected:
+    `dense_decode` then leaves no block_lse."""
+    topk_blocks: torch.Tensor | None = None
+    """`[>= num_rows, num_sets, max_blocks]` int32, the logical selection blocks of each
+    set, ascending, then -1. A set is what neighbouring query heads attend to together,
+    num_heads // num_sets of them; num_sets divides num_heads. Written where blocks are
+    selected, read by `sparse_decode`."""
+    topk_lens: torch.Tensor | None = None
+    """`[>= num_rows, num_sets]` int32, how many blocks of a set are in use."""
     k_scale: float = 1.0
     """What the keys of an fp8 cache are multiplied by; 1 for others."""
     v_scale: float = 1.0
@@ -48,7 +51,7 @@ class DecodeArgs:
 
 
 class Rule(Protocol):
-    """How many tokens a set keeps: `tidal_vllm.plan.policy.SelectionRule`."""
+    """How many tokens a set keeps: `tidal_vllm.plan.rule.SelectionRule`."""
 
     token_budget: int
     select_block_size: int

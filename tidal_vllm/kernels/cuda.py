@@ -25,9 +25,6 @@ from pathlib import Path
 import torch
 
 LIBRARY = Path(__file__).parents[1] / "_tidal_C.so"
-HEAD_SIZES = (64, 96, 128, 256)
-DTYPES = (torch.bfloat16, torch.float16)
-OLDEST = (8, 0)  # compute capability
 
 if not LIBRARY.exists():
     raise ImportError(f"{LIBRARY.name} is not in {LIBRARY.parent}")
@@ -43,28 +40,6 @@ except OSError as error:
 @torch.library.register_fake("tidal::select_blocks")
 def _write_only(*args) -> None:
     """What a compiler sees: the written tensors keep their shapes."""
-
-
-def why_not(case) -> str:
-    """What of a `dispatch.Case` is not covered, and what is; empty if all is."""
-    size = case.select_block_size or 1
-    if case.dtype not in DTYPES:
-        return f"dtype = {case.dtype}: allowed {', '.join(map(str, DTYPES))}"
-    if not case.fp8 and case.cache_dtype is not case.dtype:
-        return (
-            f"kv_cache_dtype = {case.kv_cache_dtype} beside {case.dtype}: allowed "
-            "'auto', the same dtype, 'fp8' or 'fp8_e4m3'"
-        )
-    if case.head_size not in HEAD_SIZES:
-        allowed = ", ".join(map(str, HEAD_SIZES))
-        return f"head_size = {case.head_size}: allowed {allowed}"
-    if size not in (1, 2, 4, 8) and size % 16:
-        return f"select_block_size = {size}: allowed 1, 2, 4, 8 and multiples of 16"
-    capability = torch.cuda.get_device_capability(case.device)
-    if capability < OLDEST:
-        found = ".".join(map(str, capability))
-        return f"compute capability {found}: allowed 8.0 and above"
-    return ""
 
 
 def dense_decode(

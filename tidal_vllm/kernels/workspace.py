@@ -1,11 +1,12 @@
 """The buffers that kernels write between their parts, allocated once per engine."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-# Parts into which one sequence is split at most, and at least may be; between the two,
-# as many as keep sequences times parts at PARTIAL_ROWS (16 MiB at 32 heads of 128).
+# Parts into which one row is split at most, and at least may be; between the two, as
+# many as keep rows times parts at PARTIAL_ROWS (16 MiB at 32 heads of 128).
 MAX_SPLITS = 128
 MIN_SPLITS = 8
 PARTIAL_ROWS = 1024
@@ -16,17 +17,17 @@ class Workspace:
     """Scratch of one engine: all layers share it, nothing in it outlives a layer.
 
     Kernels write into it at addresses that never change, so a CUDA graph can replay
-    over it. The reference, which returns its own tensors, only puts them here; a row
-    that was left out is -inf in them.
+    over it. The reference ops allocate tensors of their own, and only put them here; a
+    row that was left out is -inf in them.
     """
 
     lse: torch.Tensor | None = None
-    """`[max_num_seqs, num_heads]` fp32, of the last decode op."""
+    """`[>= num_rows, num_heads]` fp32, of the last decode op."""
     block_lse: torch.Tensor | None = None
-    """`[max_num_seqs, num_heads, max_blocks]` fp32, of the last `score_blocks`, or
+    """`[>= num_rows, num_heads, max_blocks]` fp32, of the last `score_blocks`, or
     `dense_decode` with a select_block_size; only a row's own blocks mean something."""
     mass: torch.Tensor | None = None
-    """`[max_num_seqs, num_sets, max_blocks]` fp32."""
+    """`[>= num_rows, num_sets, max_blocks]` fp32."""
     partial_out: torch.Tensor | None = None
     """fp32, flat; `partials` gives its shape for a batch."""
     partial_lse: torch.Tensor | None = None
@@ -37,7 +38,7 @@ class Workspace:
     @classmethod
     def allocate(
         cls,
-        max_num_seqs: int,
+        max_num_rows: int,
         num_heads: int,
         num_sets: int,
         head_size: int,
@@ -47,22 +48,22 @@ class Workspace:
         """Allocate everything that the kernels need.
 
         Args:
-            max_num_seqs: Most sequences of one decode step, padded rows included.
+            max_num_rows: Most rows of one decode step, rows of padding included.
             num_heads: Query heads of this rank.
-            num_sets: Sets per sequence; 0 where nothing is ever selected.
+            num_sets: Sets per row; 0 where nothing is ever selected.
             max_blocks: Selection blocks of the longest sequence; 0 likewise.
         """
 
         def floats(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.float32, device=device)
 
-        rows = max(n * num_splits(n) for n in range(1, max_num_seqs + 1)) * num_heads
+        parts = max(n * num_splits(n) for n in range(1, max_num_rows + 1)) * num_heads
         return cls(
-            lse=floats(max_num_seqs, num_heads),
-            block_lse=floats(max_num_seqs, num_heads, max_blocks),
-            mass=floats(max_num_seqs, num_sets, max_blocks),
-            partial_out=floats(rows * head_size),
-            partial_lse=floats(rows),
+            lse=floats(max_num_rows, num_heads),
+            block_lse=floats(max_num_rows, num_heads, max_blocks),
+            mass=floats(max_num_rows, num_sets, max_blocks),
+            partial_out=floats(parts * head_size),
+            partial_lse=floats(parts),
             num_heads=num_heads,
             head_size=head_size,
         )
@@ -75,17 +76,26 @@ class Workspace:
         )
         return sum(buffer.nbytes for buffer in buffers if buffer is not None)
 
-    def partials(self, num_seqs: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views for a batch: `[num_seqs, num_heads, splits, head_size]`, and its lse.
+    def partials(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views for a batch: `[num_rows, num_heads, splits, head_size]`, and its lse.
 
         A small batch gets more splits out of the same memory.
+
+        Raises:
+            ValueError: The workspace is too small for so many rows, or not allocated.
         """
-        shape = (num_seqs, self.num_heads, num_splits(num_seqs))
-        rows = shape[0] * shape[1] * shape[2]
-        out = self.partial_out[: rows * self.head_size].view(*shape, self.head_size)
-        return out, self.partial_lse[:rows].view(shape)
+        shape = (num_rows, self.num_heads, num_splits(num_rows))
+        parts = math.prod(shape)
+        room = 0 if self.partial_lse is None else self.partial_lse.numel()
+        if self.partial_out is None or parts > room:
+            raise ValueError(
+                f"workspace has room for {room} partial results: {num_rows} rows of "
+                f"{self.num_heads} heads need {parts}"
+            )
+        out = self.partial_out[: parts * self.head_size].view(*shape, self.head_size)
+        return out, self.partial_lse[:parts].view(shape)
 
 
-def num_splits(num_seqs: int) -> int:
-    """Parts into which each sequence of a batch may be split; >= 1."""
-    return max(MIN_SPLITS, min(MAX_SPLITS, PARTIAL_ROWS // max(num_seqs, 1)))
+def num_splits(num_rows: int) -> int:
+    """Parts into which each row of a batch may be split; >= 1."""
+    return max(MIN_SPLITS, min(MAX_SPLITS, PARTIAL_ROWS // max(num_rows, 1)))

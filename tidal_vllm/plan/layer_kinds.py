@@ -9,7 +9,7 @@ import enum
 from collections.abc import Sequence
 from typing import Any
 
-from tidal_vllm.config import TidalConfigError
+from tidal_vllm.validators import TidalConfigError
 
 
 class LayerKind(enum.Enum):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from tidal_vllm.config import TidalConfig
-from tidal_vllm.plan.policy import LayerPlan, Role, SelectionRule, all_dense
+from tidal_vllm.plan.roles import LayerPlan, Role, all_dense
+from tidal_vllm.plan.rule import SelectionRule
 
 K = 1024
 SHOWN = (32 * K, 128 * K)  # tokens, where the start-up table shows what is read

@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
-from tidal_vllm.plan.policy import LayerPlan, SelectionRule
+from tidal_vllm.plan.roles import LayerPlan
+from tidal_vllm.plan.rule import SelectionRule
 
 MIN_REMAINING = 4  # output tokens; a request this close to its end is not corrected
 
@@ -14,17 +15,17 @@ def pollutes(
     query_len: int,
     num_computed_tokens: int,
     num_prompt_tokens: int,
-    longest_query: int = 1,
+    max_decode_query_len: int = 1,
 ) -> bool:
     """Whether a request's part of a step writes KV that dense layers would not.
 
-    That is a decode, at most ``longest_query`` tokens behind the prompt (more than one
-    are drafts to verify), of a sequence too long to keep all its blocks. Everything
-    else is dense, or exact.
+    A decode does, of a sequence too long to keep all its blocks: at most
+    ``max_decode_query_len`` tokens behind the prompt (more than one are drafts to
+    verify). Everything else is dense, or exact.
     """
     return (
         plan.sparse
-        and query_len <= longest_query
+        and query_len <= max_decode_query_len
         and num_computed_tokens >= num_prompt_tokens
         and num_computed_tokens + query_len > rule.keep_all_len
     )

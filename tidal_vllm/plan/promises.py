@@ -6,9 +6,10 @@ changes its config in between.
 
 from typing import Any
 
-from tidal_vllm.config import TidalConfigError
 from tidal_vllm.names import NAME
 from tidal_vllm.plan.resolve import Startup, uncorrectable
+from tidal_vllm.registry import METHODS
+from tidal_vllm.validators import TidalConfigError
 
 
 def check_promises(vllm_config: Any, startup: Startup) -> None:
@@ -72,12 +73,18 @@ def _check_speculation(vllm_config: Any, startup: Startup) -> None:
 
 def _check_connector(vllm_config: Any, startup: Startup) -> None:
     config = startup.config
-    if config.publish_polluted and config.correction_interval is None:
+    if METHODS[config.method].follows_keys:
+        allowed = (
+            f"brings KV that method {config.method!r} has not seen written; allowed "
+            "None, or another tidal.method"
+        )
+    elif config.publish_polluted and config.correction_interval is None:
         return
-    allowed = (
-        "copies blocks out before they are corrected; allowed None, or "
-        "tidal.publish_polluted = true without tidal.correction_interval"
-    )
+    else:
+        allowed = (
+            "copies blocks out before they are corrected; allowed None, or "
+            "tidal.publish_polluted = true without tidal.correction_interval"
+        )
     cache, transfer = vllm_config.cache_config, vllm_config.kv_transfer_config
     # NOTE: vLLM makes a connector of it after the platform's check, and replaces the
     # one that was given.

@@ -11,10 +11,13 @@ from typing import Any
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.names import NAME
 from tidal_vllm.plan.layer_kinds import LayerKind, layer_kinds, why_not_correctable
+from tidal_vllm.plan.layers import plan_layers
 from tidal_vllm.plan.lengths import limit_plan
-from tidal_vllm.plan.policy import LayerPlan, SelectionRule, all_dense, plan_layers
+from tidal_vllm.plan.roles import LayerPlan, all_dense
+from tidal_vllm.plan.rule import SelectionRule
 from tidal_vllm.profiles import Profile, find_profile, near_miss
 from tidal_vllm.profiles.fingerprint import config_sha256
+from tidal_vllm.registry import METHODS
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,9 @@ def resolve(vllm_config: Any) -> Startup:
     config = TidalConfig.from_additional_config(vllm_config.additional_config)
     config.check_max_model_len(model_config.max_model_len)
     name, shape = model_config.model, model_sha256(model_config)
-    profile = find_profile(config.profile, name, num_layers, config_sha256=shape)
+    profile = None
+    if config.profile is not None or not METHODS[config.method].every_layer:
+        profile = find_profile(config.profile, name, num_layers, config_sha256=shape)
     if profile is not None:
         config = _with_settings(config, profile, vllm_config)
     used = profile if config.select_layers is None else None

@@ -6,13 +6,9 @@ import textwrap
 
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.plan.lengths import format_length, shown_lengths
-from tidal_vllm.plan.policy import (
-    LayerPlan,
-    Role,
-    SelectionRule,
-    format_layers,
-    kv_read_share,
-)
+from tidal_vllm.plan.roles import LayerPlan, Role, format_layers
+from tidal_vllm.plan.rule import SelectionRule
+from tidal_vllm.plan.steps import kv_read_share
 
 WIDTH = 80
 
@@ -67,6 +63,7 @@ def _budget_rows(
     alone = plan.num_full_layers < plan.num_layers
     whose = ", of the full-attention layers" if alone else ""
     return [
+        ("method", config.method),
         ("budget", budget),
         ("forced", f"{sink}{recent}, within the budget"),
         ("sparse above", threshold),

@@ -1,7 +1,4 @@
-"""What ties a measured profile to its model, and to its own content.
-
-Knows neither torch nor vLLM.
-"""
+"""What ties a measured profile to its model. Imports neither torch nor vLLM."""
 
 from __future__ import annotations
 
@@ -41,7 +38,7 @@ _PATTERN_KEYS = (
 
 
 def config_sha256(hf_config: Mapping[str, Any]) -> str:
-    """The hash of a model's shape and positions.
+    """The hash of a model's shape and positions, 64 hexadecimal digits.
 
     Args:
         hf_config: The text part of a Hugging Face config, as a mapping. Weights,
@@ -50,14 +47,7 @@ def config_sha256(hf_config: Mapping[str, Any]) -> str:
     """
     shape = {key: hf_config.get(key) for key in _SHAPE_KEYS}
     pattern = {key: hf_config[key] for key in _PATTERN_KEYS if key in hf_config}
-    return _digest(shape | pattern)
-
-
-def checksum(fields: Mapping[str, Any]) -> str:
-    """The hash of a profile's fields, its ``checksum`` left out."""
-    return _digest({k: v for k, v in fields.items() if k != "checksum"})
-
-
-def _digest(content: Any) -> str:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
+    text = json.dumps(
+        shape | pattern, sort_keys=True, separators=(",", ":"), default=str
+    )
     return hashlib.sha256(text.encode()).hexdigest()

@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tidal_vllm.profiles import Profile, by_name, list_profiles, load_profile
+from tidal_vllm.profiles.profile import Profile
+from tidal_vllm.profiles.search import list_profiles, named_profile
 
 
 def list_all(search_dirs: Sequence[Path] | None = None) -> str:
@@ -23,7 +24,7 @@ def list_all(search_dirs: Sequence[Path] | None = None) -> str:
 
 
 def show(name: str, search_dirs: Sequence[Path] | None = None) -> str:
-    """A profile's file as it stands, behind a line that says where that is.
+    """A profile's file as it stands, behind a line that says where the file is.
 
     Args:
         name: A profile's name, or the path of a .json file.
@@ -31,8 +32,7 @@ def show(name: str, search_dirs: Sequence[Path] | None = None) -> str:
     Raises:
         TidalConfigError: Unknown name, or a file that cannot be used.
     """
-    is_path = name.lower().endswith(".json") or "/" in name
-    profile = load_profile(name) if is_path else by_name(name, search_dirs)
+    profile = named_profile(name, search_dirs)
     fields = json.loads(profile.path.read_text(encoding="utf-8"))
     return f"# {profile.path}\n{json.dumps(fields, indent=2)}"
 

@@ -7,7 +7,7 @@ from tests.support.drifting import BLOCK_SIZE, SPARSE
 from tests.support.engines import scheduler
 from tests.support.models import random_prompt
 from tests.support.watching import correcting
-from tidal_vllm.engine.backend import ASYNC_SCHEDULER
+from tidal_vllm.names import ASYNC_SCHEDULER
 
 pytestmark = pytest.mark.compat
 

@@ -177,8 +177,8 @@ def run_score(kernels, batch: Batch, case: Case, poison: bool = True) -> dict:
         tensors,
         ("lse", "block_lse"),
         scale=batch.scale,
-        k_scale=case.scales["k_scale"],
         select_block_size=case.select_block_size,
+        **case.scales,
     )
     return tensors
 

@@ -6,7 +6,7 @@ import torch
 from tests.kernels.reference import naive
 from tests.kernels.reference.exact import EXP, FEW, UNIT, assert_within
 from tidal_vllm.kernels import reference
-from tidal_vllm.plan.policy import SelectionRule
+from tidal_vllm.plan.rule import SelectionRule
 
 
 def rule_of(budget, size=16, sinks=0, recent=1, threshold=0):

@@ -8,7 +8,7 @@ import torch
 
 from tests.kernels.parity.harness import make_paged
 from tidal_vllm import kernels as ops
-from tidal_vllm.plan.policy import SelectionRule
+from tidal_vllm.plan.rule import SelectionRule
 
 RULE = SelectionRule(
     token_budget=512,

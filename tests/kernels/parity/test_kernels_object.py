@@ -13,9 +13,9 @@ from tests.kernels.parity.harness import (
     tokens_of,
 )
 from tidal_vllm import kernels as ops
-from tidal_vllm.config import TidalConfigError
 from tidal_vllm.kernels import workspace
-from tidal_vllm.plan.policy import SelectionRule
+from tidal_vllm.plan.rule import SelectionRule
+from tidal_vllm.validators import TidalConfigError
 
 RULE = SelectionRule(
     token_budget=96,

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from tests.kernels.parity.harness import dense, make_paged
+from tests.kernels.harness import dense, select
 from tests.kernels.reference import naive
 from tidal_vllm.kernels import reference
-from tidal_vllm.plan.policy import SelectionRule
+from tidal_vllm.plan.rule import SelectionRule
 
 
 def rule(budget, size=1, sinks=0, recent=1, threshold=None) -> SelectionRule:
@@ -22,37 +22,18 @@ def rule(budget, size=1, sinks=0, recent=1, threshold=None) -> SelectionRule:
     )
 
 
-def select(kernels, device, block_lse, lse, lens, rule, num_sets=1, extra=3):
-    """Blocks [rows][sets], checked to be what their lens say, -1 behind.
+def chosen_on(kernels, device, scores, lens, rule, num_sets=1):
+    """The blocks that are kept on a device, as many as the rule says.
 
-    A row that is left out is None, checked to be as it was.
+    Args:
+        scores: block_lse and lse.
     """
-    block_lse, lse = block_lse.to(device), lse.to(device)
-    num_seqs, _, num_blocks = block_lse.shape
-    most = max([rule.num_kept_blocks(n) for n in lens], default=0) + extra
-    seq_lens = torch.tensor(lens, dtype=torch.int32, device=device)
-    topk_blocks = torch.full(
-        (num_seqs + 1, num_sets, most), 7, dtype=torch.int32, device=device
-    )
-    topk_lens = torch.full((num_seqs + 1, num_sets), 7, dtype=torch.int32).to(device)
-    mass = torch.full((num_seqs + 2, num_sets, num_blocks), math.nan, device=device)
-    kernels.select_blocks(
-        *(block_lse, lse, seq_lens, topk_blocks, topk_lens, mass),
-        *(rule.token_budget, rule.select_block_size, rule.sink_tokens),
-        *(rule.recent_tokens, rule.sparse_threshold),
-    )
-    topk_blocks, topk_lens = topk_blocks.cpu(), topk_lens.cpu()
-    assert (topk_blocks[num_seqs:] == 7).all() and (topk_lens[num_seqs:] == 7).all()
-    found = []
-    for row, seq_len in enumerate(lens):
-        if seq_len < 0:
-            assert (topk_blocks[row] == 7).all() and (topk_lens[row] == 7).all()
-            found.append(None)
-            continue
-        assert (topk_lens[row] == rule.num_kept_blocks(seq_len)).all()
-        kept = int(topk_lens[row, 0])
-        assert (topk_blocks[row, :, kept:] == -1).all()
-        found.append(topk_blocks[row, :, :kept].tolist())
+    kept = [rule.num_kept_blocks(max(n, 0)) for n in lens]
+    scores = [tensor.to(device) for tensor in scores]
+    found = select(kernels, *scores, lens, rule, num_sets, max([0, *kept]) + 3)
+    for of_row, count, seq_len in zip(found, kept, lens, strict=True):
+        assert (of_row is None) == (seq_len < 0)
+        assert of_row is None or all(len(blocks) == count for blocks in of_row)
     return found
 
 

@@ -1,6 +1,7 @@
 """Paged batches for the laws: every layout, dtype and head grouping, NaN elsewhere."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,6 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from tests.kernels.reference import exact
+from tidal_vllm.kernels import DecodeArgs
 
 # Deterministic: the same examples in every run, on every machine.
 law = settings(
@@ -20,12 +22,21 @@ law = settings(
 
 GROUPS = (1, 2, 3, 5, 7)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FP8 = torch.float8_e4m3fn
 
 
-def _layout(order, pad=0, lead=0, element=1, block_pad=0):
+def _layout(
+    order: tuple[int, int, int],
+    pad: int = 0,
+    lead: int = 0,
+    element: int = 1,
+    block_pad: int = 0,
+) -> Callable[[int, int, int, int, torch.dtype], torch.Tensor]:
     """A maker of NaN caches with the dimensions in `order`, outermost first."""
 
-    def make(num_blocks, heads, block_size, width, dtype):
+    def make(
+        num_blocks: int, heads: int, block_size: int, width: int, dtype: torch.dtype
+    ) -> torch.Tensor:
         sizes = (num_blocks, heads, block_size, width)
         strides = [0, 0, 0, element]
         step = width * element + pad
@@ -38,6 +49,8 @@ def _layout(order, pad=0, lead=0, element=1, block_pad=0):
     return make
 
 
+Sets = list[list[list[int]]]
+"""The logical selection blocks of each row's sets: [row][set][block]."""
 LAYOUTS = {
     "LBNHC": _layout((0, 2, 1)),
     "LBHNC": _layout((0, 1, 2)),
@@ -56,26 +69,41 @@ LAYOUTS = {
 
 @dataclass(frozen=True, repr=False)
 class Batch:
-    """Arguments of the ops, and the same K and V as they were before paging."""
+    """Tensors of the ops, and the same K and V as they were before paging."""
 
     query: torch.Tensor
     kv_cache: torch.Tensor
     block_table: torch.Tensor
     seq_lens: torch.Tensor
     keys: list[torch.Tensor]
+    """`[seq_len, num_kv_heads, head_size]` of each row, on the CPU."""
     values: list[torch.Tensor]
     scale: float
     layout: str
+    k_scale: float = 1.0
+    v_scale: float = 1.0
 
     def __repr__(self) -> str:
         heads = f"{self.num_heads} heads on {self.num_kv_heads} of {self.layout}"
-        lens = self.seq_lens.tolist()
-        return f"<{lens} in {self.block_size}s, {heads}, {self.kv_cache.dtype}>"
+        return f"<{self.lens} in {self.block_size}s, {heads}, {self.kv_cache.dtype}>"
 
     @property
-    def paged(self):
-        """The tensors that every attention op begins with."""
+    def paged(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that `dense_extend` begins with."""
         return self.query, self.kv_cache, self.block_table, self.seq_lens
+
+    @property
+    def lens(self) -> list[int]:
+        """The seq_lens; negative for a row that is left out."""
+        return self.seq_lens.tolist()
+
+    @property
+    def longest(self) -> int:
+        return max([0, *self.lens])
+
+    @property
+    def device(self) -> torch.device:
+        return self.query.device
 
     @property
     def num_heads(self) -> int:
@@ -96,10 +124,58 @@ class Batch:
             "query_head": self.num_heads,
         }[scope]
 
-    def exact(self, positions_of=None, size: int | None = None) -> exact.Exact:
-        """What decoding gives, and how far off fp32 may be."""
-        kv = (self.keys, self.values)
-        return exact.decode(self.query, *kv, self.scale, positions_of, size)
+    def args(self, sets: Sets | None = None, **others) -> DecodeArgs:
+        """What an op is given: the one place where tests spell it out.
+
+        Args:
+            sets: The blocks for `sparse_decode`.
+            others: Any field of DecodeArgs; the output is NaN unless given.
+        """
+        if sets is not None:
+            topk_blocks, topk_lens = as_tensors(sets)
+            others["topk_blocks"] = topk_blocks.to(self.device)
+            others["topk_lens"] = topk_lens.to(self.device)
+        given = {
+            "query": self.query,
+            "kv_cache": self.kv_cache,
+            "block_table": self.block_table,
+            "output": torch.full_like(self.query, math.nan),
+            "scale": self.scale,
+            "k_scale": self.k_scale,
+            "v_scale": self.v_scale,
+        }
+        return DecodeArgs(**{**given, **others})
+
+    def exact(
+        self,
+        positions_of: Callable[[int, int], list[int]] | None = None,
+        size: int | None = None,
+        weights: float = 0.0,
+    ) -> exact.Exact:
+        """What decoding gives, and how far off it may be; see `exact.decode`."""
+        keys = [rows.double() * self.k_scale for rows in self.keys]
+        values = [rows.double() * self.v_scale for rows in self.values]
+        query = self.query.cpu()
+        return exact.decode(
+            query, keys, values, self.scale, positions_of, size, weights
+        )
+
+    def positions(self, sets: Sets, size: int) -> Callable[[int, int], list[int]]:
+        """Which positions (row, head) attends to through its set."""
+        lens = self.lens
+
+        def positions_of(row: int, head: int) -> list[int]:
+            blocks = sets[row][head // (self.num_heads // len(sets[row]))]
+            every = (block * size + i for block in blocks for i in range(size))
+            return [position for position in every if position < lens[row]]
+
+        return positions_of
+
+    def all_blocks(self, num_sets: int, size: int) -> Sets:
+        """Every block of each row, in each set; none of a row that is left out."""
+        return [
+            [list(range(-(-n // size))) for _ in range(num_sets)] for n in self.lens
+        ]
 
     def rows(self, order: list[int]) -> "Batch":
         """The same sequences in another order, some perhaps left out or repeated."""
@@ -112,19 +188,42 @@ class Batch:
             values=[self.values[i] for i in order],
         )
 
+    def to(self, device: torch.device) -> "Batch":
+        """The tensors of the ops on a device; the keys and values stay on the CPU."""
+        return replace(
+            self,
+            query=self.query.to(device),
+            kv_cache=_with_its_storage(self.kv_cache, device),
+            block_table=self.block_table.to(device),
+            seq_lens=self.seq_lens.to(device),
+        )
+
+
+def as_tensors(sets: Sets, spare: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sets as topk_blocks, with -1 behind and `spare` columns more, and topk_lens."""
+    lens = torch.tensor([[len(s) for s in row] for row in sets], dtype=torch.int32)
+    blocks = torch.full((*lens.shape, int(lens.max()) + spare), -1, dtype=torch.int32)
+    for row, of_row in enumerate(sets):
+        for i, chosen in enumerate(of_row):
+            blocks[row, i, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
+    return blocks, lens
+
 
 def make_batch(
-    seq_lens,
+    seq_lens: Sequence[int],
     *,
-    num_kv_heads=2,
-    group=2,
-    head_size=8,
-    block_size=16,
-    layout="LBNHC",
-    dtype=torch.float32,
-    sharpness=1.0,
-    seed=0,
-    num_queries=None,
+    num_kv_heads: int = 2,
+    group: int = 2,
+    head_size: int = 8,
+    block_size: int = 16,
+    layout: str = "LBNHC",
+    dtype: torch.dtype = torch.float32,
+    query_dtype: torch.dtype | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    sharpness: float = 1.0,
+    seed: int = 0,
+    num_queries: int | None = None,
 ) -> Batch:
     """Random sequences in shuffled physical blocks; all that is unused is poison.
 
@@ -133,10 +232,11 @@ def make_batch(
     common blocks, as with prefix caching.
 
     Args:
-        seq_lens: a negative one is a row that is left out: no tokens, and a block
+        seq_lens: A negative one is a row that is left out: no tokens, and a block
             table row of anything.
-        sharpness: factor on the scale; 30 gives scores of a few hundred.
-        num_queries: rows of query; one per sequence when absent.
+        dtype: Of the KV cache, and of the query unless query_dtype is given.
+        sharpness: Factor on the scale; 30 gives scores of a few hundred.
+        num_queries: Rows of query; one per sequence when absent.
     """
     rng = torch.Generator().manual_seed(seed)
     given, lens = list(seq_lens), [max(n, 0) for n in seq_lens]
@@ -163,11 +263,11 @@ def make_batch(
             slot[:, head_size:] = values[row][t]
     num_queries = len(lens) if num_queries is None else num_queries
     num_heads = num_kv_heads * group
-    query = torch.randn(num_queries, num_heads, head_size, generator=rng).to(dtype)
+    query = torch.randn(num_queries, num_heads, head_size, generator=rng)
     left_out = torch.tensor(given) < 0
     anything = torch.randint(-(2**31), 2**31, table.shape, generator=rng)
     return Batch(
-        query=query,
+        query=query.to(query_dtype or dtype),
         kv_cache=cache,
         block_table=torch.where(left_out[:, None], anything, table).to(torch.int32),
         seq_lens=torch.tensor(given, dtype=torch.int32),
@@ -175,17 +275,26 @@ def make_batch(
         values=values,
         scale=sharpness * head_size**-0.5,
         layout=layout,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
 
 
 def without_values(kv_cache: torch.Tensor) -> torch.Tensor:
     """A copy of the same strides in which all of V is NaN."""
-    storage = kv_cache.untyped_storage().clone()
-    copy = torch.empty(0, dtype=kv_cache.dtype, device=kv_cache.device).set_(storage)
-    copy = copy.as_strided(kv_cache.shape, kv_cache.stride(), kv_cache.storage_offset())
+    copy = _with_its_storage(kv_cache, kv_cache.device)
     values = copy[..., kv_cache.shape[3] // 2 :]
     values.copy_(torch.full(values.shape, math.nan).to(kv_cache.dtype))
     return copy
+
+
+def _with_its_storage(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on a device with all of the tensor's storage, offset and strides."""
+    whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    numel = tensor.untyped_storage().nbytes() // tensor.itemsize
+    whole = whole.set_(tensor.untyped_storage(), 0, (numel,), (1,))
+    whole = whole.to(device, copy=True)
+    return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def near(*sizes: int, limit: int) -> st.SearchStrategy[int]:

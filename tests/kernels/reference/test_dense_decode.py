@@ -8,27 +8,32 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.kernels.harness import assert_equal, dense, score
 from tests.kernels.reference import naive
 from tests.kernels.reference.cases import (
     DTYPES,
     GROUPS,
     LAYOUTS,
     SELECT_BLOCK_SIZES,
+    Batch,
     batches,
     law,
     make_batch,
-    without_values,
 )
 from tests.kernels.reference.exact import assert_within
-from tidal_vllm.kernels.reference import decode as reference
-from tidal_vllm.kernels.reference import kv_rows
-from tidal_vllm.kernels.reference.decode import dense_decode, score_blocks
+from tidal_vllm.kernels import Workspace, reference
+from tidal_vllm.kernels.reference import decode, kv_runs
 
 
-def check(batch, select_block_size, chunk_rows=4096):
-    with mock.patch.object(reference, "CHUNK_ROWS", chunk_rows):
-        output, lse, block_lse = dense_decode(
-            *batch.paged, scale=batch.scale, select_block_size=select_block_size
+def check(
+    batch: Batch, select_block_size: int | None, tile_entries: int = 4096
+) -> None:
+    with mock.patch.object(decode, "TILE_ENTRIES", tile_entries):
+        output, lse, block_lse = dense(reference, batch, select_block_size)
+        scores_alone = (
+            None
+            if select_block_size is None
+            else score(reference, batch, select_block_size)
         )
     exact, exact_lse, scores = naive.decode(
         batch.query, batch.keys, batch.values, batch.scale
@@ -41,24 +46,13 @@ def check(batch, select_block_size, chunk_rows=4096):
     if select_block_size is None:
         assert block_lse is None
         return
-    longest = max([0, *batch.seq_lens.tolist()])
-    shape = (*batch.query.shape[:2], -(-longest // select_block_size))
+    shape = (*batch.query.shape[:2], -(-batch.longest // select_block_size))
     exact_blocks = naive.block_lse(scores, *shape, select_block_size)
-    scored_lse, scored = scores_without_values(batch, select_block_size, chunk_rows)
+    scored_lse, scored = scores_alone
     assert_within(scored_lse, exact_lse, bound.lse_error, "lse without values")
     for found in (block_lse, scored):
         assert found.dtype == torch.float32
         assert_within(found, exact_blocks, bound.block_lse_error, "block_lse")
-
-
-def scores_without_values(batch, select_block_size, chunk_rows=4096):
-    query, kv_cache, block_table, seq_lens = batch.paged
-    with mock.patch.object(reference, "CHUNK_ROWS", chunk_rows):
-        return score_blocks(
-            *(query, without_values(kv_cache), block_table, seq_lens),
-            scale=batch.scale,
-            select_block_size=select_block_size,
-        )
 
 
 @law
@@ -67,14 +61,14 @@ def scores_without_values(batch, select_block_size, chunk_rows=4096):
     st.sampled_from((None, *SELECT_BLOCK_SIZES)),
     st.sampled_from((1, 64, 128, 4096)),
 )
-def test_it_means_what_the_loops_say(batch, select_block_size, chunk_rows):
-    check(batch, select_block_size, chunk_rows)
+def test_it_means_what_the_loops_say(batch, select_block_size, tile_entries):
+    check(batch, select_block_size, tile_entries)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_and_dtype(layout, dtype):
-    check(make_batch([37, 0, 64], layout=layout, dtype=dtype), 4, chunk_rows=64)
+    check(make_batch([37, 0, 64], layout=layout, dtype=dtype), 4, tile_entries=64)
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2])
@@ -85,18 +79,16 @@ def test_every_head_grouping(group, num_kv_heads):
 
 @pytest.mark.parametrize("seq_len", [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 95, 97])
 @pytest.mark.parametrize("select_block_size", SELECT_BLOCK_SIZES)
-def test_lengths_around_block_and_chunk_boundaries(seq_len, select_block_size):
-    check(make_batch([seq_len]), select_block_size, chunk_rows=64)  # 32 tokens
+def test_lengths_around_block_and_tile_boundaries(seq_len, select_block_size):
+    check(make_batch([seq_len]), select_block_size, tile_entries=64)  # 32 tokens
 
 
 @pytest.mark.parametrize("num_tiles", [1, 2])
-def test_lengths_around_the_real_chunk(num_tiles):
-    edge = num_tiles * reference.CHUNK_ROWS
+def test_lengths_around_the_real_tile(num_tiles):
+    edge = num_tiles * decode.TILE_ENTRIES
     for seq_len in (edge - 1, edge, edge + 1):
         batch = make_batch([seq_len], num_kv_heads=1, group=2)
-        output, lse, block_lse = dense_decode(
-            *batch.paged, scale=batch.scale, select_block_size=16
-        )
+        output, lse, block_lse = dense(reference, batch, 16)
         exact = batch.exact(size=16)
         assert_within(output, exact.output, exact.output_error, "output")
         assert_within(lse, exact.lse, exact.lse_error, "lse")
@@ -115,9 +107,7 @@ def test_a_far_lighter_block_keeps_its_lse():
 
 def test_an_empty_row_and_one_left_out_give_zeros_and_no_mass():
     batch = make_batch([0, 20, -3, 0])
-    output, lse, block_lse = dense_decode(
-        *batch.paged, scale=batch.scale, select_block_size=4
-    )
+    output, lse, block_lse = dense(reference, batch, 4)
     for row in (0, 2, 3):
         assert torch.equal(output[row], torch.zeros_like(output[row]))
         assert (lse[row] == -math.inf).all()
@@ -128,9 +118,7 @@ def test_an_empty_row_and_one_left_out_give_zeros_and_no_mass():
 def test_a_batch_of_empty_rows_and_an_empty_batch():
     for lens in ([0, 0], [-1, -20], []):
         batch = make_batch(lens)
-        output, lse, block_lse = dense_decode(
-            *batch.paged, scale=batch.scale, select_block_size=4
-        )
+        output, lse, block_lse = dense(reference, batch, 4)
         assert not output.any()
         assert (lse == -math.inf).all()
         assert block_lse.shape == (len(lens), batch.num_heads, 0)
@@ -140,13 +128,8 @@ def test_a_batch_of_empty_rows_and_an_empty_batch():
 @given(batches(min_seqs=3), st.data())
 def test_a_batch_permuted_gives_the_output_permuted_bit_for_bit(batch, data):
     order = data.draw(st.permutations(range(3)))[: data.draw(st.integers(1, 3))]
-    output, lse, block_lse = dense_decode(
-        *batch.paged, scale=batch.scale, select_block_size=4
-    )
-    other = batch.rows(order)
-    output2, lse2, block_lse2 = dense_decode(
-        *other.paged, scale=batch.scale, select_block_size=4
-    )
+    output, lse, block_lse = dense(reference, batch, 4)
+    output2, lse2, block_lse2 = dense(reference, batch.rows(order), 4)
     assert torch.equal(output2, output[order])
     assert torch.equal(lse2, lse[order])
     assert torch.equal(block_lse2, block_lse[order][..., : block_lse2.shape[2]])
@@ -154,45 +137,67 @@ def test_a_batch_permuted_gives_the_output_permuted_bit_for_bit(batch, data):
 
 def test_a_row_is_the_same_with_and_without_block_lse():
     batch = make_batch([200, 33])
-    plain = dense_decode(*batch.paged, scale=batch.scale)
-    selecting = dense_decode(*batch.paged, scale=batch.scale, select_block_size=16)
+    plain = dense(reference, batch)
+    selecting = dense(reference, batch, 16)
     assert torch.equal(plain[0], selecting[0])
     assert torch.equal(plain[1], selecting[1])
 
 
 def test_it_runs_outside_inference_mode_after_running_inside():
     batch = make_batch([40])
-    kv_rows._scratch.buffers.clear()
+    kv_runs._scratch.buffers.clear()
     with torch.inference_mode():
-        inside = dense_decode(*batch.paged, scale=batch.scale)
-    outside = dense_decode(*batch.paged, scale=batch.scale)
+        inside = dense(reference, batch)
+    outside = dense(reference, batch)
     assert torch.equal(inside[0], outside[0])
 
 
 def test_a_nan_in_one_sequence_stays_there():
     batch = make_batch([40, 40])
     batch.kv_cache[batch.block_table[1, 2], :, 0] = math.nan
-    output, lse, _ = dense_decode(*batch.paged, scale=batch.scale)
+    output, lse, _ = dense(reference, batch)
     assert not output[0].isnan().any()
     assert output[1].isnan().all()
     assert lse[1].isnan().all()
 
 
-OPS = pytest.mark.parametrize("op", [dense_decode, score_blocks])
+OPS = pytest.mark.parametrize("op", [reference.dense_decode, reference.score_blocks])
 
 
 @OPS
 @pytest.mark.parametrize("select_block_size", [0, -1, 3, 32])
 def test_a_select_block_size_that_does_not_divide_is_refused(op, select_block_size):
     batch = make_batch([5])
+    args = batch.args(select_block_size=select_block_size)
     with pytest.raises(ValueError, match=f"select_block_size = {select_block_size}"):
-        op(*batch.paged, scale=1.0, select_block_size=select_block_size)
+        op(args, batch.seq_lens)
 
 
 @OPS
 def test_shapes_that_do_not_fit_are_refused(op):
-    batch, more = make_batch([5]), {"scale": 1.0, "select_block_size": 16}
+    batch = make_batch([5])
+    args = batch.args(query=batch.query[..., :4], select_block_size=16)
     with pytest.raises(ValueError, match="2 \\* head_size"):
-        op(batch.query[..., :4], *batch.paged[1:], **more)
+        op(args, batch.seq_lens)
+    args = batch.args(query=batch.query[:, :3], select_block_size=16)
     with pytest.raises(ValueError, match="3 heads must be a multiple of 2"):
-        op(batch.query[:, :3], *batch.paged[1:], **more)
+        op(args, batch.seq_lens)
+
+
+def test_without_a_select_block_size_the_last_scores_stay():
+    """A SELECT layer's scores outlive the plain decodes behind it."""
+    batch = make_batch([40])
+    scores = torch.zeros(1)
+    args = batch.args(workspace=Workspace(block_lse=scores))
+    reference.dense_decode(args, batch.seq_lens)
+    assert args.workspace.block_lse is scores
+
+
+@OPS
+def test_lengths_beyond_the_batch_are_not_looked_at(op):
+    batch = make_batch([40, 20])
+    args, more = (batch.args(select_block_size=16) for _ in range(2))
+    op(args, batch.seq_lens)
+    op(more, torch.cat([batch.seq_lens, torch.tensor([2**20, 0, -1])]))
+    found = [(a.output, a.workspace.lse, a.workspace.block_lse) for a in (more, args)]
+    assert_equal(*found)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.kernels.harness import dense
 from tests.kernels.reference import exact, naive
 from tests.kernels.reference.cases import (
     DTYPES,
@@ -17,23 +18,23 @@ from tests.kernels.reference.cases import (
     make_batch,
 )
 from tests.kernels.reference.exact import assert_within
-from tidal_vllm.kernels.reference import decode as reference
-from tidal_vllm.kernels.reference.decode import dense_decode, dense_extend
+from tidal_vllm.kernels import reference
+from tidal_vllm.kernels.reference import prefill
 
 
 def starts(query_lens):
     return torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
 
 
-def run(batch, query_lens, chunk_rows=8192, window=None):
-    with mock.patch.object(reference, "EXTEND_CHUNK_ROWS", chunk_rows):
-        return dense_extend(
+def run(batch, query_lens, tile_entries=8192, window=None):
+    with mock.patch.object(prefill, "EXTEND_TILE_ENTRIES", tile_entries):
+        return reference.dense_extend(
             *batch.paged, starts(query_lens), scale=batch.scale, sliding_window=window
         )
 
 
-def check(batch, query_lens, chunk_rows=8192, window=None):
-    output = run(batch, query_lens, chunk_rows, window)
+def check(batch, query_lens, tile_entries=8192, window=None):
+    output = run(batch, query_lens, tile_entries, window)
     assert output.dtype == batch.query.dtype
     if sum(query_lens) == 0:
         assert output.shape == batch.query.shape
@@ -50,7 +51,7 @@ def either_kernel(request):
     if request.param == "flash":
         yield
     else:
-        with mock.patch.object(reference, "_attend", reference._attend_plain):
+        with mock.patch.object(prefill, "_attend", prefill._attend_plain):
             yield
 
 
@@ -66,21 +67,21 @@ def extends(draw):
 
 @law
 @given(extends(), st.sampled_from((1, 48, 8192)))
-def test_it_means_what_the_loops_say(case, chunk_rows):
+def test_it_means_what_the_loops_say(case, tile_entries):
     batch, query_lens = case
-    check(batch, query_lens, chunk_rows)
+    check(batch, query_lens, tile_entries)
 
 
-@pytest.mark.parametrize("chunk_rows", [32, 8192])
-def test_both_kernels(either_kernel, chunk_rows):
-    check(make_batch([50, 20, 33], num_queries=43), [7, 20, 16], chunk_rows)
+@pytest.mark.parametrize("tile_entries", [32, 8192])
+def test_both_kernels(either_kernel, tile_entries):
+    check(make_batch([50, 20, 33], num_queries=43), [7, 20, 16], tile_entries)
 
 
 @law
 @given(extends(), st.sampled_from((1, 48, 8192)), st.integers(1, 80))
-def test_a_window_means_what_the_loops_say(case, chunk_rows, window):
+def test_a_window_means_what_the_loops_say(case, tile_entries, window):
     batch, query_lens = case
-    check(batch, query_lens, chunk_rows, window)
+    check(batch, query_lens, tile_entries, window)
 
 
 @pytest.mark.parametrize("window", [1, 9, 16, 17, 64])
@@ -90,7 +91,7 @@ def test_both_kernels_with_a_window(either_kernel, window):
 
 @pytest.mark.parametrize("window_chunk", [1, 7, 512])
 def test_a_window_does_not_depend_on_the_chunk(monkeypatch, window_chunk):
-    monkeypatch.setattr(reference, "WINDOW_CHUNK", window_chunk)
+    monkeypatch.setattr(prefill, "WINDOW_CHUNK", window_chunk)
     check(make_batch([60, 23], num_queries=41), [29, 12], window=13)
 
 
@@ -109,7 +110,7 @@ def test_what_lies_before_the_window_is_not_read():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_and_dtype(layout, dtype):
     batch = make_batch([37, 12], layout=layout, dtype=dtype, num_queries=14)
-    check(batch, [9, 5], chunk_rows=64)
+    check(batch, [9, 5], tile_entries=64)
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2])
@@ -121,15 +122,15 @@ def test_every_head_grouping(group, num_kv_heads):
 
 @pytest.mark.parametrize("context", [0, 1, 15, 16, 17, 31, 32, 33])
 @pytest.mark.parametrize("query_len", [1, 2, 15, 16, 17, 33])
-def test_contexts_and_queries_around_block_and_chunk_boundaries(context, query_len):
+def test_contexts_and_queries_around_block_and_tile_boundaries(context, query_len):
     batch = make_batch([context + query_len], num_queries=query_len)
-    check(batch, [query_len], chunk_rows=64)  # 32 tokens
+    check(batch, [query_len], tile_entries=64)  # 32 tokens
 
 
 def test_one_new_token_is_a_decode():
     batch = make_batch([1, 16, 45])
     output = run(batch, [1, 1, 1])
-    expected, _, _ = dense_decode(*batch.paged, scale=batch.scale)
+    expected, _, _ = dense(reference, batch)
     assert_within(output, expected, 2 * batch.exact().output_error)
 
 
@@ -181,7 +182,7 @@ def test_more_sequences_than_query_ranges_are_left_alone():
 
 def test_sharp_attention_over_many_tiles():
     """Scores of several hundred: no overflow, and the lse decides between tiles."""
-    check(make_batch([90], sharpness=30.0, num_queries=20), [20], chunk_rows=16)
+    check(make_batch([90], sharpness=30.0, num_queries=20), [20], tile_entries=16)
 
 
 def test_a_long_context():

@@ -21,7 +21,7 @@ SETS = {
     "AVX512": ("avx512", "AVX512", "AVX512_CORE"),
 }
 CORE = (
-    "(loops or all_blocks or order_of_blocks or merge or real_chunk or long_context "
+    "(loops or all_blocks or order_of_blocks or merge or real_tile or long_context "
     "or both_kernels or chunks_of_a_prefill) and not (extend and loops)"
 )
 here = torch.backends.cpu.get_cpu_capability()

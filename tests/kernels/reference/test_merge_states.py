@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.kernels.reference.exact import EXP, FEW, UNIT, assert_within, half_unit
-from tidal_vllm.kernels.reference.decode import merge_states
+from tidal_vllm.kernels.reference import merge_states
 
 
 def random(*shape):

@@ -1,3 +1,5 @@
+"""select_blocks, and the two functions that it is made of."""
+
 import itertools
 import math
 from types import SimpleNamespace
@@ -7,10 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.kernels import harness
+from tests.kernels.harness import selection_args
 from tests.kernels.reference import naive
 from tests.kernels.reference.cases import law, make_batch
-from tidal_vllm.kernels.reference.decode import dense_decode, select_blocks
-from tidal_vllm.plan.policy import SelectionRule
+from tidal_vllm.kernels import reference
+from tidal_vllm.plan.rule import SelectionRule
 
 
 def rule_of(budget, size, sinks=0, recent=1, threshold=0):
@@ -33,35 +37,13 @@ def random(*shape):
     return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def run(mass, seq_lens, rule, num_sets, capacity=None):
-    """Selects by given masses, one head per set; returns [row][set][block] lists.
-
-    None for a row that is left out, which must be as it was.
-    """
-    num_seqs, num_blocks = len(seq_lens), mass.shape[2]
-    blocks = torch.full((num_seqs, num_sets, capacity or num_blocks), 77)
-    blocks = blocks.to(torch.int32)
-    lens = torch.full((num_seqs, num_sets), 77, dtype=torch.int32)
-    select_blocks(
-        mass.float().log(),
-        torch.zeros(mass.shape[:2]),
-        torch.tensor(seq_lens, dtype=torch.int32),
-        rule=rule,
-        topk_blocks=blocks,
-        topk_lens=lens,
+def run(mass, seq_lens, rule, num_sets, max_blocks=None):
+    """The blocks [row][set] that are kept by given masses, one head per set."""
+    lse = torch.zeros(mass.shape[:2])
+    block_lse = mass.float().log()
+    return harness.select(
+        reference, block_lse, lse, seq_lens, rule, num_sets, max_blocks
     )
-    result = []
-    for row, seq_len in enumerate(seq_lens):
-        if seq_len < 0:
-            assert (blocks[row] == 77).all() and (lens[row] == 77).all()
-            result.append(None)
-            continue
-        counts = lens[row].tolist()
-        used = [blocks[row, i, :n].tolist() for i, n in enumerate(counts)]
-        for i, n in enumerate(counts):
-            assert (blocks[row, i, n:] == -1).all(), "tail"
-        result.append(used)
-    return result
 
 
 @st.composite
@@ -175,36 +157,17 @@ def test_heads_weigh_alike_whatever_their_lse():
     """Head 0 has e**50 times head 1's sum; its blocks must not win by that."""
     share = torch.tensor([[[0.4, 0.3, 0.2, 0.1], [0.1, 0.1, 0.75, 0.05]]])
     lse = torch.tensor([[50.0, 0.0]])
-    blocks = torch.zeros(1, 1, 2, dtype=torch.int32)
-    lens = torch.zeros(1, 1, dtype=torch.int32)
-    select_blocks(
-        share.log() + lse[..., None],
-        lse,
-        torch.tensor([4]),
-        rule=rule_of(2, 1),
-        topk_blocks=blocks,
-        topk_lens=lens,
-    )
-    assert blocks.tolist() == [[[2, 3]]]
+    block_lse = share.log() + lse[..., None]
+    rule = rule_of(2, 1)
+    assert harness.select(reference, block_lse, lse, [4], rule) == [[[2, 3]]]
 
 
 @pytest.mark.parametrize("num_sets", [1, 2, 4, 8])
 def test_a_set_sums_the_mass_of_its_own_heads(num_sets):
     batch = make_batch([150, 90], num_kv_heads=2, group=4)
-    _, lse, block_lse = dense_decode(
-        *batch.paged, scale=batch.scale, select_block_size=4
-    )
+    _, lse, block_lse = harness.dense(reference, batch, 4)
     rule = rule_of(40, 4, sinks=4, recent=8)
-    blocks = torch.zeros(2, num_sets, 10, dtype=torch.int32)
-    lens = torch.zeros(2, num_sets, dtype=torch.int32)
-    select_blocks(
-        block_lse,
-        lse,
-        batch.seq_lens,
-        rule=rule,
-        topk_blocks=blocks,
-        topk_lens=lens,
-    )
+    found = harness.select(reference, block_lse, lse, batch.lens, rule, num_sets)
     _, exact_lse, scores = naive.decode(
         batch.query, batch.keys, batch.values, batch.scale
     )
@@ -216,8 +179,8 @@ def test_a_set_sums_the_mass_of_its_own_heads(num_sets):
         for i in range(num_sets):
             total = -(-seq_len // 4)
             expected = naive.select(mass[row, i, :total].tolist(), seq_len, rule)
-            assert blocks[row, i].tolist() == expected
-    assert (lens == 10).all()
+            assert found[row][i] == expected
+            assert len(expected) == 10
 
 
 def test_a_batch_permuted_gives_the_selection_permuted():
@@ -236,20 +199,10 @@ def test_a_nan_weighs_nothing():
 
 
 def test_rows_beyond_the_batch_are_left_alone():
-    blocks = torch.full((5, 1, 3), 42, dtype=torch.int32)
-    lens = torch.full((5, 1), 42, dtype=torch.int32)
-    select_blocks(
-        torch.zeros(2, 4, 9),
-        torch.zeros(2, 4),
-        torch.tensor([9, 0]),
-        rule=rule_of(3, 1),
-        topk_blocks=blocks,
-        topk_lens=lens,
-    )
-    assert blocks[:2].tolist() == [[[0, 1, 8]], [[-1, -1, -1]]]
-    assert lens[:2].tolist() == [[3], [0]]
-    assert (blocks[2:] == 42).all()
-    assert (lens[2:] == 42).all()
+    """Neither their sets nor, where there are more, their lengths are looked at."""
+    args = selection_args(torch.zeros(2, 4, 9), torch.zeros(2, 4), max_blocks=3)
+    reference.select_blocks(args, torch.tensor([9, 0, 2**20]), rule_of(3, 1))
+    assert harness.chosen_blocks(args, [9, 0]) == [[[0, 1, 8]], [[]]]
 
 
 @pytest.mark.parametrize("lens", [[-1, 9, 0, -9, 7], [-1, -30]])
@@ -263,11 +216,11 @@ def test_rows_left_out_stay_as_they_were(lens):
 
 def test_too_few_columns_are_refused():
     mass = random(1, 1, 9)
-    assert run(mass, [9], rule_of(3, 1), 1, capacity=3)
+    assert run(mass, [9], rule_of(3, 1), 1, max_blocks=3)
     with pytest.raises(ValueError, match="max_blocks = 2 is too small"):
-        run(mass, [9], rule_of(3, 1), 1, capacity=2)
+        run(mass, [9], rule_of(3, 1), 1, max_blocks=2)
     with pytest.raises(ValueError, match="9 tokens keeps 9 blocks of 1"):
-        run(mass, [9], rule_of(3, 1, threshold=9), 1, capacity=8)
+        run(mass, [9], rule_of(3, 1, threshold=9), 1, max_blocks=8)
 
 
 def test_a_budget_without_room_for_the_forced_blocks_is_refused():
@@ -279,12 +232,66 @@ def test_a_budget_without_room_for_the_forced_blocks_is_refused():
 
 
 def test_sets_that_do_not_divide_the_heads_are_refused():
+    args = selection_args(torch.zeros(1, 4, 9), torch.zeros(1, 4), num_sets=3)
     with pytest.raises(ValueError, match="num_sets = 3 must divide num_heads = 4"):
-        select_blocks(
-            torch.zeros(1, 4, 9),
-            torch.zeros(1, 4),
-            torch.tensor([9]),
-            rule=rule_of(3, 1),
-            topk_blocks=torch.zeros(1, 3, 9, dtype=torch.int32),
-            topk_lens=torch.zeros(1, 3, dtype=torch.int32),
-        )
+        reference.select_blocks(args, torch.tensor([9]), rule_of(3, 1))
+
+
+class TestBlockMass:
+    def mass(self, block_lse, lse, num_sets):
+        return reference.block_mass(selection_args(block_lse, lse, num_sets))
+
+    def test_a_block_weighs_its_share_of_the_softmax(self):
+        """The masses themselves, not only their order."""
+        scores = random(2, 4, 5, 8) * 20
+        lse = scores.flatten(2).logsumexp(-1)
+        found = self.mass(scores.logsumexp(-1), lse, num_sets=2)
+        share = scores.double().flatten(2).softmax(-1).view(2, 4, 5, 8).sum(-1)
+        wanted = torch.stack([share[:, :2].sum(1), share[:, 2:].sum(1)], 1)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-6)
+        assert found.sum().item() == pytest.approx(2 * 4)
+
+    def test_a_nan_weighs_nothing(self):
+        block_lse = torch.tensor([[[0.0, math.nan], [0.0, 0.0]]])
+        assert self.mass(block_lse, torch.zeros(1, 2), 1).tolist() == [[[2.0, 0.0]]]
+
+    def test_the_scores_stay_as_they_were(self):
+        block_lse, lse = random(1, 2, 3), random(1, 2)
+        before = block_lse.clone(), lse.clone()
+        self.mass(block_lse, lse, 2)
+        assert torch.equal(block_lse, before[0]) and torch.equal(lse, before[1])
+
+
+class TestTopBlocks:
+    """What a method with masses of its own relies on."""
+
+    def top(self, mass, seq_lens, rule):
+        scores = torch.full(mass.shape, math.nan)  # nobody's business here
+        args = selection_args(scores, scores[..., 0], mass.shape[1])
+        lens = torch.tensor(seq_lens, dtype=torch.int32)
+        reference.top_blocks(args, lens, rule, mass)
+        return harness.chosen_blocks(args, seq_lens)
+
+    def test_masses_need_not_be_shares(self):
+        """Scores, bounds of scores: of any sign, and infinite."""
+        mass = torch.tensor([[[-5.0, -1.0, -3.0, -math.inf, -2.0, -9.0]]])
+        assert self.top(mass, [6], rule_of(3, 1)) == [[[1, 4, 5]]]
+        assert self.top(mass, [6], rule_of(3, 1, sinks=1)) == [[[0, 1, 5]]]
+        mass[0, 0, 2] = math.inf
+        assert self.top(mass, [6], rule_of(2, 1)) == [[[2, 5]]]
+
+    def test_the_masses_stay_as_they_were(self):
+        """The forced blocks are forced in a copy: a method may keep its masses."""
+        mass = random(2, 3, 9)
+        before = mass.clone()
+        self.top(mass, [9, -1], rule_of(4, 1, sinks=2, recent=2))
+        assert torch.equal(mass, before)
+
+    def test_more_blocks_than_a_row_has_are_not_looked_at(self):
+        mass = torch.tensor([[[0.3, 0.1, 0.2, 0.0, 9.0, math.nan]]])
+        assert self.top(mass, [4], rule_of(2, 1)) == [[[0, 3]]]
+
+    def test_each_set_by_its_own_masses(self):
+        mass = torch.tensor([[[3.0, 2, 1, 0], [1.0, 2, 3, 0]]])
+        assert self.top(mass, [4], rule_of(2, 1)) == [[[0, 3], [2, 3]]]

@@ -6,6 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.kernels import harness
+from tests.kernels.harness import dense
 from tests.kernels.reference import naive
 from tests.kernels.reference.cases import (
     DTYPES,
@@ -13,50 +15,22 @@ from tests.kernels.reference.cases import (
     LAYOUTS,
     SCOPES,
     SELECT_BLOCK_SIZES,
+    Batch,
+    Sets,
     batches,
     law,
     make_batch,
 )
 from tests.kernels.reference.exact import assert_within, half_unit
-from tidal_vllm.kernels.reference import decode as reference
-from tidal_vllm.kernels.reference.decode import (
-    dense_decode,
-    merge_states,
-    sparse_decode,
-)
+from tidal_vllm.kernels import reference
+from tidal_vllm.kernels.reference import decode, merge_states
 
 
-def to_tensors(sets, spare=2):
-    """Nested lists [row][set][block] as topk_blocks, -1 behind, and topk_lens."""
-    lens = torch.tensor([[len(s) for s in row] for row in sets], dtype=torch.int32)
-    blocks = torch.full((*lens.shape, int(lens.max()) + spare), -1, dtype=torch.int32)
-    for row, of_row in enumerate(sets):
-        for i, chosen in enumerate(of_row):
-            blocks[row, i, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
-    return blocks, lens
-
-
-def run(batch, sets, size, chunk_rows=4096):
-    query, kv_cache, block_table, seq_lens = batch.paged
-    with mock.patch.object(reference, "CHUNK_ROWS", chunk_rows):
-        return sparse_decode(
-            query,
-            kv_cache,
-            block_table,
-            *to_tensors(sets),
-            seq_lens,
-            scale=batch.scale,
-            select_block_size=size,
-        )
-
-
-def positions(batch, sets, size):
-    def of(row, head):
-        chosen = sets[row][head // (batch.num_heads // len(sets[row]))]
-        every = [b * size + i for b in chosen for i in range(size)]
-        return [t for t in every if t < len(batch.keys[row])]
-
-    return of
+def run(
+    batch: Batch, sets: Sets, size: int, tile_entries: int = 4096
+) -> tuple[torch.Tensor, torch.Tensor]:
+    with mock.patch.object(decode, "TILE_ENTRIES", tile_entries):
+        return harness.sparse(reference, batch, sets, size)
 
 
 def assert_equivalent(one, other, bound):
@@ -68,9 +42,9 @@ def assert_equivalent(one, other, bound):
         assert_within(actual, expected, 2 * error + rounding)
 
 
-def check(batch, sets, size, chunk_rows=4096):
-    output, lse = run(batch, sets, size, chunk_rows)
-    positions_of = positions(batch, sets, size)
+def check(batch, sets, size, tile_entries=4096):
+    output, lse = run(batch, sets, size, tile_entries)
+    positions_of = batch.positions(sets, size)
     exact, exact_lse, _ = naive.decode(
         batch.query, batch.keys, batch.values, batch.scale, positions_of
     )
@@ -79,13 +53,6 @@ def check(batch, sets, size, chunk_rows=4096):
     bound = batch.exact(positions_of)
     assert_within(output, exact, bound.output_error, "output")
     assert_within(lse, exact_lse, bound.lse_error, "lse")
-
-
-def all_blocks(batch, num_sets, size):
-    return [
-        [list(range(-(-n // size))) for _ in range(num_sets)]
-        for n in batch.seq_lens.tolist()
-    ]
 
 
 @st.composite
@@ -98,7 +65,7 @@ def selections(draw, batch, ragged=True):
         )
     )
     sets = []
-    for of_row in all_blocks(batch, num_sets, size):
+    for of_row in batch.all_blocks(num_sets, size):
         orders = [draw(st.permutations(blocks)) for blocks in of_row]
         cuts = [draw(st.integers(0, len(of_row[0]))) for _ in range(num_sets)]
         if not ragged:
@@ -109,9 +76,9 @@ def selections(draw, batch, ragged=True):
 
 @law
 @given(batches(max_len=70), st.data(), st.booleans(), st.sampled_from((1, 64, 4096)))
-def test_it_means_what_the_loops_say(batch, data, ragged, chunk_rows):
+def test_it_means_what_the_loops_say(batch, data, ragged, tile_entries):
     size, sets = data.draw(selections(batch, ragged))
-    check(batch, sets, size, chunk_rows)
+    check(batch, sets, size, tile_entries)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -124,7 +91,7 @@ def test_every_layout_dtype_and_scope(layout, dtype, scope):
         [[2, 0, 1][: 1 + i % 3] if n else [] for i in range(num_sets)]
         for n in batch.seq_lens.tolist()
     ]
-    check(batch, sets, 16, chunk_rows=64)
+    check(batch, sets, 16, tile_entries=64)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -145,21 +112,21 @@ def test_sets_that_cut_across_kv_heads():
 @law
 @given(batches(), st.sampled_from(SELECT_BLOCK_SIZES), st.sampled_from(SCOPES))
 def test_all_blocks_are_dense_attention(batch, size, scope):
-    output, lse = run(batch, all_blocks(batch, batch.num_sets(scope), size), size)
-    *dense, _ = dense_decode(*batch.paged, scale=batch.scale)
-    assert_equivalent((output, lse), dense, batch.exact())
+    output, lse = run(batch, batch.all_blocks(batch.num_sets(scope), size), size)
+    *whole, _ = dense(reference, batch)
+    assert_equivalent((output, lse), whole, batch.exact())
 
 
-@pytest.mark.parametrize("chunk_rows", [64, 4096])
+@pytest.mark.parametrize("tile_entries", [64, 4096])
 @pytest.mark.parametrize("layout", ["LBNHC", "LBHNC"])
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("size", SELECT_BLOCK_SIZES)
-def test_the_order_of_blocks_changes_nothing(size, scope, layout, chunk_rows):
+def test_the_order_of_blocks_changes_nothing(size, scope, layout, tile_entries):
     """But for the order of fp32 sums."""
     batch = make_batch([300, 123], layout=layout)
     num_sets = batch.num_sets(scope)
-    sets = all_blocks(batch, num_sets, size)
-    output, lse = run(batch, sets, size, chunk_rows)
+    sets = batch.all_blocks(num_sets, size)
+    output, lse = run(batch, sets, size, tile_entries)
     bound = batch.exact()
     for seed in range(5):
         rng = torch.Generator().manual_seed(seed)
@@ -167,7 +134,7 @@ def test_the_order_of_blocks_changes_nothing(size, scope, layout, chunk_rows):
             [[s[i] for i in torch.randperm(len(s), generator=rng)] for s in of_row]
             for of_row in sets
         ]
-        again = run(batch, mixed, size, chunk_rows)
+        again = run(batch, mixed, size, tile_entries)
         assert_equivalent(again, (output, lse), bound)
 
 
@@ -179,7 +146,7 @@ def test_two_disjoint_sets_merge_to_their_union(batch, data):
     left = [[s[:cut] for s in of_row] for of_row in union]
     right = [[s[cut:] for s in of_row] for of_row in union]
     merged = merge_states(*run(batch, left, size), *run(batch, right, size))
-    bound = batch.exact(positions(batch, union, size))
+    bound = batch.exact(batch.positions(union, size))
     assert_equivalent(merged, run(batch, union, size), bound)
 
 
@@ -187,14 +154,14 @@ def test_two_disjoint_sets_merge_to_their_union(batch, data):
 @given(batches(dtypes=(torch.float32,)), st.data())
 def test_the_complement_merges_to_dense_attention(batch, data):
     size, chosen = data.draw(selections(batch))
-    everything = all_blocks(batch, len(chosen[0]), size)
+    everything = batch.all_blocks(len(chosen[0]), size)
     rest = [
         [sorted({*full} - {*s}) for s, full in zip(some, every, strict=True)]
         for some, every in zip(chosen, everything, strict=True)
     ]
     merged = merge_states(*run(batch, chosen, size), *run(batch, rest, size))
-    *dense, _ = dense_decode(*batch.paged, scale=batch.scale)
-    assert_equivalent(merged, dense, batch.exact())
+    *whole, _ = dense(reference, batch)
+    assert_equivalent(merged, whole, batch.exact())
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -223,7 +190,7 @@ def test_a_padded_row_and_one_left_out_are_empty_whatever_their_sets_say(seq_len
 
 def test_stale_blocks_past_the_end_hold_nothing():
     batch = make_batch([20])
-    bound = batch.exact(positions(batch, [[[0, 4]]], 4))
+    bound = batch.exact(batch.positions([[[0, 4]]], 4))
     with_stale = run(batch, [[[0, 5, 4, 9]]], 4)
     assert_equivalent(with_stale, run(batch, [[[0, 4]]], 4), bound)
 
@@ -242,18 +209,14 @@ def test_a_batch_permuted_gives_the_output_permuted_bit_for_bit(batch, data):
 def test_more_rows_of_selection_than_sequences_are_left_alone():
     batch = make_batch([40, 20])
     sets = [[[1]], [[0, 4]]]
-    blocks, lens = to_tensors([*sets, [[99]]])
-    output, lse = sparse_decode(
-        *batch.paged[:3],
-        blocks,
-        lens,
-        batch.seq_lens,
-        scale=batch.scale,
-        select_block_size=4,
-    )
+    args = batch.args([*sets, [[99]]], select_block_size=4)
+    reference.sparse_decode(args, batch.seq_lens)
     expected = run(batch, sets, 4)
-    assert torch.equal(output, expected[0])
-    assert torch.equal(lse, expected[1])
+    assert torch.equal(args.output, expected[0])
+    assert torch.equal(args.workspace.lse, expected[1])
+    args = batch.args(sets, select_block_size=4)
+    reference.sparse_decode(args, torch.cat([batch.seq_lens, torch.tensor([99])]))
+    assert torch.equal(args.output, expected[0])
 
 
 @pytest.mark.parametrize("select_block_size", [0, 3, 32])

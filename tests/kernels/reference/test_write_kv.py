@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.kernels.reference.cases import DTYPES, LAYOUTS
-from tidal_vllm.kernels.reference.decode import write_kv
+from tidal_vllm.kernels.reference import write_kv
 
 
 @pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64], ids=str)

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from tidal_vllm.kernels.arguments import DecodeArgs, Rule
 from tidal_vllm.kernels.checks import check_select
 
 WEIGH_TILE = 512
@@ -21,68 +22,47 @@ CHOOSE_TILE = 8192
 LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 
 
-def select_blocks(
-    block_lse: torch.Tensor,
-    lse: torch.Tensor,
-    seq_lens: torch.Tensor,
-    topk_blocks: torch.Tensor,
-    topk_lens: torch.Tensor,
-    mass: torch.Tensor,
-    token_budget: int,
-    select_block_size: int,
-    sink_tokens: int,
-    recent_tokens: int,
-    sparse_threshold: int,
-) -> None:
+def select_blocks(args: DecodeArgs, seq_lens: torch.Tensor, rule: Rule) -> None:
     """Choose each set's blocks; `reference.select_blocks` defines it. Capturable.
 
-    Args:
-        block_lse: [num_seqs, num_heads, num_blocks] fp32, from `dense_decode`; only
-            the blocks that a row has are read.
-        lse: [num_seqs, num_heads] fp32.
-        seq_lens: [num_seqs] int32, at most num_blocks * select_block_size; a row of a
-            negative one keeps its sets as they are.
-        topk_blocks: [>= num_seqs, num_sets, max_blocks] int32; the first num_seqs rows
-            are written: logical blocks ascending, then -1.
-        topk_lens: [>= num_seqs, num_sets] int32, written likewise.
-        mass: [>= num_seqs, num_sets, num_blocks] fp32 scratch.
-        token_budget, ...: The fields of `tidal_vllm.plan.policy.SelectionRule`. Its
-            precondition, and that max_blocks has room for what a row keeps, are not
-            checked again: what has no room is left out.
+    Of block_lse, only the blocks that a row has are read; it must have room for the
+    longest row. The forced blocks must fit the budget, as `Rule` says. Neither is
+    checked here, and what topk_blocks has no room for is left out.
 
     Raises:
         ValueError: A dtype, device, shape or stride that does not fit.
     """
-    check_select(block_lse, lse, seq_lens, topk_blocks, topk_lens, mass)
-    num_seqs, num_heads, num_blocks = block_lse.shape
-    num_sets, max_blocks = topk_blocks.shape[1:]
-    if num_seqs == 0:
+    check_select(args, seq_lens)
+    num_rows, num_heads, _ = args.query.shape
+    if num_rows == 0:
         return
-    rule = dict(
-        SIZE=select_block_size,
-        KEEP_ALL=max(sparse_threshold, token_budget),
-        BUDGET_BLOCKS=token_budget // select_block_size,
-    )
-    _weigh_blocks[(max(1, triton.cdiv(num_blocks, WEIGH_TILE)), num_sets, num_seqs)](
-        *(block_lse, lse, seq_lens, mass),
+    block_lse, mass = args.workspace.block_lse, args.workspace.mass
+    topk_blocks, topk_lens = args.topk_blocks, args.topk_lens
+    num_sets, max_blocks = topk_blocks.shape[1:]
+    num_blocks, size = block_lse.shape[2], rule.select_block_size
+    keep_all_len = max(rule.sparse_threshold, rule.token_budget)
+    _weigh_blocks[(max(1, triton.cdiv(num_blocks, WEIGH_TILE)), num_sets, num_rows)](
+        *(block_lse, args.workspace.lse, seq_lens, mass),
         *block_lse.stride()[:2],
         *mass.stride()[:2],
-        SIZE=rule["SIZE"],
-        KEEP_ALL=rule["KEEP_ALL"],
-        SINKS=triton.cdiv(sink_tokens, select_block_size),
-        RECENT_TOKENS=max(recent_tokens, 1),
+        SIZE=size,
+        KEEP_ALL=keep_all_len,
+        SINKS=triton.cdiv(rule.sink_tokens, size),
+        RECENT_TOKENS=max(rule.recent_tokens, 1),
         NUM_HEADS=num_heads,
         HEADS_PER_SET=num_heads // num_sets,
         TILE=WEIGH_TILE,
         num_warps=4,
     )
     tile = min(CHOOSE_TILE, triton.next_power_of_2(max(num_blocks, max_blocks, 64)))
-    _choose_blocks[(num_sets, num_seqs)](
+    _choose_blocks[(num_sets, num_rows)](
         *(mass, seq_lens, topk_blocks, topk_lens, max_blocks),
         *mass.stride()[:2],
         *topk_blocks.stride()[:2],
         topk_lens.stride(0),
-        **rule,
+        SIZE=size,
+        KEEP_ALL=keep_all_len,
+        BUDGET_BLOCKS=rule.token_budget // size,
         TILE=tile,
         ONE_TILE=num_blocks <= tile,
         num_warps=8 if tile >= 2048 else 4,
@@ -95,10 +75,10 @@ def _weigh_blocks(
     lse,
     seq_lens,
     mass,
-    block_lse_s,
-    block_lse_h,
-    mass_s,
-    mass_g,
+    stride_block_lse_row,
+    stride_block_lse_head,
+    stride_mass_row,
+    stride_mass_set,
     SIZE: tl.constexpr,
     KEEP_ALL: tl.constexpr,
     SINKS: tl.constexpr,
@@ -107,7 +87,7 @@ def _weigh_blocks(
     HEADS_PER_SET: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    chosen_by = tl.program_id(1).to(tl.int64)
+    set_id = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
     seq_len = tl.load(seq_lens + row)
     num_blocks = tl.cdiv(seq_len, SIZE)
@@ -118,8 +98,13 @@ def _weigh_blocks(
     mask = blocks < num_blocks
     weight = tl.zeros([TILE], tl.float32)
     for nth in tl.range(0, HEADS_PER_SET):
-        head = chosen_by * HEADS_PER_SET + nth
-        at = block_lse + row * block_lse_s + head * block_lse_h + blocks
+        head = set_id * HEADS_PER_SET + nth
+        at = (
+            block_lse
+            + row * stride_block_lse_row
+            + head * stride_block_lse_head
+            + blocks
+        )
         of_block = tl.load(at, mask=mask, other=float("-inf"))
         weight += tl.exp(of_block - tl.load(lse + row * NUM_HEADS + head))
     weight = tl.where(weight != weight, 0.0, weight)
@@ -127,7 +112,11 @@ def _weigh_blocks(
     first_recent = (seq_len - RECENT_TOKENS) // SIZE
     forced = (blocks < SINKS) | (blocks >= first_recent)
     weight = tl.where(forced, float("inf"), weight)
-    tl.store(mass + row * mass_s + chosen_by * mass_g + blocks, weight, mask=mask)
+    tl.store(
+        mass + row * stride_mass_row + set_id * stride_mass_set + blocks,
+        weight,
+        mask=mask,
+    )
 
 
 @triton.jit
@@ -144,18 +133,18 @@ def _choose_blocks(
     topk_blocks,
     topk_lens,
     max_blocks,
-    mass_s,
-    mass_g,
-    topk_s,
-    topk_g,
-    topk_lens_s,
+    stride_mass_row,
+    stride_mass_set,
+    stride_topk_row,
+    stride_topk_set,
+    stride_topk_lens_row,
     SIZE: tl.constexpr,
     KEEP_ALL: tl.constexpr,
     BUDGET_BLOCKS: tl.constexpr,
     TILE: tl.constexpr,
     ONE_TILE: tl.constexpr,
 ):
-    chosen_by = tl.program_id(0).to(tl.int64)
+    set_id = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1).to(tl.int64)
     seq_len = tl.load(seq_lens + row)
     if seq_len < 0:
@@ -163,10 +152,10 @@ def _choose_blocks(
     num_blocks = tl.cdiv(seq_len, SIZE)
     keep_all = seq_len <= KEEP_ALL
     kept = tl.minimum(tl.where(keep_all, num_blocks, BUDGET_BLOCKS), max_blocks)
-    tl.store(topk_lens + row * topk_lens_s + chosen_by, kept)
+    tl.store(topk_lens + row * stride_topk_lens_row + set_id, kept)
 
-    chosen = topk_blocks + row * topk_s + chosen_by * topk_g
-    masses = mass + row * mass_s + chosen_by * mass_g
+    chosen = topk_blocks + row * stride_topk_row + set_id * stride_topk_set
+    masses = mass + row * stride_mass_row + set_id * stride_mass_set
     in_tile = tl.arange(0, TILE)
     if keep_all:
         for start in tl.range(0, kept, TILE):

@@ -1,10 +1,11 @@
-"""The Triton kernels of `triton_attend`: one pass over K and V in splits, then a merge.
+"""The Triton kernels of `attend`: one pass over K and V in splits, then a merge.
 
-Program (lane, split, row) of `attend_split` reads its share of a row's tokens for the
-query heads of one lane: those that share both KV head and set, so each K and V is
-fetched once for all of them. `merge_splits` joins a row's shares in a fixed order. The
-grid follows from shapes alone; how many splits have work is decided on the device. A
-row that is left out has none, and is not merged either.
+A head group is the query heads that share both their KV head and their set. Program
+(head group and head tile, split, row) of `attend_split` reads its share of a row's
+tokens for the heads of one group, so that each K and V is fetched once for all of them.
+`merge_splits` joins a row's shares in a fixed order. The grid follows from shapes
+alone; how many splits have work is decided on the device. A row that is left out has
+none, and is not merged either.
 """
 
 import math
@@ -16,11 +17,11 @@ LN_2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
-def _count_blocks(counts, seq_len, row, chosen_by, counts_s, SPARSE, SIZE):
-    """How many selection blocks a lane reads; 0 for a row padded or left out."""
+def _count_blocks(counts, seq_len, row, set_id, stride_counts_row, SPARSE, SIZE):
+    """How many selection blocks a head group reads; 0 for a row padded or left out."""
     count = tl.cdiv(tl.maximum(seq_len, 0), SIZE)
     if SPARSE:
-        chosen = counts + row * counts_s + chosen_by
+        chosen = counts + row * stride_counts_row + set_id
         count = tl.load(chosen, mask=seq_len > 0, other=0)
     return count
 
@@ -76,17 +77,17 @@ def attend_split(
     partial_lse,
     score_scale,  # of a dot product, to a score in units of log 2
     num_splits,
-    query_s,
-    query_h,
-    kv_b,
-    kv_h,
-    kv_t,
-    table_s,
-    topk_s,
-    topk_g,
-    counts_s,
-    block_lse_s,
-    block_lse_h,
+    stride_query_row,
+    stride_query_head,
+    stride_kv_block,
+    stride_kv_head,
+    stride_kv_token,
+    stride_table_row,
+    stride_topk_row,
+    stride_topk_set,
+    stride_counts_row,
+    stride_block_lse_row,
+    stride_block_lse_head,
     partial_splits,
     SPARSE: tl.constexpr,
     READ_VALUES: tl.constexpr,
@@ -98,23 +99,23 @@ def attend_split(
     HEAD_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     NUM_HEADS: tl.constexpr,
-    HEADS: tl.constexpr,  # query heads of a lane
-    ROWS: tl.constexpr,  # of them in one tile, padded to what tl.dot takes
+    HEADS_PER_GROUP: tl.constexpr,
+    TILE_HEADS: tl.constexpr,  # of a group in one program, padded to what tl.dot takes
     HEAD_TILES: tl.constexpr,
-    LANES_PER_KV_HEAD: tl.constexpr,
-    LANES_PER_SET: tl.constexpr,
+    GROUPS_PER_KV_HEAD: tl.constexpr,
+    GROUPS_PER_SET: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     SIZE_PADDED: tl.constexpr,
     IN_FP32: tl.constexpr,
 ):
-    lane = tl.program_id(0) // HEAD_TILES
+    head_group = tl.program_id(0) // HEAD_TILES
     head_tile = tl.program_id(0) % HEAD_TILES
     split = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
-    chosen_by = lane // LANES_PER_SET
+    set_id = head_group // GROUPS_PER_SET
 
     seq_len = tl.load(seq_lens + row)
-    count = _count_blocks(counts, seq_len, row, chosen_by, counts_s, SPARSE, SIZE)
+    count = _count_blocks(counts, seq_len, row, set_id, stride_counts_row, SPARSE, SIZE)
     per_split = _blocks_per_split(count, num_splits, MIN_BLOCKS, TILE_BLOCKS)
     first = split * per_split
     if first >= count:
@@ -122,22 +123,29 @@ def attend_split(
     end = tl.minimum(first + per_split, count)
 
     dims = tl.arange(0, WIDTH)
-    in_tile = head_tile * ROWS + tl.arange(0, ROWS)
-    heads = lane * HEADS + in_tile
-    q_mask = (in_tile < HEADS)[:, None] & (dims < HEAD_SIZE)[None, :]
-    q_at = query + row * query_s + heads[:, None] * query_h + dims[None, :]
+    nth_head = head_tile * TILE_HEADS + tl.arange(0, TILE_HEADS)
+    heads = head_group * HEADS_PER_GROUP + nth_head
+    q_mask = (nth_head < HEADS_PER_GROUP)[:, None] & (dims < HEAD_SIZE)[None, :]
+    q_at = (
+        query
+        + row * stride_query_row
+        + heads[:, None] * stride_query_head
+        + dims[None, :]
+    )
     q = tl.load(q_at, mask=q_mask, other=0.0)
 
     slots = tl.arange(0, TILE_BLOCKS * SIZE_PADDED)
     nth_of_slot, offset_of_slot = slots // SIZE_PADDED, slots % SIZE_PADDED
-    kv_of_head = kv_cache + (lane // LANES_PER_KV_HEAD).to(tl.int64) * kv_h
-    table = block_table + row * table_s
-    chosen = topk_blocks + row * topk_s + chosen_by.to(tl.int64) * topk_g
+    kv_of_head = (
+        kv_cache + (head_group // GROUPS_PER_KV_HEAD).to(tl.int64) * stride_kv_head
+    )
+    table = block_table + row * stride_table_row
+    chosen = topk_blocks + row * stride_topk_row + set_id.to(tl.int64) * stride_topk_set
 
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    top = tl.full([TILE_HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([TILE_HEADS], tl.float32)
     if READ_VALUES:
-        acc = tl.zeros([ROWS, WIDTH], tl.float32)
+        acc = tl.zeros([TILE_HEADS, WIDTH], tl.float32)
     for start in tl.range(first, end, TILE_BLOCKS):
         nth = start + nth_of_slot
         used = nth < end
@@ -150,7 +158,11 @@ def attend_split(
             used = used & (offset_of_slot < SIZE)
         physical = tl.load(table + tokens // BLOCK_SIZE, mask=used, other=0)
         in_block = (tokens % BLOCK_SIZE).to(tl.int64)
-        slot_at = kv_of_head + physical.to(tl.int64) * kv_b + in_block * kv_t
+        slot_at = (
+            kv_of_head
+            + physical.to(tl.int64) * stride_kv_block
+            + in_block * stride_kv_token
+        )
         kv_at = slot_at[:, None] + dims[None, :]
         kv_mask = used[:, None] & (dims < HEAD_SIZE)[None, :]
         keys = _read_tile(kv_at, kv_mask, q.dtype, FP8_BITS)
@@ -163,12 +175,16 @@ def attend_split(
             if SIZE_PADDED == 1:
                 kept = scores
             else:
-                by_block = tl.reshape(scores, (ROWS, TILE_BLOCKS, SIZE_PADDED))
+                by_block = tl.reshape(scores, (TILE_HEADS, TILE_BLOCKS, SIZE_PADDED))
                 tops = _finite(tl.max(by_block, 2))
                 kept = tops + _log2(tl.sum(tl.exp2(by_block - tops[:, :, None]), 2))
             at = start + tl.arange(0, TILE_BLOCKS)
-            kept_mask = (in_tile < HEADS)[:, None] & (at < end)[None, :]
-            sums = block_lse + row * block_lse_s + heads[:, None] * block_lse_h
+            kept_mask = (nth_head < HEADS_PER_GROUP)[:, None] & (at < end)[None, :]
+            sums = (
+                block_lse
+                + row * stride_block_lse_row
+                + heads[:, None] * stride_block_lse_head
+            )
             tl.store(sums + at[None, :], kept * LN_2, mask=kept_mask)
 
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -181,7 +197,11 @@ def attend_split(
         top = new_top
 
     parts = (row * NUM_HEADS + heads) * partial_splits + split
-    tl.store(partial_lse + parts, _finite(top) + _log2(total), mask=in_tile < HEADS)
+    tl.store(
+        partial_lse + parts,
+        _finite(top) + _log2(total),
+        mask=nth_head < HEADS_PER_GROUP,
+    )
     if READ_VALUES:
         out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         out_at = partial_out + parts[:, None] * HEAD_SIZE + dims[None, :]
@@ -198,9 +218,9 @@ def merge_splits(
     lse,
     value_scale,
     num_splits,
-    counts_s,
-    output_s,
-    output_h,
+    stride_counts_row,
+    stride_output_row,
+    stride_output_head,
     partial_splits,
     SPARSE: tl.constexpr,
     READ_VALUES: tl.constexpr,
@@ -219,8 +239,8 @@ def merge_splits(
     seq_len = tl.load(seq_lens + row)
     if seq_len < 0:
         return
-    chosen_by = head // HEADS_PER_SET
-    count = _count_blocks(counts, seq_len, row, chosen_by, counts_s, SPARSE, SIZE)
+    set_id = head // HEADS_PER_SET
+    count = _count_blocks(counts, seq_len, row, set_id, stride_counts_row, SPARSE, SIZE)
     per_split = _blocks_per_split(count, num_splits, MIN_BLOCKS, TILE_BLOCKS)
     used = tl.cdiv(count, per_split)
 
@@ -245,5 +265,5 @@ def merge_splits(
             parts = tl.load(at, mask=mask, other=0.0)
             acc += tl.sum(tl.exp2(part_lse - top)[:, None] * parts, 0)
         out = acc / tl.where(total == 0.0, 1.0, total) * value_scale
-        out_at = output + row * output_s + head * output_h + dims
+        out_at = output + row * stride_output_row + head * stride_output_head + dims
         tl.store(out_at, out.to(output.dtype.element_ty), mask=dims < HEAD_SIZE)

@@ -156,7 +156,7 @@ template <class T>
 void mma(T, float (&to)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emulation::multiply<T>(to, a, b0, b1);
 }
-template <int kAround>
+template <int kPrefetchBytes>
 void copy_async_16(char* to, const char* from, bool valid) {
   emulation::copy_async(to, from, valid);
 }

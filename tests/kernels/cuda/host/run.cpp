@@ -1,7 +1,8 @@
-// Runs one op on the emulation. Standard input: records of (name, bytes), each led by
-// its length; a tensor is its storage under its name and NAME.meta, the text
-// "dtype offset rank sizes... strides...". Standard output: "ok", and the storages of
-// the tensors in `outputs` in order; or the text of the exception.
+// Runs one op on the emulation. Standard input: records, each a name and bytes, both
+// preceded by their length. A tensor is two records: its storage under its name, and the
+// text "dtype device index offset rank sizes... strides..." under NAME.meta. Standard
+// output: "ok" and the storages of the tensors named in `outputs`, in that order; or the
+// text of the exception.
 #include <unistd.h>
 
 #include <cstdio>
@@ -9,6 +10,7 @@
 #include <iostream>
 #include <map>
 #include <memory>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 
@@ -59,43 +61,30 @@ tidal::TensorView tensor(const std::string& name) {
   return view;
 }
 
-void attend(const std::string& op) {
-  tidal::AttendArguments a;
-  a.query = tensor("query");
-  a.kv_cache = tensor("kv_cache");
-  a.block_table = tensor("block_table");
-  a.seq_lens = tensor("seq_lens");
-  a.lse = tensor("lse");
-  a.partial_lse = tensor("partial_lse");
-  a.scale = number("scale");
-  a.k_scale = number("k_scale");
-  a.select_block_size = integer("select_block_size");
-  tidal::TensorView output, partial_out, block_lse, topk_blocks, topk_lens;
-  if (has("block_lse")) a.block_lse = &(block_lse = tensor("block_lse"));
-  if (op == "score_blocks") return tidal::score_blocks(a);
-  a.output = &(output = tensor("output"));
-  a.partial_out = &(partial_out = tensor("partial_out"));
-  a.v_scale = number("v_scale");
-  if (op == "dense_decode") return tidal::dense_decode(a);
-  a.topk_blocks = &(topk_blocks = tensor("topk_blocks"));
-  a.topk_lens = &(topk_lens = tensor("topk_lens"));
-  tidal::sparse_decode(a);
+// Fills in each argument from the record of its name.
+struct FromRecords {
+  void operator()(const char* name, tidal::TensorView& to) const { to = tensor(name); }
+  template <class View>
+  void operator()(const char* name, std::optional<View>& to) const {
+    if (has(name)) static_cast<tidal::TensorView&>(to.emplace()) = tensor(name);
+  }
+  void operator()(const char* name, double& to) const { to = number(name); }
+  void operator()(const char* name, int64_t& to) const { to = integer(name); }
+};
+
+template <class Arguments>
+void call(void (*op)(const Arguments&)) {
+  Arguments arguments;
+  for_each_argument(arguments, FromRecords{});
+  op(arguments);
 }
 
-void select() {
-  tidal::SelectArguments a;
-  a.block_lse = tensor("block_lse");
-  a.lse = tensor("lse");
-  a.seq_lens = tensor("seq_lens");
-  a.topk_blocks = tensor("topk_blocks");
-  a.topk_lens = tensor("topk_lens");
-  a.mass = tensor("mass");
-  a.token_budget = integer("token_budget");
-  a.select_block_size = integer("select_block_size");
-  a.sink_tokens = integer("sink_tokens");
-  a.recent_tokens = integer("recent_tokens");
-  a.sparse_threshold = integer("sparse_threshold");
-  tidal::select_blocks(a);
+void run(const std::string& op) {
+  if (op == "dense_decode") return call(tidal::dense_decode);
+  if (op == "score_blocks") return call(tidal::score_blocks);
+  if (op == "sparse_decode") return call(tidal::sparse_decode);
+  if (op == "select_blocks") return call(tidal::select_blocks);
+  throw std::logic_error("no op " + op);
 }
 
 }  // namespace
@@ -111,12 +100,7 @@ int main() {
   try {
     tidal::emulation::set_schedule(static_cast<unsigned>(integer("schedule")));
     tidal::emulation::processors = static_cast<int>(integer("processors"));
-    const std::string op = text("op");
-    if (op == "select_blocks") {
-      select();
-    } else {
-      attend(op);
-    }
+    run(text("op"));
   } catch (const std::exception& error) {
     std::cout << error.what();
     return 0;

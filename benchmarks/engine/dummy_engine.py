@@ -1,0 +1,222 @@
+"""Decode steps of vLLM's whole engine on a GPU, dense and sparse, with dummy weights.
+
+Speed does not need weights that mean anything: a model of Llama 3.1 8B's shape decodes
+at full cost. Each engine has the GPU to itself, in a process of its own, and they take
+turns. What a step takes is the difference between long and short answers to prompts
+that are in the prefix cache already.
+
+Outputs are checked all the same: with a budget over the whole context and without
+graphs every token must be that of the dense engine.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+LLAMA_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+SHORT, LONG = 2, 66
+SMOKE_CASES = ["2x96"]
+CASES = ["16x32768", "64x8192", "6x131072", "1x131072", "64x1024"]
+MARK = "RESULT "
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run every case on every engine, print and keep the results."""
+    from benchmarks.machine import describe_run
+
+    if args.smoke:
+        args.cases, args.rounds = SMOKE_CASES, 1
+    with tempfile.TemporaryDirectory() as folder:
+        _write_model(Path(folder), TINY if args.smoke else LLAMA_8B)
+        exact = _check_exactness(folder, args)
+        print(f"budget over the context, no graphs: {exact}", flush=True)
+        for case in args.cases or CASES:
+            batch, context = map(int, case.split("x"))
+            steps = {"tidal": []} if args.smoke else {"dense": [], "tidal": []}
+            for _ in range(args.rounds):
+                for name, found in steps.items():
+                    done = _child(folder, args, name, batch, context)
+                    found.append(done)
+                    print(f"{case} {name}: {done['step_ms']} ms", flush=True)
+            if args.smoke:
+                continue  # it ran; its times mean nothing
+            times = {
+                name: statistics.median(run["step_ms"] for run in runs)
+                for name, runs in steps.items()
+            }
+            record = {
+                "benchmark": "decode_engine",
+                "weights": "dummy",
+                "model": "Llama 3.1 8B's shape",
+                "batch": batch,
+                "context": context,
+                "token_budget": args.token_budget,
+                "dense_backend": args.baseline,
+                "exactness": exact,
+                **{f"{name}_step_ms": found for name, found in times.items()},
+                "speedup": round(times["dense"] / times["tidal"], 3),
+                "runs": steps,
+                **describe_run("vllm", "tidal_vllm"),
+            }
+            print(f"{case}: {record['speedup']}x", flush=True)
+            if args.out:
+                with args.out.open("a") as out:
+                    out.write(json.dumps(record) + "\n")
+    return 0
+
+
+def _write_model(folder: Path, shape: dict) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        **shape,
+        max_position_embeddings=1 << 20,
+        architectures=["LlamaForCausalLM"],
+        bos_token_id=None,
+        eos_token_id=None,
+        dtype="bfloat16",
+    ).save_pretrained(folder)
+
+
+def _check_exactness(folder: str, args: argparse.Namespace) -> str:
+    """Compare greedy tokens; raise where they must be the same and are not."""
+    batch, context = (2, 48) if args.smoke else (4, 2048)
+    runs = {
+        name: _child(folder, args, name, batch, context, eager=True)["tokens"]
+        for name in ("dense", "exact")
+    }
+    if runs["dense"] != runs["exact"]:
+        raise SystemExit("budget over the context, yet other tokens than dense")
+    return f"{sum(map(len, runs['dense']))} tokens of {batch} sequences as dense"
+
+
+def _child(folder: str, args, engine: str, batch: int, context: int, eager=False):
+    job = {
+        "folder": folder,
+        "engine": engine,
+        "batch": batch,
+        "context": context,
+        "baseline": args.baseline,
+        "token_budget": args.token_budget,
+        "eager": eager or args.eager,
+        "smoke": args.smoke,
+        "kernels": args.kernels,
+    }
+    env = os.environ | {"VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
+    # The core in a process of its own, as users have it.
+    env["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(not args.smoke))
+    if args.runner:
+        env["VLLM_USE_V2_MODEL_RUNNER"] = str(int(args.runner == "v2"))
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.engine.dummy_engine", json.dumps(job)],
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    for line in done.stdout.splitlines():
+        if line.startswith(MARK):
+            return json.loads(line.removeprefix(MARK))
+    print(done.stdout[-8000:], flush=True)
+    raise SystemExit(f"the {engine} engine failed (exit status {done.returncode})")
+
+
+def run(job: dict) -> dict:
+    """One engine: tokens, and the time of a decode step from several pairs of runs."""
+    from vllm import LLM, SamplingParams
+
+    context, batch = job["context"], job["batch"]
+    longest = context + LONG + 16
+    layers = {"dense_layers": [0], "select_layers": [1]}
+    if not job["smoke"]:
+        layers = {"dense_layers": [0, 1], "select_layers": [2, 13]}
+    budget = 64 if job["smoke"] else job["token_budget"]
+    tidal = layers | {"token_budget": budget, "kernels": job["kernels"]}
+    if job["engine"] == "exact":
+        tidal["token_budget"] = -(-longest // 16) * 16
+    if job["engine"] == "dense" and job["baseline"] == "TIDAL":
+        tidal = {"select_layers": []}
+    more: dict = {"attention_backend": job["baseline"]}
+    if job["engine"] != "dense" or job["baseline"] == "TIDAL":
+        more = {"attention_backend": "TIDAL", "additional_config": {"tidal": tidal}}
+    if job["smoke"]:
+        more |= {"kv_cache_memory_bytes": 16 << 20, "block_size": 16}
+    llm = LLM(
+        job["folder"],
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype="float32" if job["smoke"] else "bfloat16",
+        max_model_len=longest,
+        max_num_seqs=batch,
+        enforce_eager=job["eager"],
+        gpu_memory_utilization=0.92,
+        seed=0,
+        **more,
+    )
+    vocab = 500 if job["smoke"] else 128000
+    prompts = [
+        {
+            "prompt_token_ids": [
+                (7919 * i + 31 * j + i * j) % vocab for j in range(context)
+            ]
+        }
+        for i in range(batch)
+    ]
+
+    def answer(tokens: int) -> tuple[float, list[list[int]]]:
+        params = SamplingParams(
+            max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False
+        )
+        begun = time.perf_counter()
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        spent = time.perf_counter() - begun
+        return spent, [list(output.outputs[0].token_ids) for output in outputs]
+
+    answer(SHORT)  # the prompts into the prefix cache
+    steps, tokens = [], None
+    for _ in range(1 if job["smoke"] else 3):
+        short, _ = answer(SHORT)
+        long, tokens = answer(LONG)
+        steps.append(round(1e3 * (long - short) / (LONG - SHORT), 4))
+    counters = llm.collective_rpc(_counters) if job["engine"] != "dense" else None
+    return {
+        "step_ms": statistics.median(steps),
+        "steps_ms": steps,
+        "tokens": tokens,
+        "counters": counters,
+    }
+
+
+def _counters(worker) -> dict:
+    from tidal_vllm.engine.metrics import worker_counters
+
+    return worker_counters(worker)
+
+
+if __name__ == "__main__":
+    # NOTE: counters are asked for by a function, which travels as a pickle.
+    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    print(MARK + json.dumps(run(json.loads(sys.argv[1]))), flush=True)

@@ -1,0 +1,183 @@
+"""Dense decode attention of others, on the same paged KV cache, in the same process.
+
+Each maker returns a call that launches one decode and returns its output; it raises
+whatever keeps it from running here, which the benches print as the reason.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+
+from benchmarks.kernels.paged_case import Case
+
+Call = Callable[[], torch.Tensor]
+
+
+def split_cache(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V, each `[num_blocks, block_size, num_kv_heads, head_size]`, as views."""
+    return case.kv_cache.transpose(1, 2).split(case.shape.head_size, -1)
+
+
+def flash_attn(case: Case) -> Call:
+    """vLLM's FLASH_ATTN, with the ahead-of-time schedule of its metadata builder."""
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+    from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
+
+    version, shape = get_flash_attn_version(head_size=case.shape.head_size), case.shape
+    if version is None:
+        raise RuntimeError("vLLM's FlashAttention does not load here")
+    key, value = split_cache(case)
+    starts = torch.arange(case.batch + 1, dtype=torch.int32, device=key.device)
+    output, schedule = torch.empty_like(case.query), None
+    if version == 3:
+        schedule = get_scheduler_metadata(
+            batch_size=case.batch,
+            max_seqlen_q=1,
+            max_seqlen_k=case.context,
+            num_heads_q=shape.num_heads,
+            num_heads_kv=shape.num_kv_heads,
+            headdim=shape.head_size,
+            cache_seqlens=case.seq_lens,
+            qkv_dtype=case.query.dtype,
+            cu_seqlens_q=starts,
+            page_size=shape.block_size,
+            causal=True,
+            num_splits=32,  # vLLM's bound under CUDA graphs
+        )
+
+    def run() -> torch.Tensor:
+        flash_attn_varlen_func(
+            q=case.query,
+            k=key,
+            v=value,
+            out=output,
+            cu_seqlens_q=starts,
+            max_seqlen_q=1,
+            seqused_k=case.seq_lens,
+            max_seqlen_k=case.context,
+            softmax_scale=case.scale,
+            causal=True,
+            block_table=case.block_table,
+            scheduler_metadata=schedule,
+            fa_version=version,
+            num_splits=32 if version == 3 else 0,
+        )
+        return output
+
+    return run
+
+
+def triton_attn(case: Case) -> Call:
+    """vLLM's TRITON_ATTN, as its impl calls it for a batch of decodes."""
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+    key, value = split_cache(case)
+    shape, device = case.shape, key.device
+    starts = torch.arange(case.batch + 1, dtype=torch.int32, device=device)
+    output = torch.empty_like(case.query)
+    # What TritonAttentionMetadataBuilder allocates.
+    threshold, segments = 128 // shape.num_kv_heads, 16
+    parts = (threshold, shape.num_heads, segments)
+
+    def run() -> torch.Tensor:
+        unified_attention(
+            q=case.query,
+            k=key,
+            v=value,
+            out=output,
+            cu_seqlens_q=starts,
+            max_seqlen_q=1,
+            seqused_k=case.seq_lens,
+            max_seqlen_k=case.context,
+            softmax_scale=case.scale,
+            causal=True,
+            window_size=(-1, -1),
+            block_table=case.block_table,
+            softcap=0,
+            q_descale=None,
+            k_descale=ones,
+            v_descale=ones,
+            seq_threshold_3D=threshold,
+            num_par_softmax_segments=segments,
+            softmax_segm_output=scratch.out,
+            softmax_segm_max=scratch.top,
+            softmax_segm_expsum=scratch.total,
+        )
+        return output
+
+    ones = torch.ones((), device=device).expand(case.batch, shape.num_kv_heads)
+    scratch = SimpleNamespace(
+        out=torch.empty(*parts, shape.head_size, device=device),
+        top=torch.empty(parts, device=device),
+        total=torch.empty(parts, device=device),
+    )
+    return run
+
+
+def xformers_split_k(case: Case) -> Call:
+    """xformers' Triton split-K decode over pages."""
+    from xformers.ops import fmha
+
+    bias = fmha.attn_bias
+    shape, size = case.shape, case.shape.block_size
+    per_row = case.block_table.shape[1]
+    paged = bias.BlockDiagonalPaddedKeysMask.from_seqlens(
+        q_seqlen=[1] * case.batch,
+        kv_seqlen=case.seq_lens.tolist(),
+        kv_padding=per_row * size,
+    ).make_paged(case.block_table, size, bias.PagedBlockDiagonalPaddedKeysMask)
+    groups = shape.num_heads // shape.num_kv_heads
+    key, value = (
+        part.reshape(1, -1, shape.num_kv_heads, 1, shape.head_size).expand(
+            -1, -1, -1, groups, -1
+        )
+        for part in split_cache(case)
+    )
+    query = case.query.view(1, case.batch, shape.num_kv_heads, groups, -1)
+
+    def run() -> torch.Tensor:
+        output = fmha.memory_efficient_attention_forward(
+            *(query, key, value, paged), scale=case.scale, op=fmha.triton_splitk.FwOp
+        )
+        return output.view(case.query.shape)
+
+    return run
+
+
+def flashinfer(case: Case) -> Call:
+    """FlashInfer's paged decode on tensor cores; compiles itself on first use."""
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+    shape, device = case.shape, case.query.device
+    buffer = torch.empty(256 << 20, dtype=torch.uint8, device=device)
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(buffer, "NHD", use_tensor_cores=True)
+    per_row = case.block_table.shape[1]
+    starts = torch.arange(case.batch + 1, dtype=torch.int32, device=device) * per_row
+    wrapper.plan(
+        starts,
+        case.block_table.flatten(),
+        (case.seq_lens - 1) % shape.block_size + 1,
+        shape.num_heads,
+        shape.num_kv_heads,
+        shape.head_size,
+        shape.block_size,
+        q_data_type=case.query.dtype,
+        kv_data_type=case.kv_cache.dtype,
+        sm_scale=case.scale,
+    )
+    key, value = split_cache(case)
+    return lambda: wrapper.run(case.query, (key, value))
+
+
+DENSE = {
+    "vllm FLASH_ATTN": flash_attn,
+    "vllm TRITON_ATTN": triton_attn,
+    "xformers split-K": xformers_split_k,
+}
+
+
+def dense_baselines(case: Case, with_flashinfer: bool = False) -> dict[str, Callable]:
+    """Makers by name. FlashInfer only if asked: it may compile for minutes."""
+    more = {"FlashInfer": flashinfer} if with_flashinfer else {}
+    return {name: lambda make=make: make(case) for name, make in (DENSE | more).items()}

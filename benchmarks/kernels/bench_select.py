@@ -1,0 +1,129 @@
+r"""How long does choosing take, beside the top-k of others?
+
+    python -m benchmarks.kernels.bench_select --out benchmarks/results/gpu.jsonl
+
+`select_blocks` from `block_lse` of random attention: pool over heads, force, top-k,
+sort. Rivals get the pooled mass ready-made and only find the top-k: `torch.topk`, and
+vLLM's `top_k_per_row_decode`. The sets are checked against the reference before timing.
+"""
+
+import sys
+from types import SimpleNamespace
+
+import torch
+
+from benchmarks.kernels import timing
+from benchmarks.kernels.paged_case import Shape, kernels_here, rule_of
+from tidal_vllm.kernels import reference
+from tidal_vllm.plan.rule import num_sets
+
+# Rows, context, budget, selection block, target in us (issue: H200, scope sequence).
+SMOKE = [(2, 96, 32, 8, None)]
+SIZES = [
+    (16, 65536, 4096, 16, 15),
+    (64, 131072, 4096, 16, 30),
+    (16, 131072, 4096, 16, None),
+    (64, 32768, 4096, 16, None),
+    (1, 131072, 4096, 16, None),
+    (16, 131072, 4096, 1, None),
+]
+
+
+def make_scores(batch: int, heads: int, context: int, size: int, device):
+    """block_lse and lse of scores with a few heavy blocks, as attention has."""
+    num_blocks = -(-context // size)
+    scores = torch.randn(batch, heads, num_blocks, device=device) * 2
+    block_lse = scores + torch.log(torch.tensor(float(size)))
+    return block_lse, block_lse.logsumexp(-1)
+
+
+def run(bench, shape: Shape, rows, context, budget, size, target, args) -> None:
+    about = {
+        "rows": rows,
+        "context": context,
+        "token_budget": budget,
+        "select_block_size": size,
+        "num_heads": shape.num_heads,
+    }
+    print(f"{rows} rows of {context}, block {size}, budget {budget}", flush=True)
+    block_lse, lse = make_scores(rows, shape.num_heads, context, size, bench.device)
+    lens = torch.full((rows,), context, dtype=torch.int32, device=bench.device)
+    rule, kept = rule_of(budget, size), budget // size
+    pooled = (block_lse - lse[..., None]).exp().sum(1)
+    for name, call in _rivals(pooled, lens // size, kept).items():
+        try:
+            bench.add(about, name, bench.time_us(call), pooled.nbytes)
+        except Exception as error:  # not on this machine
+            bench.skip(about, name, error)
+    for kernels in kernels_here(bench, shape, args.kernels):
+        for scope in args.scopes:
+            sets = num_sets(scope, shape.num_heads, shape.num_kv_heads)
+            # What dense_decode would have left.
+            workspace = kernels.allocate_workspace(
+                *(rows, shape.num_heads, sets, shape.head_size),
+                *(block_lse.shape[2], bench.device),
+            )
+            if kernels.name == "reference":
+                workspace.block_lse, workspace.lse = block_lse, lse
+            else:
+                workspace.block_lse.copy_(block_lse)
+                workspace.lse.copy_(lse)
+            found = _result(rows, sets, kept, bench.device)
+
+            def select(found=found, workspace=workspace, kernels=kernels):
+                kernels.select_blocks(
+                    lens, rule=rule, workspace=workspace, **vars(found)
+                )
+
+            select()
+            wanted = _result(rows, sets, kept, bench.device)
+            reference.select_blocks(block_lse, lse, lens, rule=rule, **vars(wanted))
+            same = (found.topk_blocks == wanted.topk_blocks).float().mean().item()
+            # Sums in another order: blocks at the edge may change places.
+            assert same > 0.99, f"only {same:.1%} of the blocks are the reference's"
+            case = about | {"scope": scope, "target_us": target}
+            case |= {"same_as_reference": same}
+            num_bytes = block_lse.nbytes
+            times = bench.time_us(select)
+            bench.add(case, f"tidal {kernels.name}, {scope}", times, num_bytes)
+
+
+def _result(rows: int, sets: int, kept: int, device) -> SimpleNamespace:
+    return SimpleNamespace(
+        topk_blocks=torch.full((rows, sets, kept), -1, dtype=torch.int32).to(device),
+        topk_lens=torch.zeros(rows, sets, dtype=torch.int32, device=device),
+    )
+
+
+def _rivals(pooled: torch.Tensor, counts: torch.Tensor, kept: int) -> dict:
+    indices = torch.empty(
+        pooled.shape[0], kept, dtype=torch.int32, device=pooled.device
+    )
+
+    def vllm_top_k():
+        from vllm import _custom_ops
+
+        rows = pooled.shape[0]
+        _custom_ops.top_k_per_row_decode(
+            pooled, 1, counts, indices, rows, pooled.stride(0), 1, kept
+        )
+
+    return {
+        "torch.topk": lambda: pooled.topk(kept, sorted=False),
+        "vllm top_k_per_row_decode": vllm_top_k,
+    }
+
+
+def main() -> int:
+    parser = timing.parser(__doc__)
+    parser.add_argument("--scopes", nargs="+", default=["sequence", "kv_head"])
+    args = parser.parse_args()
+    bench = timing.start("select_blocks", args)
+    shape = Shape(4, 2, 32, dtype=args.dtype) if args.smoke else Shape()
+    for size in SMOKE if args.smoke else SIZES:
+        run(bench, shape, *size, args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

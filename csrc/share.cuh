@@ -1,0 +1,90 @@
+// Which part of the work a thread block does: up to 16 query heads of one row, and one
+// split of the row's entries. params.h says what a row, an entry and a split are.
+#pragma once
+
+#include "params.h"
+#include "primitives.cuh"
+
+namespace tidal {
+
+// The entries of a row that attends to all its tokens.
+struct DenseEntries {
+  int count;
+
+  // The position of an entry in the sequence, or -1 where there is no such token.
+  TIDAL_DEVICE int position(int entry) const {
+    return entry < count ? entry : -1;
+  }
+};
+
+// The entries of a row that attends to its chosen blocks, in the order of the list.
+struct SparseEntries {
+  int count;
+  const int* blocks;
+  int block_size;  // of a selection block
+  int seq_len;
+
+  TIDAL_DEVICE int position(int entry) const {
+    if (entry >= count) return -1;
+    const int position = blocks[entry / block_size] * block_size + entry % block_size;
+    return position < seq_len ? position : -1;
+  }
+};
+
+// A thread block's share of the work.
+struct Share {
+  int row;
+  int seq_len;
+  int first_head;
+  int num_heads;  // at most kTileHeads
+  int split;
+  RowSplits splits;
+  int begin, end;  // entries
+  int grain;       // entries that one warp takes in one go: a multiple of kTileTokens
+
+  // The first entry of the i-th tile of a warp; it grows with i.
+  TIDAL_DEVICE int tile_begin(int warp, int warps, int i) const {
+    if (grain == kTileTokens) return begin + (i * warps + warp) * kTileTokens;
+    const int tiles = grain / kTileTokens;
+    return begin + (i / tiles * warps + warp) * grain + i % tiles * kTileTokens;
+  }
+};
+
+// The number of entries of a row for a query head: its tokens, or those of the blocks
+// chosen for that head, even where the last block reaches past the sequence.
+TIDAL_DEVICE int count_entries(const AttendParams& p, int row, int head, int seq_len) {
+  if (seq_len <= 0) return 0;
+  if (p.topk_lens == nullptr) return seq_len;
+  return p.topk_lens[row * p.topk_lens_row_stride + head / p.heads_per_set] *
+         p.select_block_size;
+}
+
+// Where block_lse is wanted, one warp takes a whole selection block, to sum it up.
+TIDAL_DEVICE int grain_of(const AttendParams& p) {
+  return p.block_lse ? larger(kTileTokens, p.select_block_size) : kTileTokens;
+}
+
+// Grid: (units times tiles_per_unit, splits, rows).
+TIDAL_DEVICE Share find_share(const AttendParams& p) {
+  const int unit = block_x() / p.tiles_per_unit, tile = block_x() % p.tiles_per_unit;
+  Share share;
+  share.row = block_z();
+  share.seq_len = p.seq_lens[share.row];
+  share.first_head = unit * p.heads_per_unit + tile * kTileHeads;
+  share.num_heads = smaller(kTileHeads, p.heads_per_unit - tile * kTileHeads);
+  share.split = block_y();
+  share.grain = grain_of(p);
+  const int entries = count_entries(p, share.row, share.first_head, share.seq_len);
+  share.splits = split_row(entries, share.grain, p.splits, p.min_split_tokens);
+  share.begin = share.split * share.splits.entries_each;
+  share.end = smaller(entries, share.begin + share.splits.entries_each);
+  return share;
+}
+
+// Whether a thread block has anything to write. The first split of an empty row has: it
+// writes zeros. A row that is left out has nothing.
+TIDAL_DEVICE bool has_work(const Share& share) {
+  return share.seq_len >= 0 && share.split < larger(share.splits.used, 1);
+}
+
+}  // namespace tidal

@@ -1,0 +1,145 @@
+"""What each method computes, against its definition in plain Python."""
+
+import math
+
+import pytest
+import torch
+
+from tidal_vllm.kernels import DecodeArgs, choose
+from tidal_vllm.methods.lessismore import merge_rankings
+from tidal_vllm.methods.quest import Quest, share_scores, upper_bounds
+from tidal_vllm.methods.sliding_window import SlidingWindow
+from tidal_vllm.plan.rule import SelectionRule
+
+KV_BLOCK, SIZE, NUM_KV_HEADS, HEAD_SIZE = 8, 4, 2, 3
+CPU = choose("cpu", head_size=HEAD_SIZE, dtype=torch.float32)
+
+
+def rule_of(budget, size, sinks=0, recent=1, threshold=0):
+    return SelectionRule(
+        token_budget=budget,
+        select_block_size=size,
+        sink_tokens=sinks,
+        recent_tokens=recent,
+        sparse_threshold=threshold,
+    )
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class TestMergedRankings:
+    @pytest.mark.parametrize("seed", range(20))
+    @pytest.mark.parametrize(("num_sets", "num_heads"), [(1, 4), (2, 3), (5, 1)])
+    def test_first_choices_of_all_heads_then_second_ones(
+        self, seed, num_sets, num_heads
+    ):
+        """Ties, NaN and -inf among them."""
+        rule, seq_len = rule_of(24, 2, sinks=3, recent=5), 41
+        scores = random(num_sets, num_heads, 21, seed=seed).mul(2).round()
+        scores[0, 0, 7], scores[-1, -1, 9] = math.nan, -math.inf
+        forced, room = rule.forced_blocks(seq_len), 12 - len(rule.forced_blocks(41))
+        assert len(forced) == 5
+        found = merge_rankings(scores, seq_len, rule)
+        for of_set, mass in zip(scores.tolist(), found, strict=True):
+            lists = []
+            for head in of_set:
+                weight = [-math.inf if math.isnan(x) else x for x in head]
+                free = [b for b in range(21) if b not in forced]
+                lists.append(sorted(free, key=lambda b, w=weight: -w[b])[:room])
+            merged = list(dict.fromkeys(b for r in zip(*lists, strict=True) for b in r))
+            assert (
+                mass.argsort(descending=True, stable=True).tolist()[:room]
+                == (merged[:room])
+            )
+
+    def test_a_budget_that_is_forced_has_no_room(self):
+        rule = rule_of(8, 2, sinks=2, recent=5)
+        assert (merge_rankings(random(1, 2, 15), 30, rule) == -math.inf).all()
+
+
+class TestBounds:
+    def test_are_the_best_that_any_corner_of_the_box_scores(self):
+        query, keys = random(4, HEAD_SIZE, seed=1), random(5, 6, 2, HEAD_SIZE, seed=2)
+        low, high = keys.amin(1), keys.amax(1)  # [blocks, kv_heads, D]
+        found = upper_bounds(query, torch.stack((low, high), 2))
+        for head in range(4):
+            for block in range(5):
+                pairs = zip(
+                    query[head].tolist(),
+                    low[block, head // 2].tolist(),
+                    high[block, head // 2].tolist(),
+                    strict=True,
+                )
+                wanted = sum(max(q * a, q * b) for q, a, b in pairs)
+                assert found[head, block].item() == pytest.approx(wanted, abs=1e-5)
+                scores = keys[block, :, head // 2] @ query[head]
+                assert found[head, block] >= scores.max() - 1e-5
+
+    def test_heads_of_a_set_weigh_alike(self):
+        """By the sum of their softmax; far below the best, the order stays."""
+        scores = random(4, 30, seed=3) * torch.tensor([1.0, 40.0, 3.0, 0.1])[:, None]
+        found = share_scores(scores, num_sets=2)
+        wanted = scores.double().softmax(1).view(2, 2, 30).sum(1).log()
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-4)
+        assert torch.equal(share_scores(1e4 * scores, 4), 1e4 * scores)
+
+
+class TestBoundsOfWrittenKeys:
+    """KV blocks with owners that change, written in pieces, rewound and re-used."""
+
+    @pytest.mark.parametrize("layout", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)])
+    def test_follow_the_cache(self, layout):
+        shape = (6, NUM_KV_HEADS, KV_BLOCK, 2 * HEAD_SIZE)
+        stored = torch.full([shape[i] for i in layout], math.nan)
+        cache = stored.permute([layout.index(i) for i in range(4)])
+        quest = Quest(CPU, rule_of(8, SIZE), attends_to_chosen=True)
+        steps = [
+            ([0, 5], 0, 13),  # a prompt, in two KV blocks
+            ([0, 5], 13, 14),
+            ([2], 0, 3),
+            ([0, 5], 14, 15),
+            ([0, 5], 9, 12),  # a rewind, of which 12.. follows later
+            ([2], 3, 8),
+            ([5, 1], 0, 10),  # block 5 has another owner now
+        ]
+        for nth, (blocks, first, end) in enumerate(steps):
+            position = torch.arange(first, end)
+            slots = torch.tensor(blocks)[position // KV_BLOCK] * KV_BLOCK
+            slots += position % KV_BLOCK
+            kv = random(end - first, NUM_KV_HEADS, 2 * HEAD_SIZE, seed=nth)
+            cache.transpose(1, 2)[slots // KV_BLOCK, slots % KV_BLOCK] = kv
+            padded = torch.cat((slots, torch.tensor([-1, -1])))
+            quest.keys_written("layer", cache, padded)
+            for b in range(first // SIZE, -(-end // SIZE)):
+                physical = blocks[b * SIZE // KV_BLOCK]
+                inside = b * SIZE % KV_BLOCK
+                written = min(end - b * SIZE, SIZE)
+                keys = cache[physical, :, inside : inside + written, :HEAD_SIZE]
+                bounds = quest.bounds["layer"][physical * 2 + inside // SIZE]
+                assert torch.equal(bounds[:, 0], keys.amin(1))
+                assert torch.equal(bounds[:, 1], keys.amax(1))
+        assert quest.nbytes == 6 * 2 * NUM_KV_HEADS * 2 * HEAD_SIZE * 4
+
+
+def test_a_sliding_window_keeps_sinks_and_the_newest():
+    rule = rule_of(12, 4, sinks=4, recent=3)
+    topk_blocks = torch.full((4, 2, 3), 77, dtype=torch.int32)
+    topk_lens = torch.full((4, 2), 77, dtype=torch.int32)
+    args = DecodeArgs(
+        query=torch.zeros(4, 2, 4),
+        kv_cache=torch.zeros(1, 1, 4, 8),
+        block_table=torch.zeros(4, 1, dtype=torch.int32),
+        output=torch.zeros(4, 2, 4),
+        scale=1.0,
+        topk_blocks=topk_blocks,
+        topk_lens=topk_lens,
+    )
+    lens = torch.tensor([41, 12, -1, 0], dtype=torch.int32)
+    SlidingWindow(CPU, rule, attends_to_chosen=True).select("layer", args, lens)
+    assert topk_blocks[0].tolist() == [[0, 9, 10]] * 2
+    assert topk_blocks[1].tolist() == [[0, 1, 2]] * 2
+    assert (topk_blocks[2] == 77).all() and (topk_lens[2] == 77).all()
+    assert topk_lens[:2].tolist() == [[3, 3]] * 2
+    assert topk_lens[3].tolist() == [0, 0]

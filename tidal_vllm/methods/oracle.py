@@ -1,0 +1,12 @@
+"""The oracle: every layer chooses by its own exact attention mass."""
+
+from tidal_vllm.methods.tidaldecode import TidalDecode
+
+
+class Oracle(TidalDecode):
+    """The best that a budget allows, as the oracle top-k of arXiv 2410.05076, figure 2.
+
+    Each layer scores all keys, as `TidalDecode` does, and attends to its own choice.
+    It reads half of what dense attention reads, so it is there to be compared with:
+    what a method loses against it, better choosing could win back.
+    """

@@ -1,0 +1,107 @@
+"""Quest: blocks by an upper bound of their keys' scores, in every layer."""
+
+import torch
+
+from tidal_vllm.kernels import DecodeArgs
+from tidal_vllm.kernels.reference import top_blocks
+from tidal_vllm.methods.base import Method
+
+
+class Quest(Method):
+    """Quest, arXiv 2406.10774: what a page's keys can score at most decides.
+
+    Each layer keeps, for every selection block and KV head, the elementwise minimum and
+    maximum of the block's keys. No key of a block scores more than
+
+        bound[head, block] = sum over d: max(q[d] * low[d], q[d] * high[d]),
+
+    and the blocks of the highest bounds are kept. Heads that share a set add up their
+    softmax over the bounds, so that they weigh alike; a head with a set of its own is
+    ranked by its bounds alone, as in the paper.
+
+    The bounds belong to physical blocks, as the KV does: they are right for whatever
+    sequence holds a block, after preemption, re-use and prefix-cache hits. Written are
+    those of a block of which keys were written, from its first key to the last one
+    written: within a sequence keys are written in order, so what stands behind that one
+    is of an earlier owner, or of a draft that was not accepted.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.bounds: dict[str, torch.Tensor] = {}
+        """By layer: `[num_kv_blocks * blocks of a KV block, num_kv_heads, 2,
+        head_size]`, the lowest and the highest of a selection block's keys."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(bounds.nbytes for bounds in self.bounds.values())
+
+    def keys_written(
+        self, layer_name: str, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        bounds = self._bounds_of(layer_name, kv_cache)
+        size = self.rule.select_block_size
+        slots = slot_mapping[slot_mapping >= 0]
+        blocks, nth = (slots // size).unique(return_inverse=True)
+        last = torch.zeros_like(blocks).scatter_reduce(0, nth, slots % size, "amax")
+        per_block = kv_cache.shape[2] // size
+        keys = kv_cache[..., : kv_cache.shape[3] // 2].unflatten(2, (per_block, size))
+        keys = keys[
+            blocks // per_block, :, blocks % per_block
+        ]  # [blocks, heads, size, D]
+        beyond = torch.arange(size, device=slots.device) > last[:, None]
+        beyond = beyond[:, None, :, None]
+        bounds[blocks, :, 0] = keys.masked_fill(beyond, torch.inf).amin(2)
+        bounds[blocks, :, 1] = keys.masked_fill(beyond, -torch.inf).amax(2)
+
+    def _bounds_of(self, layer_name: str, kv_cache: torch.Tensor) -> torch.Tensor:
+        """The bounds of a layer, made when its first keys are written."""
+        if layer_name not in self.bounds:
+            num_kv_blocks, num_kv_heads, block_size, width = kv_cache.shape
+            num_blocks = num_kv_blocks * (block_size // self.rule.select_block_size)
+            shape = (num_blocks, num_kv_heads, 2, width // 2)
+            self.bounds[layer_name] = kv_cache.new_zeros(shape)
+        return self.bounds[layer_name]
+
+    def select(self, layer_name: str, args: DecodeArgs, seq_lens: torch.Tensor) -> None:
+        rule, num_sets = self.rule, args.topk_blocks.shape[1]
+        longest = max(rule.num_blocks(int(seq_lens.max())), 0)
+        mass = args.query.new_zeros(
+            (args.query.shape[0], num_sets, longest), dtype=torch.float32
+        )
+        per_block = args.kv_cache.shape[2] // rule.select_block_size
+        for row, seq_len in enumerate(seq_lens.tolist()):
+            if seq_len > rule.keep_all_len:
+                total = rule.num_blocks(seq_len)
+                nth = torch.arange(total, device=args.query.device)
+                physical = args.block_table[row, nth // per_block].long() * per_block
+                bounds = self.bounds[layer_name][physical + nth % per_block]
+                scores = args.scale * upper_bounds(args.query[row], bounds)
+                mass[row, :, :total] = share_scores(scores, num_sets)
+        top_blocks(args, seq_lens, rule, mass)
+
+
+def upper_bounds(query: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """What the keys of each block score at most, before scaling.
+
+    Args:
+        query: `[num_heads, head_size]`.
+        bounds: `[num_blocks, num_kv_heads, 2, head_size]`, lowest and highest keys.
+
+    Returns:
+        `[num_heads, num_blocks]` fp32.
+    """
+    q = query.float().unflatten(0, (bounds.shape[1], -1))  # [kv_heads, group, D]
+    low, high = bounds.float().permute(2, 1, 3, 0)  # [kv_heads, D, num_blocks]
+    # max(q * low, q * high) is q * high where q is positive, else q * low.
+    found = q.clamp(min=0) @ high + q.clamp(max=0) @ low
+    return found.flatten(0, 1)
+
+
+def share_scores(scores: torch.Tensor, num_sets: int) -> torch.Tensor:
+    """One weight per set and block, of `[num_heads, num_blocks]` scores."""
+    by_set = scores.unflatten(0, (num_sets, -1))
+    if by_set.shape[1] == 1:
+        return by_set[:, 0]
+    # In logarithms, so that blocks far below the best keep their order.
+    return by_set.log_softmax(2).logsumexp(1)

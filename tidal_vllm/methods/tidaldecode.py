@@ -1,0 +1,23 @@
+"""TidalDecode: blocks of the most attention mass, chosen in few layers."""
+
+import torch
+
+from tidal_vllm.kernels import DecodeArgs
+from tidal_vllm.methods.base import Method
+
+
+class TidalDecode(Method):
+    """TidalDecode, arXiv 2410.05076: what matters to one layer matters to the next.
+
+    Few layers look at the whole KV cache and choose; the layers behind each of them
+    attend to what it chose. The mass of a block is the post-softmax attention of a
+    set's heads to its tokens,
+
+        mass[set, block] = sum over heads of the set: exp(block_lse - lse),
+
+    so heads weigh alike, and a set holds the most attention that its size allows.
+    """
+
+    def select(self, layer_name: str, args: DecodeArgs, seq_lens: torch.Tensor) -> None:
+        self.score_by_attention(args, seq_lens)
+        self.kernels.ops.select_blocks(args, seq_lens, self.rule)
