@@ -135,7 +135,7 @@ def _describe_kernels() -> Seen:
     from tidal_vllm.kernels import describe
 
     kernels = describe(torch.device(current_platform.device_type))
-    return Seen(kernels.why, kernels.advice)
+    return Seen(kernels.reason, kernels.advice)
 
 
 def _build_config() -> Seen:

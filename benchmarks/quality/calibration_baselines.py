@@ -44,8 +44,8 @@ RESULTS = Path(__file__).parents[1] / "results" / "calibration_baselines.jsonl"
 CONFIG = TidalConfig(token_budget=128)
 CONTEXT, PROMPTS = 1000, 4
 FIRST_SELECT = 2
-# Standard deviation of a distractor's scores is 0.6 times this: neither uniform nor
-# sharp.
+# The scores of a distractor have 0.6 times this standard deviation: they are neither
+# uniform nor sharp.
 DISTRACTION = 3.0
 
 

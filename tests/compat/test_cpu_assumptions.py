@@ -15,14 +15,11 @@ from vllm.model_executor.layers.fused_moe.oracle.unquantized import (
 from vllm.model_executor.models import registry
 from vllm.platforms import current_platform
 
+from tests.support.signatures import parameters
 from tidal_vllm.cpu.lora import TidalPunicaWrapper
 from tidal_vllm.cpu.moe import TidalCpuExperts, topk_sigmoid, topk_softmax
 
 pytestmark = pytest.mark.compat
-
-
-def parameters(function):
-    return list(inspect.signature(function).parameters)
 
 
 class TestCpuRefusals:

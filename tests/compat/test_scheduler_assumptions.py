@@ -14,13 +14,11 @@ from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2ModelRunner
 
+from tests.support.signatures import parameters
+
 pytestmark = pytest.mark.compat
 
 VLLM_0_32 = version("vllm").startswith("0.32.")
-
-
-def parameters(function):
-    return list(inspect.signature(function).parameters)
 
 
 @pytest.mark.parametrize(

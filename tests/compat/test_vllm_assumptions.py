@@ -40,6 +40,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from tests.support.engines import runner
 from tests.support.models import NUM_LAYERS, ROLES
+from tests.support.signatures import parameters
 from tidal_vllm.engine import backend as backend_module
 from tidal_vllm.engine.attention import TidalImpl
 from tidal_vllm.engine.backend import TidalBackend
@@ -49,10 +50,6 @@ from tidal_vllm.plugin import register
 from tidal_vllm.versions import unsupported_vllm
 
 pytestmark = pytest.mark.compat
-
-
-def parameters(function):
-    return list(inspect.signature(function).parameters)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from tests.support.engines import runner
 from tests.support.models import ROLES
+from tests.support.signatures import parameters
 from tidal_vllm.cpu.platform import TidalCpuPlatform
 from tidal_vllm.cpu.worker import (
     TidalCpuModelRunner,
@@ -29,10 +30,6 @@ from tidal_vllm.engine import support
 from tidal_vllm.engine.backend import TidalBackend
 
 pytestmark = pytest.mark.compat
-
-
-def parameters(function):
-    return list(inspect.signature(function).parameters)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from vllm.lora.request import LoRARequest
 from tests.support.asking import sampling_params
 from tests.support.drifting import EXACT, NUM_LAYERS
 from tests.support.models import random_prompt
+from tests.support.transformers_greedy import greedy
 from tests.support.watching import correcting
 
 RANK = 8
@@ -38,14 +39,8 @@ class Adapter:
     merged: LlamaForCausalLM
 
     def answer(self, prompt: list[int]) -> list[int]:
-        output = self.merged.generate(
-            torch.tensor([prompt]),
-            max_new_tokens=MAX_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        return output[0, len(prompt) :].tolist()
+        (tokens,) = greedy(self.merged, [prompt], MAX_TOKENS)
+        return tokens
 
     def prompt_logprobs(self, prompt: list[int]) -> torch.Tensor:
         with torch.no_grad():

@@ -11,6 +11,7 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from tests.support.engines import engine_kwargs
 from tests.support.models import ROLES, build_random_model, random_prompt
 from tests.support.processes import run_child
+from tests.support.transformers_greedy import greedy
 from tidal_vllm.cpu import moe as cpu_moe
 
 # What each stands for: softmax whose weights are made to add up to one; softmax as it
@@ -68,17 +69,7 @@ def given(tmp_path_factory, jobs) -> dict[str, list[list[int]]]:
 def test_answers_are_those_of_transformers(jobs, given, family):
     job = jobs[family]
     model = AutoModelForCausalLM.from_pretrained(job["kwargs"]["model"]).eval()
-    wanted = [
-        model.generate(
-            torch.tensor([prompt]),
-            max_new_tokens=MAX_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )[0, len(prompt) :].tolist()
-        for prompt in job["prompts"]
-    ]
-    assert given[family] == wanted
+    assert given[family] == greedy(model, job["prompts"], MAX_TOKENS)
 
 
 @pytest.mark.parametrize("case", ["all here", "half elsewhere", "weighted inputs"])

@@ -57,7 +57,7 @@ def test_what_pollutes(query_len, num_computed, num_prompt, polluted):
 )
 def test_what_pollutes_with_drafts(query_len, num_computed, num_prompt, polluted):
     request = (query_len, num_computed, num_prompt)
-    assert pollutes(PLAN, rule(), *request, longest_query=3) is polluted
+    assert pollutes(PLAN, rule(), *request, max_decode_query_len=3) is polluted
 
 
 @pytest.mark.parametrize(

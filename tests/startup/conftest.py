@@ -1,77 +1,13 @@
-"""What vLLM makes of arguments, in this process and before any other is started."""
+"""What came of starting small engines, each with arguments of its own."""
 
 import json
-import logging
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.support import start_engines
 from tests.support.model_configs import write_model
 from tests.support.processes import INTERPRETER, run
-
-
-@pytest.fixture(scope="package", autouse=True)
-def inspect_models_here(vllm_here) -> None:
-    """All of these tests may meet a new architecture."""
-
-
-@pytest.fixture(scope="session")
-def model_root(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
-@pytest.fixture
-def configure(model_root):
-    """`configure(tidal={...}, model="llama", **engine_args)`: vLLM's real config."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    def create(tidal: object = None, model: str = "llama", **kwargs):
-        arguments = {
-            "model": str(write_model(model_root, model)),
-            "attention_backend": "TIDAL",
-            "skip_tokenizer_init": True,
-            "max_model_len": 8192,
-        }
-        if tidal is not None:
-            arguments["additional_config"] = {"tidal": tidal}
-        return EngineArgs(**arguments | kwargs).create_engine_config()
-
-    return create
-
-
-@pytest.fixture
-def refusal(configure):
-    """As `configure`, for arguments that must be refused: gives the message."""
-
-    def refuse(*args, **kwargs) -> str:
-        with pytest.raises(ValueError) as refused:
-            configure(*args, **kwargs)
-        return str(refused.value)
-
-    return refuse
-
-
-@pytest.fixture
-def tidal_log(configure) -> Iterator[list[str]]:
-    """What our loggers say: their messages, in order."""
-    # NOTE: with its first engine config vLLM configures logging anew, which takes
-    # the handlers of all its loggers away.
-    configure(attention_backend=None)
-    messages: list[str] = []
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            messages.append(f"{record.levelname} {record.getMessage()}")
-
-    handler = Handler()
-    logger = logging.getLogger("vllm.tidal")
-    logger.addHandler(handler)
-    yield messages
-    logger.removeHandler(handler)
-
 
 ENGINE = {
     "attention_backend": "TIDAL",

@@ -8,7 +8,6 @@ import torch
 
 from tests.support.processes import TIDAL_VLLM, run, run_python, write_distribution
 from tidal_vllm import child_process, doctor, probe
-from tidal_vllm.kernels import choosing
 
 AT_ONCE = ["package", "vLLM", "torch", "profiles"]
 
@@ -165,22 +164,6 @@ def test_the_cause_of_a_failed_engine_is_its_own():
     wanted = "OutOfMemoryError: CUDA out of memory"
     assert doctor.root_cause(log, front_end) == wanted
     assert doctor.root_cause(log, "ValueError: no") == "ValueError: no"
-
-
-@pytest.mark.parametrize(
-    "device, cuda, advised",
-    [("cuda", "13.0", True), ("cuda", None, False), ("cpu", "13.0", False)],
-    ids=["nvidia", "other_gpu", "cpu"],
-)
-def test_a_gpu_without_its_kernels(monkeypatch, device, cuda, advised):
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-    if device != "cpu":  # what a machine with Triton alone has to offer
-        offer = {name: choosing._CANDIDATES[name] for name in ("cuda", "reference")}
-        monkeypatch.setattr(choosing, "_CANDIDATES", offer)
-    kernels = choosing.describe(device)
-    assert kernels.name == "reference"
-    assert ("TIDAL_BUILD_CUDA=1" in kernels.advice) is advised
-    assert ("not the CUDA kernels for it: " in kernels.advice) is advised
 
 
 def test_warns_where_something_could_be_better():

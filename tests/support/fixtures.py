@@ -5,6 +5,7 @@ Each is made once per session. vLLM is imported by what needs it only.
 
 import dataclasses
 import gc
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
     from tests.support.engines import Engines
     from tidal_vllm.planted import PlantedSpec
 
@@ -129,3 +132,63 @@ def dense_answers(small_engine: Callable[..., Any]) -> Callable[..., list[list[i
         return [known[key][:n] for key, n in zip(keys, max_tokens, strict=True)]
 
     return answer
+
+
+@pytest.fixture(scope="session")
+def model_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `model_configs.write_model` writes."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture
+def configure(vllm_here: None, model_root: Path) -> "Callable[..., VllmConfig]":
+    """`configure(tidal={...}, model="llama", **engine_args)`: vLLM's real config."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from tests.support.model_configs import write_model
+
+    def create(
+        tidal: object = None, model: str = "llama", **kwargs: Any
+    ) -> "VllmConfig":
+        arguments: dict[str, Any] = {
+            "model": str(write_model(model_root, model)),
+            "attention_backend": "TIDAL",
+            "skip_tokenizer_init": True,
+            "max_model_len": 8192,
+        }
+        if tidal is not None:
+            arguments["additional_config"] = {"tidal": tidal}
+        return EngineArgs(**arguments | kwargs).create_engine_config()
+
+    return create
+
+
+@pytest.fixture
+def refusal(configure: "Callable[..., VllmConfig]") -> Callable[..., str]:
+    """As `configure`, for arguments that must be refused: gives the message."""
+
+    def refuse(*args: Any, **kwargs: Any) -> str:
+        with pytest.raises(ValueError) as refused:
+            configure(*args, **kwargs)
+        return str(refused.value)
+
+    return refuse
+
+
+@pytest.fixture
+def tidal_log(configure: "Callable[..., VllmConfig]") -> Iterator[list[str]]:
+    """What our loggers say: their messages, in order."""
+    # NOTE: with its first engine config vLLM configures logging anew, which takes
+    # the handlers of all its loggers away.
+    configure(attention_backend=None)
+    messages: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(f"{record.levelname} {record.getMessage()}")
+
+    handler = Handler()
+    logger = logging.getLogger("vllm.tidal")
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)

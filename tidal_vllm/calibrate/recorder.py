@@ -196,11 +196,11 @@ def _captured(mass: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
     """Mass of each head in the sets it is given.
 
     Args:
-        mass: [num_heads, num_blocks].
-        given: [num_selections, num_sets, kept]; the heads of a set are neighbours.
+        mass: `[num_heads, num_blocks]`.
+        given: `[num_selections, num_sets, kept]`; the heads of a set are neighbours.
 
     Returns:
-        [num_selections, num_heads].
+        `[num_selections, num_heads]`.
     """
     selections, sets, kept = given.shape
     by_set = mass.view(1, sets, -1, mass.shape[1])
@@ -212,7 +212,7 @@ def _captured(mass: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
 
 
 def _overlap(given: torch.Tensor, num_blocks: int) -> torch.Tensor:
-    """Share of the last selection's blocks that each one has: [num_selections]."""
+    """Share of the last selection's blocks that each one has: `[num_selections]`."""
     own = torch.zeros(given.shape[1], num_blocks, device=given.device)
     own.scatter_(1, given[-1], 1.0)
     return own.expand(len(given), -1, -1).gather(2, given).mean((1, 2))

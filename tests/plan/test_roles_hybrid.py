@@ -9,7 +9,6 @@ from tidal_vllm.plan.layers import plan_layers, safest_roles
 from tidal_vllm.plan.roles import Role, format_layers
 from tidal_vllm.plan.stages import check_full_layers, check_pipeline_stage
 from tidal_vllm.plan.steps import kv_read_share, selection_indices
-from tidal_vllm.plan.table import format_plan
 from tidal_vllm.profiles import PACKAGED_DIR, Profile
 from tidal_vllm.validators import TidalConfigError
 
@@ -149,20 +148,3 @@ def test_the_share_is_that_of_the_full_layers():
     for length in (4096, 32768, 131072):
         share = kv_read_share(plan(), TidalConfig(), length)
         assert share == kv_read_share(among, TidalConfig(), length)
-
-
-def test_table():
-    lines = format_plan(plan(), TidalConfig(), 131072, "org/third").splitlines()
-    assert lines[:8] == [
-        "TIDAL sparse decoding of org/third, 18 layers",
-        "  DENSE 2      2, 5",
-        "  SELECT 1     8",
-        "  SPARSE 3     11, 14, 17",
-        "  OTHER 12     0-1, 3-4, 6-7, 9-10, 12-13, 15-16: as the model has them, a",
-        "               window or a state",
-        "  roles from   the safest roles for an unknown model",
-        "  budget       4096 tokens per set: 256 blocks of 16, scope sequence",
-    ]
-    assert (
-        "  KV read      56.2% of dense at 32K, 51.6% at 128K, of the full-attention"
-    ) in lines
