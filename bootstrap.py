@@ -80,7 +80,7 @@ class Options:
 
     @property
     def folder(self):
-        """The environment's."""
+        """The folder of the environment."""
         first = next(iter(TORCH))
         return os.path.join(
             HERE, ".venv" if self.vllm == first else ".venv-" + self.vllm
@@ -167,7 +167,8 @@ def run_all(commands):
     """Run all commands, whatever becomes of each.
 
     Returns:
-        The first failure's exit status. That one of several had no test to run is none.
+        The exit status of the first failure, or 0. A command without a test to run is
+        a failure only if all commands are without one.
     """
     statuses = [run_one(command) for command in commands]
     failures = [status for status in statuses if status not in (0, NOTHING_COLLECTED)]

@@ -19,7 +19,7 @@ struct AttendArguments {
   TensorView query, kv_cache, block_table, seq_lens;
   WrittenTensor lse, partial_lse;
   double scale = 0, k_scale = 0, v_scale = 0;
-  int64_t select_block_size = 0;
+  std::optional<int64_t> select_block_size;          // with block_lse or topk_blocks
   std::optional<WrittenTensor> output, partial_out;  // not for score_blocks
   std::optional<WrittenTensor> block_lse;            // not for sparse_decode
   std::optional<TensorView> topk_blocks, topk_lens;  // for sparse_decode alone

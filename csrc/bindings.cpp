@@ -68,6 +68,9 @@ class Schema {
   }
   void operator()(const char* name, double) { add("float", name); }
   void operator()(const char* name, int64_t) { add("int", name); }
+  void operator()(const char* name, const std::optional<int64_t>&) {
+    add("int?", name, "=None");
+  }
 
   std::string of(const char* op) const { return op + ("(" + arguments_) + ") -> ()"; }
 
@@ -87,7 +90,6 @@ class Call {
  public:
   explicit Call(StableIValue* stack) : next_(stack) {}
 
-  // TensorView, WrittenTensor
   void operator()(const char*, TensorView& to) { to = view(keep(take<Tensor>())); }
   template <class View>
   void operator()(const char*, std::optional<View>& to) {
@@ -96,6 +98,9 @@ class Call {
   }
   void operator()(const char*, double& to) { to = take<double>(); }
   void operator()(const char*, int64_t& to) { to = take<int64_t>(); }
+  void operator()(const char*, std::optional<int64_t>& to) {
+    to = take<std::optional<int64_t>>();
+  }
 
  private:
   template <class V>

@@ -1,4 +1,4 @@
-// Checks of tensors. Each failure throws std::invalid_argument:
+// Checks of an op's arguments. Each failure throws std::invalid_argument with the text
 // "<op>: <argument>.<property> is <value>; allowed: <what>".
 #pragma once
 
@@ -26,15 +26,17 @@ class Checks {
     throw std::invalid_argument(message.str());
   }
 
-  // An argument that may be None: the op needs it, or has no use for it.
+  // For arguments that may be None: `given` where the op needs one, `absent` where it has
+  // no use for it.
   template <class V>
-  void given(const std::optional<V>& t, const std::string& name) const {
-    that(t.has_value(), name, "None", "a tensor");
+  void given(const std::optional<V>& argument, const std::string& name,
+             const char* allowed = "a tensor") const {
+    that(argument.has_value(), name, "None", allowed);
   }
 
   template <class V>
-  void absent(const std::optional<V>& t, const std::string& name) const {
-    that(!t.has_value(), name, "a tensor", "None");
+  void absent(const std::optional<V>& tensor, const std::string& name) const {
+    that(!tensor.has_value(), name, "a tensor", "None");
   }
 
   // The first tensor that is checked fixes the device of all.

@@ -51,6 +51,9 @@ void check_given(const Checks& checks, const AttendOp& op, const AttendArguments
     checks.absent(a.topk_blocks, "topk_blocks");
     checks.absent(a.topk_lens, "topk_lens");
   }
+  if (a.block_lse || a.topk_blocks) {
+    checks.given(a.select_block_size, "select_block_size", "an integer");
+  }
 }
 
 void check_scale(const Checks& checks, const char* name, double value, bool free) {
@@ -85,9 +88,10 @@ void check_inputs(Checks& checks, const AttendArguments& a) {
   check_scale(checks, "scale", a.scale, true);
   check_scale(checks, "k_scale", a.k_scale, bytes == 1);
   check_scale(checks, "v_scale", a.v_scale, bytes == 1);
-  checks.in_range("select_block_size", a.select_block_size, 1);
-  checks.that(cache.size(2) % a.select_block_size == 0, "select_block_size",
-              a.select_block_size,
+  if (!a.select_block_size) return;
+  checks.in_range("select_block_size", *a.select_block_size, 1);
+  checks.that(cache.size(2) % *a.select_block_size == 0, "select_block_size",
+              *a.select_block_size,
               "divisors of the KV block size, " + std::to_string(cache.size(2)));
 }
 
@@ -127,7 +131,7 @@ void check_results(Checks& checks, const AttendArguments& a) {
   checks.contiguous(a.partial_lse, "partial_lse");
   if (a.block_lse) {
     check_block_lse(checks, *a.block_lse, rows, heads);
-    const int64_t size = a.select_block_size;
+    const int64_t size = *a.select_block_size;
     checks.that(size == 1 || size == 2 || size == 4 || size == 8 || size % 16 == 0,
                 "select_block_size", size, "1, 2, 4, 8 and multiples of 16");
   }
@@ -176,7 +180,7 @@ AttendParams params_of(const AttendArguments& a) {
   p.heads_per_kv_head = p.num_heads / static_cast<int>(a.kv_cache.size(1));
   p.heads_per_unit = p.heads_per_kv_head;
   p.block_size = static_cast<int>(a.kv_cache.size(2));
-  p.select_block_size = static_cast<int>(a.select_block_size);
+  p.select_block_size = static_cast<int>(a.select_block_size.value_or(1));
   p.split_capacity = static_cast<int>(a.partial_lse.size(2));
   p.scale_log2 = static_cast<float>(a.scale * a.k_scale * kLog2E);
   p.v_scale = static_cast<float>(a.v_scale);

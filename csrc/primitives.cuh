@@ -1,5 +1,6 @@
-// Every instruction that C++ has no word for. Without a CUDA compiler the same names
-// come from tests/kernels/cuda/host/emulation.h, so that the kernels run on a CPU.
+// The GPU instructions that the kernels use, as functions. Without a CUDA compiler
+// tests/kernels/cuda/host/emulation.h provides the same names, so that the kernels run on
+// a CPU.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,7 @@ namespace tidal {
 inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
 
-// Storage only: arithmetic is fp32, or happens inside mma.
+// Types of stored numbers. Arithmetic is in fp32, or inside mma.
 struct bf16 {
   uint16_t bits;
 };
@@ -71,7 +72,7 @@ TIDAL_DEVICE float log2_of(float value) {
   return result;
 }
 
-// Two floats rounded to nearest even, the first in the low half.
+// Rounds two floats to nearest even and packs them, the first in the low half.
 TIDAL_DEVICE uint32_t pack(bf16, float low, float high) {
   uint32_t result;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
@@ -83,7 +84,7 @@ TIDAL_DEVICE uint32_t pack(fp16, float low, float high) {
   return result;
 }
 
-// Both halves times a power of two; subnormals count.
+// Multiplies both halves by a power of two, subnormal numbers included.
 TIDAL_DEVICE uint32_t times_2_to_120(bf16, uint32_t pair) {
   uint32_t result;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;"
@@ -101,15 +102,16 @@ TIDAL_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of
-// matrix l / 8. Lane l gets elements 2 * (l % 4) and the next of row l / 4.
+// Loads four 8x8 matrices of 16-bit elements from shared memory. Lane l gives the address
+// of row l % 8 of matrix l / 8, and gets of each matrix elements 2 * (l % 4) and
+// 2 * (l % 4) + 1 of row l / 4.
 TIDAL_DEVICE void ldmatrix_x4(uint32_t (&to)[4], const char* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(shared_address(row))
                : "memory");
 }
-// The same, each matrix transposed.
+// Loads the same, each matrix transposed.
 TIDAL_DEVICE void ldmatrix_x4_trans(uint32_t (&to)[4], const char* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -117,7 +119,7 @@ TIDAL_DEVICE void ldmatrix_x4_trans(uint32_t (&to)[4], const char* row) {
                : "memory");
 }
 
-// to[16, 8] += a[16, 16] * b[16, 8], accumulated in fp32.
+// Adds a[16, 16] * b[16, 8] to to[16, 8], in fp32.
 TIDAL_DEVICE void mma(bf16, float (&to)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -131,8 +133,8 @@ TIDAL_DEVICE void mma(fp16, float (&to)[4], const uint32_t (&a)[4], uint32_t b0,
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// 16 bytes to shared memory; zeros, and nothing is read, unless valid. L2 fetches the
-// aligned kPrefetchBytes, 64 or 128, that they are part of.
+// Starts to copy 16 bytes to shared memory; where `valid` is false it writes zeros and
+// reads nothing. L2 fetches the aligned kPrefetchBytes, 64 or 128, around the 16.
 template <int kPrefetchBytes>
 TIDAL_DEVICE void copy_async_16(char* to, const char* from, bool valid) {
   asm volatile(
@@ -141,8 +143,8 @@ TIDAL_DEVICE void copy_async_16(char* to, const char* from, bool valid) {
       : "memory");
 }
 TIDAL_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most `kPending` of this thread's groups are under way. Other threads' copies
-// are visible only after a barrier that follows their waits.
+// Waits until at most `kPending` groups of this thread's copies are under way. The copies
+// of other threads are visible only after a barrier that follows their waits.
 template <int kPending>
 TIDAL_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");

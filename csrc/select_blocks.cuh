@@ -61,8 +61,8 @@ TIDAL_KERNEL(kMassThreads, 1) sum_masses(const SelectParams p) {
   p.mass[row * p.mass_row_stride + set * p.mass_set_stride + block] = mass;
 }
 
-// Adds one to the digit's bin for each lane that counts. Many masses are equal (zeros
-// above all), so lanes that agree add together.
+// Adds one to the digit's bin for each lane where `counts` is true. Many masses are
+// equal, zeros above all, so lanes of the same digit add together.
 TIDAL_DEVICE void count_digit(int* bins, unsigned digit, bool counts) {
   const unsigned lanes = ballot(counts);
   if (lanes == 0) return;
@@ -76,8 +76,8 @@ TIDAL_DEVICE void count_digit(int* bins, unsigned digit, bool counts) {
   }
 }
 
-// Exclusive prefix sum over the thread block, in thread order. Precondition: a barrier
-// since warp_totals was last read.
+// The sum of the values of all threads before this one, in thread order. Precondition:
+// there was a barrier since warp_totals was last read.
 TIDAL_DEVICE int sum_before(int value, int* warp_totals) {
   const int lane = thread_index() % 32, warp = thread_index() / 32;
   int sum = value;
@@ -93,8 +93,8 @@ TIDAL_DEVICE int sum_before(int value, int* warp_totals) {
   return before + sum - value;
 }
 
-// Finds the digit of the `room`-th largest key among those counted in bins; leaves it
-// in shared->digit, and in shared->room how many keys of that digit are wanted.
+// Finds the digit of the `room`-th largest of the keys that the bins count. Leaves it in
+// shared->digit, and in shared->room how many keys of that digit are to be kept.
 TIDAL_DEVICE void find_digit(ChooseShared* shared, int room) {
   constexpr int kEach = kBins / kChooseThreads;
   const int top = kBins - 1 - thread_index() * kEach;  // thread 0 has the largest digits
@@ -115,11 +115,12 @@ TIDAL_DEVICE void find_digit(ChooseShared* shared, int room) {
 }
 
 struct Threshold {
-  unsigned key;  // the smallest that is kept
-  int ties;      // how many of that key are kept, those of the smallest indices
+  unsigned key;  // the bits of the smallest mass that is kept
+  int ties;      // how many masses equal to it are kept: those of the smallest indices
 };
 
-// The `room`-th largest of `count` masses, exactly. 0 < room <= count.
+// Finds the `room`-th largest of `count` masses, exactly. Precondition: 0 < room <=
+// count. The bits of floats that are not negative are ordered as the floats are.
 TIDAL_DEVICE Threshold find_threshold(ChooseShared* shared, const float* mass, int count,
                                 int room) {
   unsigned prefix = 0, known = 0;
@@ -148,8 +149,8 @@ TIDAL_DEVICE Threshold find_threshold(ChooseShared* shared, const float* mass, i
   return {prefix, room};
 }
 
-// Writes, ascending, first + i for the masses i above the threshold, and the first few
-// that equal it. Each warp takes a run of them.
+// Writes to `chosen` the blocks first + i, ascending, for each mass i above the threshold
+// and the first few that equal it. Each warp takes masses that are neighbours.
 TIDAL_DEVICE void write_heaviest(ChooseShared* shared, const float* mass, int count,
                            Threshold threshold, int first, int* chosen) {
   const int lane = thread_index() % 32, warp = thread_index() / 32;

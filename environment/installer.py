@@ -24,8 +24,8 @@ class Installer:
     """Makes commands that install into one environment.
 
     Attributes:
-        python: The environment's.
-        uv: uv's path; None: pip installs.
+        python: Path of the environment's interpreter.
+        uv: Path of uv; None where pip installs.
         why: One line for the user.
         wheels: A folder to install from, and from nowhere else.
     """
@@ -39,7 +39,7 @@ class Installer:
     def choose(cls, python: str, wheels: str | None = None) -> "Installer":
         """uv where it is on PATH and pip is not told where to find packages.
 
-        uv reads none of pip's settings, so it could look elsewhere than its user means.
+        uv reads none of pip's settings, so it could look elsewhere than the user means.
         """
         uv = shutil.which("uv")
         if uv is None:
@@ -56,8 +56,9 @@ class Installer:
         """The command that installs requirements.
 
         Args:
-            bare: Without what they require, and built with the environment's tools.
-            progress: Of pip's words; "raw" is unknown to those before 24.1.
+            bare: Whether to install them without what they require, and to build them
+                with the tools of the environment.
+            progress: pip's `--progress-bar`; pip before 24.1 does not know "raw".
         """
         if self.uv:
             command = [self.uv, "pip", "install", "--python", self.python]

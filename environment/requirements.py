@@ -1,4 +1,4 @@
-"""What vLLM needs of its requirements where there is no NVIDIA GPU.
+"""Which of its requirements vLLM needs where there is no NVIDIA GPU.
 
 `steps.py` runs this with the Python of its environment, step by step, and installs
 what it prints, one requirement a line. All of it is read from the metadata of what is
@@ -74,7 +74,7 @@ def _kind(requirement: Requirement, beside: list[str]) -> str:
 
 
 def _text(requirement: Requirement) -> str:
-    """Without its marker, which applied: uv and pip would look at it again."""
+    """A requirement without its marker, which applied: pip would look at it again."""
     extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
     return f"{requirement.name}{extras}{requirement.specifier}"
 

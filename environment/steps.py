@@ -1,4 +1,4 @@
-"""The steps from an empty folder to an environment, and what of them is done."""
+"""The steps from an empty folder to an environment, and which steps are done."""
 
 import contextlib
 import fcntl
@@ -33,7 +33,7 @@ GPU_SIGNS = (
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether anything here speaks for one; where in doubt, all is installed."""
+    """Whether this machine may have an NVIDIA GPU; in doubt, all is installed."""
     return bool(shutil.which("nvidia-smi")) or any(map(os.path.exists, GPU_SIGNS))
 
 
@@ -51,7 +51,7 @@ class Environment:
 
     Args:
         root: The repository.
-        folder: The environment's.
+        folder: Folder of the environment.
         full: Whether to install what only a GPU uses, even where none is found.
         wheels: Folder to install from, without network.
         tests: Whether what tests and linters need is installed, too.
@@ -80,13 +80,13 @@ class Environment:
         self._lock: int | None = None
 
     def is_ready(self) -> bool:
-        """Whether every step is done, and nothing changed that decides one."""
+        """Whether every step is done, and nothing that decides a step has changed."""
         keys = self._keys(list(self._parts()))
         done = self.record.get("done", [])[: len(keys)]
         return self.record.get("complete", False) and done == keys
 
     def set_up(self) -> None:
-        """Do what is left to do; exit with a message where that fails."""
+        """Do the steps that are left; exit with a message where one fails."""
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             with self._locked():

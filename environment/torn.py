@@ -6,13 +6,13 @@ from pathlib import Path
 
 
 def remove_torn_packages(environment: Path) -> list[str]:
-    """Make pip and uv forget them, so that they are installed anew.
+    """Make pip and uv forget half-written packages, so that they are installed anew.
 
-    Both take a package for installed as soon as its metadata is there, which may be
-    before its files are.
+    pip and uv take a package for installed as soon as its metadata is there, which may
+    be before its files are.
 
     Returns:
-        The names of those found.
+        The names of the packages found.
     """
     torn = []
     for packages in environment.glob("lib/python*/site-packages"):
@@ -26,7 +26,7 @@ def remove_torn_packages(environment: Path) -> list[str]:
 
 
 def _is_whole(metadata: Path) -> bool:
-    # NOTE: both write it last, after a package's commands.
+    # NOTE: pip and uv write this file last, after a package's commands.
     if not (metadata / "INSTALLER").exists():
         return False
     try:

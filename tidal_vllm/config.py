@@ -48,9 +48,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sink_tokens": 0,
         "recent_fraction": 0.0,
     },
-    # LessIsMore, arXiv 2508.07101: one set of tokens for all heads, r = 0.25 of the
-    # budget for the newest tokens and "four tokens as attention sinks in all
-    # experiments" (v2, section 4.1). Its budgets are 1K to 8K.
+    # LessIsMore, arXiv 2508.07101: one selection for all heads, r = 0.25 of the budget
+    # for the newest tokens and "four tokens as attention sinks in all experiments" (v2,
+    # section 4.1). Its budgets are 1K to 8K.
     "lessismore": {
         "method": "lessismore",
         "token_budget": 4096,
@@ -110,15 +110,18 @@ class TidalConfig:
             Any key given explicitly wins over it.
         method: How blocks are chosen, one of ``registry.METHODS``; their docstrings
             define them. "tidaldecode" (default): by attention mass, in few layers.
-            "lessismore": there too, by merging the heads' own rankings. In every layer
-            choose "quest" (by bounds of a block's keys), "sliding_window" (the sinks
-            and the newest tokens) and "oracle" (by the layer's own attention mass).
-        token_budget: Tokens a set may hold, forced ones included. A positive multiple
-            of ``select_block_size`` with room for the forced tokens. Default 4096.
+            "lessismore": in few layers, by merging the heads' own rankings. In every
+            layer choose "quest" (by bounds of a block's keys), "sliding_window" (the
+            sinks and the newest tokens) and "oracle" (by the layer's own attention
+            mass).
+        token_budget: Tokens that one selection may hold, forced ones included. A
+            positive multiple of ``select_block_size`` with room for the forced tokens.
+            Default 4096.
         select_block_size: Tokens per selection block, >= 1; must divide the KV cache
             block size (``check_kv_block_size``). Default 16; 1 selects single tokens.
-        scope: Who shares one set: "sequence" (all heads of the rank, default),
-            "kv_head" (the query heads of one KV head) or "query_head" (nobody).
+        scope: Which heads share one selection: "sequence" (all heads of the rank,
+            default), "kv_head" (the query heads of one KV head) or "query_head" (each
+            head has its own).
         sink_tokens: Tokens at the start of a sequence that are always kept, >= 0.
             Default 4.
         recent_fraction: Share of ``token_budget`` forced to the newest tokens, in
@@ -133,15 +136,17 @@ class TidalConfig:
             profile, or a path to a .json file. Null (default): by the model's name.
         min_sparse_len: Tokens, >= 0. Sequences up to this length keep all their
             blocks, so their attention is exact. Null (default): ``token_budget``. May
-            be below the budget; those between take the sparse path over all blocks.
-        reselect_interval: Decode steps, >= 1, for which a SELECT layer's choice holds.
-            In the steps between it attends to its own choice as a SPARSE layer does;
-            tokens that are newer than the choice are always kept. 1 (default): it
-            chooses in every step.
-        select_attends: What a SELECT layer attends to once it has chosen:
-            "everything", or "chosen": it reads the keys of everything to choose, and
-            keys and values of what it chose. Null (default): "everything"; "chosen"
-            with a method by which every layer chooses, which allows nothing else.
+            be below the budget; sequences between the two take the sparse path over all
+            their blocks.
+        reselect_interval: Decode steps, >= 1, for which a SELECT layer's selection
+            holds. In the steps between, the layer attends to its own selection as a
+            SPARSE layer does; tokens that are newer than the selection are always kept.
+            1 (default): the layer selects in every step.
+        select_attends: What a SELECT layer attends to once it has selected:
+            "everything", or "chosen": the layer reads all keys to select, and then the
+            keys and values of the selected blocks. Null (default): "everything";
+            "chosen" with a method by which every layer chooses, which allows nothing
+            else.
         correction_interval: Decode steps, >= 1, after which the KV that sparse layers
             wrote is recomputed densely. Null (default): never.
         publish_polluted: Whether vLLM's prefix cache may hand out KV that sparse
@@ -197,7 +202,7 @@ class TidalConfig:
 
         Raises:
             TidalConfigError: Anything unknown, mistyped, out of range or
-                contradictory, and our keys written outside the "tidal" object.
+                contradictory, and this package's keys outside the "tidal" object.
         """
         if additional_config is None:
             return cls()
@@ -232,11 +237,11 @@ class TidalConfig:
 
     @property
     def max_blocks(self) -> int:
-        """Blocks that a set's row must have room for.
+        """Blocks that the row of a selection must have room for.
 
-        More than the budget's where ``min_sparse_len`` exceeds it, and where a choice
-        holds for several steps, whose tokens may begin new blocks. Not limited by the
-        longest sequence the model allows; the caller knows that one.
+        More than the budget's blocks where ``min_sparse_len`` exceeds the budget, and
+        where a selection holds for several steps, whose tokens may begin new blocks.
+        Not limited by the longest sequence that the model allows.
         """
         size = self.select_block_size
         longest = max(self.token_budget, self.sparse_threshold)
@@ -359,10 +364,10 @@ KEYS = tuple(field.name for field in dataclasses.fields(TidalConfig))
 
 
 def _refuse_misplaced(additional_config: Mapping[str, Any]) -> None:
-    """Catch what would otherwise be ignored: "Tidal", or our keys one level up."""
+    """Catch what would otherwise be ignored: "Tidal", or known keys one level up."""
     for key, value in additional_config.items():
-        ours = key in KEYS and "_" in key
-        if ours or str(key).strip().lower() == "tidal":
-            inner = f'{{"tidal": {{"{key}": ...}}}}' if ours else '{"tidal": {...}}'
+        known = key in KEYS and "_" in key
+        if known or str(key).strip().lower() == "tidal":
+            inner = f'{{"tidal": {{"{key}": ...}}}}' if known else '{"tidal": {...}}'
             allowed = f"would be ignored; settings must stand inside {inner}"
             raise TidalConfigError(f"additional_config.{key}", value, allowed)

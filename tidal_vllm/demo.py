@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING, Any
 
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.engine.metrics import COUNTING_WORKER
@@ -18,6 +19,9 @@ from tidal_vllm.planted import (
     build_planted_model,
     make_prompt,
 )
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput
 
 ANSWER_WORDS = 24
 DEPTHS = (0.1, 0.5, 0.9)
@@ -80,11 +84,11 @@ def run_demo(model_dir: Path, contexts: list[int], token_budget: int) -> int:
 
     engines = []
     try:
-        for title, chosen in (
+        for title, arguments in (
             ("dense: LLM(model)", {}),
             ('sparse: LLM(model, attention_backend="TIDAL")', backend),
         ):
-            engines.append(_start(title, model_dir, prompts, chosen))
+            engines.append(_start(title, model_dir, prompts, arguments))
         comparisons = [_compare(*engines, prompt) for prompt in prompts]
     finally:
         for llm in engines:
@@ -104,7 +108,9 @@ def _max_model_len(prompts: list[PlantedPrompt]) -> int:
     return max(len(prompt.prompt_token_ids) for prompt in prompts) + 64
 
 
-def _start(title: str, model_dir: Path, prompts: list[PlantedPrompt], backend: dict):
+def _start(
+    title: str, model_dir: Path, prompts: list[PlantedPrompt], backend: dict[str, Any]
+) -> "LLM":
     import torch
     from vllm import LLM
 
@@ -127,7 +133,7 @@ def _start(title: str, model_dir: Path, prompts: list[PlantedPrompt], backend: d
     return llm
 
 
-def _compare(dense_llm, sparse_llm, prompt: PlantedPrompt) -> Comparison:
+def _compare(dense_llm: "LLM", sparse_llm: "LLM", prompt: PlantedPrompt) -> Comparison:
     """Let both answer in turn, once their prefix caches hold the prompt."""
     length = len(prompt.prompt_token_ids)
     print(f"  {length:>6} tokens of context:", end=" ", flush=True)
@@ -148,7 +154,7 @@ def _compare(dense_llm, sparse_llm, prompt: PlantedPrompt) -> Comparison:
     return Comparison(prompt, dense, sparse, race)
 
 
-def _answer(llm, prompt: PlantedPrompt) -> Answer:
+def _answer(llm: "LLM", prompt: PlantedPrompt) -> Answer:
     from vllm import SamplingParams
 
     before = _counters(llm)
@@ -160,11 +166,22 @@ def _answer(llm, prompt: PlantedPrompt) -> Answer:
     return _read(output, prompt, before, _counters(llm))
 
 
-def _counters(llm) -> dict[str, int]:
+def _counters(llm: "LLM") -> dict[str, int]:
+    """What the first worker has counted so far, by name."""
     return llm.collective_rpc("decode_counters")[0]
 
 
-def _read(output, prompt: PlantedPrompt, before: dict, after: dict) -> Answer:
+def _read(
+    output: "RequestOutput",
+    prompt: PlantedPrompt,
+    before: dict[str, int],
+    after: dict[str, int],
+) -> Answer:
+    """What one engine made of a prompt.
+
+    Args:
+        before, after: The counters before the request and after it.
+    """
     tokens = list(output.outputs[0].token_ids)
     right = 0
     for given, planted in zip(tokens, prompt.answer_token_ids, strict=False):
@@ -205,10 +222,10 @@ def _table(comparisons: list[Comparison]) -> str:
             cells.append(f"{median(a.attended for a in answers):>7.0f}")
         for seconds in (race.dense, race.sparse):
             cells.append(f"{1e3 * median(seconds):>7.1f}")
-        told = "?" if race.why_unclear() else f"{race.speed_up:.2f}x"
+        told = "?" if race.reason_unclear() else f"{race.speed_up:.2f}x"
         lines.append("  ".join([*cells, f"{told:>8}"]))
     lines.append("  Tokens attended: per step, by each layer that may be SPARSE.")
     lines.append(f"  Times: medians of {TRIALS} answers, dense and sparse in turn.")
-    reasons = dict.fromkeys(c.race.why_unclear() for c in comparisons)
+    reasons = dict.fromkeys(c.race.reason_unclear() for c in comparisons)
     lines += [f"  ?: {reason}" for reason in reasons if reason]
     return "\n".join(lines)

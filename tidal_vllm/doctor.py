@@ -39,7 +39,10 @@ class Finding:
     """One thing looked at.
 
     Attributes:
-        fix: What mends it; beside `ok`: what would make it better.
+        name: What was looked at.
+        ok: Whether it will do.
+        found: What was found.
+        fix: What mends it; where it will do: what would make it better.
     """
 
     name: str
@@ -149,7 +152,11 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def root_cause(log: list[str], found: str) -> str:
-    """The error that vLLM's front end only points to, else what was found."""
+    """The error that vLLM's front end only points to, else what was found.
+
+    Args:
+        log: Lines that the process wrote.
+    """
     if "root cause" not in found:
         return found
     errors = [match[1] for line in log if (match := _ERROR.search(line))]
@@ -170,7 +177,7 @@ def _fix_imports(found: str) -> str:
 
 
 def _fix_torch() -> str:
-    """The torch that this vLLM wants, where another one is here; else all anew."""
+    """Install the torch that this vLLM requires; where it is there, vLLM anew."""
     with contextlib.suppress(PackageNotFoundError):
         pins = [r for r in requires("vllm") or [] if r.startswith("torch==")]
         if pins and not version("torch").startswith(pins[0].removeprefix("torch==")):
@@ -206,7 +213,7 @@ def _fix_plugins(needed: str) -> str:
 
 
 def _fix_code(found: str) -> str:
-    """Our code is not what does not fit; a name that is missing is vLLM's."""
+    """Another vLLM where a name is missing from this one; else nothing."""
     if not re.search(r"ImportError|AttributeError|ModuleNotFoundError", found):
         return ""
     missing = re.search(r"No module named '(\w+)", found)

@@ -38,7 +38,7 @@ class Race:
         """The median over the trials."""
         return median(self._speed_ups)
 
-    def why_unclear(self) -> str:
+    def reason_unclear(self) -> str:
         """Why no speed-up should be told; empty where one can be."""
         if self.waited > QUIET_WAITING * self.ran:
             share = 100 * self.waited / (self.waited + self.ran)

@@ -3,6 +3,9 @@
 vLLM calls both in every process (front end, engine core, workers), possibly
 several times, before it parses its command line. So both are idempotent and
 import nothing heavy before it is needed.
+
+Changes vLLM at run time: how members of `AttentionBackendEnum` pickle, and
+`check_and_update_config` of the platform class in use.
 """
 
 import contextlib

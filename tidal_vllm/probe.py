@@ -1,4 +1,4 @@
-"""What the doctor tries in a process of its own, since any of it may break.
+"""What the doctor tries in a process of its own, since every part may break.
 
 Each stage is what a run would do at that point; the first that fails ends the process.
 """
@@ -23,11 +23,11 @@ from tidal_vllm.plugin import cpu_platform, register
 
 MARK = "tidal-vllm doctor: "  # vLLM logs to stdout too
 TINY_CONTEXT, TINY_BUDGET, TINY_ANSWER = 400, 64, 8  # tokens
-# Chosen at run time, which is a stage of its own.
+# Which of these modules can be imported depends on the machine; see "kernels".
 KERNEL_MODULES = (
     *("tidal_vllm.kernels.cuda", "tidal_vllm.kernels.triton", "tidal_vllm._tidal_C"),
 )
-# They change vLLM, and are for the CPU platform alone.
+# These modules change vLLM, and are for the CPU platform alone.
 CPU_MODULES = ("tidal_vllm.cpu.platform", "tidal_vllm.cpu.moe", "tidal_vllm.cpu.worker")
 
 
@@ -101,7 +101,7 @@ def _register() -> Seen:
 
 
 def _import_modules() -> Seen:
-    """vLLM imports some of them in mid-start, or in the first step."""
+    """Import the modules that vLLM imports in mid-start, or in the first step."""
     from vllm.platforms import current_platform
 
     left_out = KERNEL_MODULES
@@ -118,14 +118,14 @@ def _import_modules() -> Seen:
 
 
 def _reach_spawned_processes() -> Seen:
-    """A spawned engine unpickles the choice before it has loaded any plug-in."""
+    """A spawned engine unpickles the backend's name before it has loaded a plug-in."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    choice = pickle.dumps(AttentionBackendEnum[NAME])
-    done = run_python(f"import pickle; print(pickle.loads({choice!r}).name)")
+    member = pickle.dumps(AttentionBackendEnum[NAME])
+    done = run_python(f"import pickle; print(pickle.loads({member!r}).name)")
     if done.returncode or NAME not in done.stdout.split():
         raise RuntimeError(last_words(done.stdout, done.returncode))
-    return Seen("the choice reaches spawned processes")
+    return Seen("the backend's name reaches spawned processes")
 
 
 def _describe_kernels() -> Seen:
@@ -135,7 +135,7 @@ def _describe_kernels() -> Seen:
     from tidal_vllm.kernels import describe
 
     kernels = describe(torch.device(current_platform.device_type))
-    return Seen(kernels.why, kernels.advice)
+    return Seen(kernels.reason, kernels.advice)
 
 
 def _build_config() -> Seen:
@@ -177,7 +177,11 @@ def _run_engine() -> Seen:
 
 
 def judge_answer(given: list[int], planted: list[int], counters: dict) -> Seen:
-    """Raises where an answer is not as planted, or was not decoded sparsely."""
+    """Compare an answer with what was planted.
+
+    Raises:
+        RuntimeError: The answer is another one, or was not decoded sparsely.
+    """
     if list(given) != list(planted):
         raise RuntimeError(f"the answer is {given}, planted was {planted}")
     steps = counters["sparse_steps"]

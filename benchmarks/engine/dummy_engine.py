@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
                     found.append(done)
                     print(f"{case} {name}: {done['step_ms']} ms", flush=True)
             if args.smoke:
-                continue  # it ran; its times mean nothing
+                continue  # the engine ran; its times mean nothing
             times = {
                 name: statistics.median(run["step_ms"] for run in runs)
                 for name, runs in steps.items()
@@ -126,7 +126,7 @@ def _child(folder: str, args, engine: str, batch: int, context: int, eager=False
         "kernels": args.kernels,
     }
     env = os.environ | {"VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
-    # The core in a process of its own, as users have it.
+    # The engine core gets a process of its own, as users have it.
     env["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(not args.smoke))
     if args.runner:
         env["VLLM_USE_V2_MODEL_RUNNER"] = str(int(args.runner == "v2"))

@@ -38,11 +38,11 @@ def run(bench: timing.Bench, shape: Shape, batch: int, context: int, args) -> No
     for kernels in kernels_here(bench, shape, args.kernels):
         decoder = Decoder(case, rule_of(min(4096, context // 2)), kernels)
         decoder.check()
-        for keep in (False, True):
-            name = f"tidal {kernels.name}" + (" + block_lse" if keep else "")
-            times = bench.time_us(partial(decoder.dense, keep))
+        for keep_scores in (False, True):
+            name = f"tidal {kernels.name}" + (" + block_lse" if keep_scores else "")
+            times = bench.time_us(partial(decoder.dense, keep_scores))
             record = bench.add(about, name, times, case.dense_bytes)
-            if keep and "vllm FLASH_ATTN" in best:
+            if keep_scores and "vllm FLASH_ATTN" in best:
                 ratio = record["median_us"] / best["vllm FLASH_ATTN"]
                 bench.note(
                     about,

@@ -13,21 +13,26 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchmarks.machine import describe_run
-from tidal_vllm import kernels as ops
+from tidal_vllm.kernels import DecodeArgs, Workspace, reference
 from tidal_vllm.plan.rule import SelectionRule
 
 LAYOUTS = {"LBHNC": (0, 1, 2, 3), "LBNHC": (0, 2, 1, 3)}
 NUM_KV_HEADS, GROUP, HEAD_SIZE, BLOCK_SIZE = 2, 2, 128, 128
 SCALE = HEAD_SIZE**-0.5
+SELECT_BLOCK_SIZE = 16
 
 
-def make_case(context: int, layout: str) -> tuple[torch.Tensor, ...]:
-    """A query, a shuffled paged cache in one layout, its block table and lengths."""
+def make_case(
+    context: int, layout: str, budget: int
+) -> tuple[DecodeArgs, torch.Tensor]:
+    """One decode over a shuffled paged cache in one layout, and its seq_lens."""
     order = LAYOUTS[layout]
     num_blocks = context // BLOCK_SIZE
     shape = (num_blocks, NUM_KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE)
@@ -35,15 +40,26 @@ def make_case(context: int, layout: str) -> tuple[torch.Tensor, ...]:
     cache = physical.permute([order.index(axis) for axis in range(4)])
     query = torch.randn(1, NUM_KV_HEADS * GROUP, HEAD_SIZE)
     table = torch.randperm(num_blocks, dtype=torch.int32)[None]
+    args = DecodeArgs(
+        query=query,
+        kv_cache=cache,
+        block_table=table,
+        output=torch.empty_like(query),
+        scale=SCALE,
+        select_block_size=SELECT_BLOCK_SIZE,
+        topk_blocks=torch.full((1, 1, budget // SELECT_BLOCK_SIZE), -1).int(),
+        topk_lens=torch.zeros(1, 1, dtype=torch.int32),
+    )
     # As in most steps, the last block is not full.
-    return query, cache, table, torch.tensor([context - 5], dtype=torch.int32)
+    return args, torch.tensor([context - 5], dtype=torch.int32)
 
 
-def attend_float64(query, cache, table, positions) -> torch.Tensor:
+def attend_float64(args: DecodeArgs, positions: torch.Tensor) -> torch.Tensor:
     """Attention to the given positions, by definition."""
-    kv = cache[table[0].long()].double().permute(1, 0, 2, 3).flatten(1, 2)[:, positions]
+    blocks = args.kv_cache[args.block_table[0].long()].double()
+    kv = blocks.permute(1, 0, 2, 3).flatten(1, 2)[:, positions]
     key, value = kv.split(HEAD_SIZE, -1)
-    grouped = query.double().view(NUM_KV_HEADS, GROUP, HEAD_SIZE)
+    grouped = args.query.double().view(NUM_KV_HEADS, GROUP, HEAD_SIZE)
     weights = (SCALE * grouped @ key.transpose(1, 2)).softmax(-1)
     return (weights @ value).view(1, -1, HEAD_SIZE)
 
@@ -60,38 +76,34 @@ def time_ms(call, trials: int) -> list[float]:
 
 def run(context: int, layout: str, budget: int, trials: int) -> list[dict]:
     """Check and time each op on one case."""
-    query, cache, table, lens = case = make_case(context, layout)
+    args, lens = make_case(context, layout, budget)
+    plain = replace(args, select_block_size=None)
     rule = SelectionRule(
         token_budget=budget,
-        select_block_size=16,
+        select_block_size=SELECT_BLOCK_SIZE,
         sink_tokens=4,
         recent_tokens=budget // 4,
         sparse_threshold=budget,
     )
-    blocks = torch.full((1, 1, budget // 16), -1, dtype=torch.int32)
-    counts = torch.zeros(1, 1, dtype=torch.int32)
-    output, lse, block_lse = ops.dense_decode(*case, scale=SCALE, select_block_size=16)
-    oracle = attend_float64(query, cache, table, torch.arange(int(lens)))
-    torch.testing.assert_close(output.double(), oracle, atol=1e-5, rtol=1e-5)
+    reference.dense_decode(args, lens)
+    oracle = attend_float64(args, torch.arange(int(lens)))
+    torch.testing.assert_close(args.output.double(), oracle, atol=1e-5, rtol=1e-5)
 
-    def select():
-        ops.select_blocks(
-            block_lse, lse, lens, rule=rule, topk_blocks=blocks, topk_lens=counts
-        )
-
-    def sparse():
-        chosen = (query, cache, table, blocks, counts, lens)
-        return ops.sparse_decode(*chosen, scale=SCALE, select_block_size=16)
-
+    select = partial(reference.select_blocks, args, lens, rule)
     select()
-    positions = (blocks[0, 0, :, None] * 16 + torch.arange(16)).flatten().long()
+    blocks = args.topk_blocks[0, 0, :, None] * SELECT_BLOCK_SIZE
+    positions = (blocks + torch.arange(SELECT_BLOCK_SIZE)).flatten().long()
     positions = positions[positions < int(lens)]
-    oracle = attend_float64(query, cache, table, positions)
-    torch.testing.assert_close(sparse()[0].double(), oracle, atol=1e-5, rtol=1e-5)
+    oracle = attend_float64(args, positions)
+    # With a workspace of its own: select_blocks is timed with the dense scores.
+    sparse_args = replace(args, workspace=Workspace())
+    sparse = partial(reference.sparse_decode, sparse_args, lens)
+    sparse()
+    torch.testing.assert_close(args.output.double(), oracle, atol=1e-5, rtol=1e-5)
 
     token_bytes = NUM_KV_HEADS * 2 * HEAD_SIZE * 4
-    target = torch.empty(cache.numel())
-    source = torch.randn(cache.numel())
+    target = torch.empty(args.kv_cache.numel())
+    source = torch.randn(args.kv_cache.numel())
     copies = {
         tokens: time_ms(
             lambda n=tokens: target[: n * token_bytes // 4].copy_(
@@ -102,9 +114,9 @@ def run(context: int, layout: str, budget: int, trials: int) -> list[dict]:
         for tokens in (context, budget)
     }
     calls = {
-        "dense_decode": (lambda: ops.dense_decode(*case, scale=SCALE), context),
+        "dense_decode": (partial(reference.dense_decode, plain, lens), context),
         "dense_decode with block_lse": (
-            lambda: ops.dense_decode(*case, scale=SCALE, select_block_size=16),
+            partial(reference.dense_decode, args, lens),
             context,
         ),
         "select_blocks": (select, 0),

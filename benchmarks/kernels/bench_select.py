@@ -8,12 +8,13 @@ vLLM's `top_k_per_row_decode`. The sets are checked against the reference before
 """
 
 import sys
-from types import SimpleNamespace
+from functools import partial
 
 import torch
 
 from benchmarks.kernels import timing
 from benchmarks.kernels.paged_case import Shape, kernels_here, rule_of
+from tidal_vllm import kernels as ops
 from tidal_vllm.kernels import reference
 from tidal_vllm.plan.rule import num_sets
 
@@ -68,16 +69,12 @@ def run(bench, shape: Shape, rows, context, budget, size, target, args) -> None:
             else:
                 workspace.block_lse.copy_(block_lse)
                 workspace.lse.copy_(lse)
-            found = _result(rows, sets, kept, bench.device)
-
-            def select(found=found, workspace=workspace, kernels=kernels):
-                kernels.select_blocks(
-                    lens, rule=rule, workspace=workspace, **vars(found)
-                )
-
+            found = _make_args(shape, workspace, rows, sets, kept, bench.device)
+            select = partial(kernels.ops.select_blocks, found, lens, rule)
             select()
-            wanted = _result(rows, sets, kept, bench.device)
-            reference.select_blocks(block_lse, lse, lens, rule=rule, **vars(wanted))
+            scores = ops.Workspace(lse=lse, block_lse=block_lse)
+            wanted = _make_args(shape, scores, rows, sets, kept, bench.device)
+            reference.select_blocks(wanted, lens, rule)
             same = (found.topk_blocks == wanted.topk_blocks).float().mean().item()
             # Sums in another order: blocks at the edge may change places.
             assert same > 0.99, f"only {same:.1%} of the blocks are the reference's"
@@ -88,8 +85,24 @@ def run(bench, shape: Shape, rows, context, budget, size, target, args) -> None:
             bench.add(case, f"tidal {kernels.name}, {scope}", times, num_bytes)
 
 
-def _result(rows: int, sets: int, kept: int, device) -> SimpleNamespace:
-    return SimpleNamespace(
+def _make_args(
+    shape: Shape,
+    workspace: ops.Workspace,
+    rows: int,
+    sets: int,
+    kept: int,
+    device: torch.device,
+) -> ops.DecodeArgs:
+    """Of a decode over one KV block, which nothing reads."""
+    query = torch.zeros(rows, shape.num_heads, shape.head_size, device=device)
+    cache = (1, shape.num_kv_heads, shape.block_size, 2 * shape.head_size)
+    return ops.DecodeArgs(
+        query=query,
+        kv_cache=torch.zeros(cache, device=device),
+        block_table=torch.zeros(rows, 1, dtype=torch.int32, device=device),
+        output=query,
+        scale=1.0,
+        workspace=workspace,
         topk_blocks=torch.full((rows, sets, kept), -1, dtype=torch.int32).to(device),
         topk_lens=torch.zeros(rows, sets, dtype=torch.int32, device=device),
     )

@@ -103,10 +103,7 @@ def run(bench, shape, batch: int, context: int, budget: int, args) -> None:
         for attends, interval in product(SELECT_ATTENDS, args.intervals):
             steps = partial(stack.decode, interval, attends)
             steps()
-            last = decoders[(args.layers - 1) % len(cases)]
-            last.case.check_sparse(
-                *(last.output, last.topk_blocks, last.topk_lens, rule.select_block_size)
-            )
+            decoders[(args.layers - 1) % len(cases)].check_sparse()
             settings = {"reselect_interval": interval, "select_attends": attends}
             config = TidalConfig(token_budget=budget, **settings)
             share = kv_read_share(plan, config, int(cases[0].seq_lens[0]))
@@ -150,7 +147,7 @@ class Stack:
             decoder.select(lens)
             decoder.sparse()
             return
-        decoder.dense(keep=True, lens=lens)
+        decoder.dense(keep_scores=True, lens=lens)
         decoder.select(lens)
         if interval > 1:
             decoder.sparse(decoder.nobody if chooses else None)

@@ -1,7 +1,7 @@
 """Decoding sequences over a shuffled paged KV cache, and what is right for them."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -100,35 +100,34 @@ class Case:
     def check_dense(self, output: torch.Tensor) -> None:
         """Raise unless a batch's output is dense attention."""
         for row in self.rows():
-            wanted, _, _ = self.oracle(row)
-            _require_close(output[row], wanted[0])
+            _require_close(output[row], self.oracle(row).output[0])
 
-    def check_sparse(
-        self, output: torch.Tensor, topk_blocks, topk_lens, size: int
-    ) -> None:
-        """Raise unless a batch's output is attention to the chosen blocks."""
+    def check_sparse(self, output: torch.Tensor, made: ops.DecodeArgs) -> None:
+        """Raise unless a batch's output is attention to the blocks of `made`."""
         for row in self.rows():
             one = slice(row, row + 1)
-            wanted, _ = reference.sparse_decode(
-                self.query[one].float(),
-                self.kv_cache,
-                self.block_table[one],
-                topk_blocks[one],
-                topk_lens[one],
-                self.seq_lens[one],
-                scale=self.scale,
-                select_block_size=size,
-            )
-            _require_close(output[row], wanted[0])
+            args = self._oracle_args(one, made.select_block_size)
+            args.topk_blocks = made.topk_blocks[one]
+            args.topk_lens = made.topk_lens[one]
+            reference.sparse_decode(args, self.seq_lens[one])
+            _require_close(output[row], args.output[0])
 
-    def oracle(self, row: int, select_block_size: int | None = None):
-        """`reference.dense_decode` of one row, in fp32."""
+    def oracle(self, row: int, select_block_size: int | None = None) -> ops.DecodeArgs:
+        """One row after `reference.dense_decode`, in fp32."""
         one = slice(row, row + 1)
-        return reference.dense_decode(
-            self.query[one].float(),
-            self.kv_cache,
-            self.block_table[one],
-            self.seq_lens[one],
+        args = self._oracle_args(one, select_block_size)
+        reference.dense_decode(args, self.seq_lens[one])
+        return args
+
+    def _oracle_args(
+        self, rows: slice, select_block_size: int | None
+    ) -> ops.DecodeArgs:
+        query = self.query[rows].float()
+        return ops.DecodeArgs(
+            query=query,
+            kv_cache=self.kv_cache,
+            block_table=self.block_table[rows],
+            output=torch.empty_like(query),
             scale=self.scale,
             select_block_size=select_block_size,
         )
@@ -172,14 +171,22 @@ class Decoder:
         case, shape = self.case, self.case.shape
         device, longest = case.query.device, self.rule.num_blocks(case.context)
         sets = num_sets(self.scope, shape.num_heads, shape.num_kv_heads)
-        self.workspace = self.kernels.allocate_workspace(
+        workspace = self.kernels.allocate_workspace(
             case.batch, shape.num_heads, sets, shape.head_size, longest, device
         )
         kept = min(self.rule.budget_blocks, longest)
         blocks = torch.full((case.batch, sets, kept), -1, dtype=torch.int32)
-        self.topk_blocks = blocks.to(device)
-        self.topk_lens = torch.zeros(case.batch, sets, dtype=torch.int32, device=device)
-        self.output = torch.empty_like(case.query)
+        self.args = ops.DecodeArgs(
+            query=case.query,
+            kv_cache=case.kv_cache,
+            block_table=case.block_table,
+            output=torch.empty_like(case.query),
+            scale=case.scale,
+            workspace=workspace,
+            select_block_size=self.rule.select_block_size,
+            topk_blocks=blocks.to(device),
+            topk_lens=torch.zeros(case.batch, sets, dtype=torch.int32, device=device),
+        )
         self.nobody = torch.full_like(case.seq_lens, -1)
         """Lengths that leave all rows out."""
 
@@ -187,100 +194,97 @@ class Decoder:
         """The same buffers, selection included, over another KV cache."""
         other = copy.copy(self)
         other.case = case
+        other.args = replace(
+            self.args,
+            query=case.query,
+            kv_cache=case.kv_cache,
+            block_table=case.block_table,
+        )
         return other
 
-    def dense(self, keep: bool = False, lens: torch.Tensor | None = None) -> None:
-        """`dense_decode`; with `keep`, also block_lse, as a SELECT layer does."""
-        size = self.rule.select_block_size if keep else None
-        self.kernels.dense_decode(*self._sequences(lens), **self._more(size))
+    def dense(
+        self, keep_scores: bool = False, lens: torch.Tensor | None = None
+    ) -> None:
+        """`dense_decode`; with `keep_scores` also block_lse, as a SELECT layer."""
+        args = self.args
+        if not keep_scores:
+            args = replace(args, select_block_size=None)
+        self.kernels.ops.dense_decode(args, self._lens(lens))
 
     def score(self, lens: torch.Tensor | None = None) -> None:
-        more = self._more(self.rule.select_block_size)
-        del more["output"]
-        self.kernels.score_blocks(*self._sequences(lens), **more)
+        self.kernels.ops.score_blocks(self.args, self._lens(lens))
 
     def select(self, lens: torch.Tensor | None = None) -> None:
-        self.kernels.select_blocks(
-            self.case.seq_lens if lens is None else lens,
-            rule=self.rule,
-            workspace=self.workspace,
-            topk_blocks=self.topk_blocks,
-            topk_lens=self.topk_lens,
-        )
+        self.kernels.ops.select_blocks(self.args, self._lens(lens), self.rule)
 
     def sparse(self, lens: torch.Tensor | None = None) -> None:
-        query, cache, table, lens = self._sequences(lens)
-        chosen = (self.topk_blocks, self.topk_lens)
-        more = self._more(self.rule.select_block_size)
-        self.kernels.sparse_decode(query, cache, table, *chosen, lens, **more)
+        self.kernels.ops.sparse_decode(self.args, self._lens(lens))
 
     def check(self) -> None:
         """Raise unless all ops are right on this case."""
-        size = self.rule.select_block_size
         self.dense()
-        self.case.check_dense(self.output)
-        self.dense(keep=True)
-        self.case.check_dense(self.output)
+        self.case.check_dense(self.args.output)
+        self.dense(keep_scores=True)
+        self.case.check_dense(self.args.output)
         self.select()
         self._check_selection()
         self.score()
         self.select()
         self._check_selection()
-        self.output.zero_()
+        self.args.output.zero_()
         self.sparse()
-        self.case.check_sparse(self.output, self.topk_blocks, self.topk_lens, size)
+        self.check_sparse()
+
+    def check_sparse(self) -> None:
+        """Raise unless the output is attention to the blocks that are selected."""
+        self.case.check_sparse(self.args.output, self.args)
 
     def _check_selection(self) -> None:
         """The sets are exactly the reference's, given the same block_lse."""
-        wanted = torch.full_like(self.topk_blocks, -1)
-        counts = torch.zeros_like(self.topk_lens)
-        lens = self.case.seq_lens
+        args, lens = self.args, self.case.seq_lens
         longest = self.rule.num_blocks(int(lens.max()))
-        block_lse = self.workspace.block_lse[: self.case.batch, :, :longest]
-        lse = self.workspace.lse[: self.case.batch]
-        _, lse0, block_lse0 = self.case.oracle(0, self.rule.select_block_size)
-        torch.testing.assert_close(lse[:1], lse0, atol=2e-3, rtol=1e-3)
-        torch.testing.assert_close(block_lse[:1], block_lse0, atol=2e-2, rtol=1e-3)
-        reference.select_blocks(
-            block_lse,
-            lse,
-            lens,
-            rule=self.rule,
-            topk_blocks=wanted,
-            topk_lens=counts,
+        block_lse = args.workspace.block_lse[: self.case.batch, :, :longest]
+        lse = args.workspace.lse[: self.case.batch]
+        exact = self.case.oracle(0, self.rule.select_block_size).workspace
+        torch.testing.assert_close(lse[:1], exact.lse, atol=2e-3, rtol=1e-3)
+        torch.testing.assert_close(block_lse[:1], exact.block_lse, atol=2e-2, rtol=1e-3)
+        wanted = replace(
+            args,
+            workspace=ops.Workspace(lse=lse, block_lse=block_lse),
+            topk_blocks=torch.full_like(args.topk_blocks, -1),
+            topk_lens=torch.zeros_like(args.topk_lens),
         )
-        assert torch.equal(self.topk_lens, counts), "wrong number of blocks"
+        reference.select_blocks(wanted, lens, self.rule)
+        assert torch.equal(args.topk_lens, wanted.topk_lens), "wrong number of blocks"
         if self.kernels.name == "reference":
-            assert torch.equal(self.topk_blocks, wanted)
+            assert torch.equal(args.topk_blocks, wanted.topk_blocks)
             return
-        _require_same_sets(self.topk_blocks, wanted, block_lse, lse)
+        _require_same_sets(args.topk_blocks, wanted.topk_blocks, block_lse, lse)
 
-    def _sequences(self, lens: torch.Tensor | None):
-        case = self.case
-        lens = case.seq_lens if lens is None else lens
-        return case.query, case.kv_cache, case.block_table, lens
-
-    def _more(self, select_block_size: int | None) -> dict:
-        return {
-            "scale": self.case.scale,
-            "output": self.output,
-            "workspace": self.workspace,
-            "select_block_size": select_block_size,
-        }
+    def _lens(self, lens: torch.Tensor | None) -> torch.Tensor:
+        return self.case.seq_lens if lens is None else lens
 
 
-def _require_same_sets(found, wanted, block_lse, lse) -> None:
+def _require_same_sets(
+    found: torch.Tensor,
+    wanted: torch.Tensor,
+    block_lse: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
     """Equal but for blocks whose masses differ by rounding only."""
-    num_sets, heads = found.shape[1], block_lse.shape[1]
-    for row, set_ in (found != wanted).any(-1).nonzero().tolist():
-        group = slice(set_ * heads // num_sets, (set_ + 1) * heads // num_sets)
-        mass = (block_lse[row, group] - lse[row, group, None]).exp().sum(0)
-        one, other = ({*t[row, set_].tolist()} for t in (found, wanted))
+    num_sets, num_heads = found.shape[1], block_lse.shape[1]
+    for row, set_id in (found != wanted).any(-1).nonzero().tolist():
+        first, end = (i * num_heads // num_sets for i in (set_id, set_id + 1))
+        heads = slice(first, end)
+        mass = (block_lse[row, heads] - lse[row, heads, None]).exp().sum(0)
+        one, other = ({*blocks[row, set_id].tolist()} for blocks in (found, wanted))
         gained, lost = (mass[sorted(part)].sum() for part in (one - other, other - one))
         assert abs(gained - lost) <= 1e-4 * mass.sum(), f"row {row} chose otherwise"
 
 
-def kernels_here(bench: Bench, shape: Shape, asked: list[str] | None):
+def kernels_here(
+    bench: Bench, shape: Shape, asked: list[str] | None
+) -> list[ops.Kernels]:
     """Our implementations that run on this machine; says why others do not."""
     found = []
     for name in asked or ["cuda", "triton"]:

@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.machine import describe_run
 from tidal_vllm.calibrate import baselines
-from tidal_vllm.calibrate.choice import (
+from tidal_vllm.calibrate.candidates import (
+    LOSS_QUANTILE,
     assess,
-    best_choices,
-    exhaustive_choice,
+    best_candidates,
+    exhaustive_candidate,
     over_steps,
 )
 from tidal_vllm.calibrate.engine import (
@@ -34,7 +35,6 @@ from tidal_vllm.calibrate.engine import (
     engine_kwargs,
     switches,
 )
-from tidal_vllm.calibrate.run import LOSS_QUANTILE
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.planted import PlantedSpec, build_planted_model, make_prompt
 from tidal_vllm.planted.spec import CODE_SIZE, HEAD_SIZE
@@ -44,8 +44,8 @@ RESULTS = Path(__file__).parents[1] / "results" / "calibration_baselines.jsonl"
 CONFIG = TidalConfig(token_budget=128)
 CONTEXT, PROMPTS = 1000, 4
 FIRST_SELECT = 2
-# Standard deviation of a distractor's scores is 0.6 times this: neither uniform nor
-# sharp.
+# The scores of a distractor have 0.6 times this standard deviation: they are neither
+# uniform nor sharp.
 DISTRACTION = 3.0
 
 
@@ -124,10 +124,10 @@ def choose(loss: np.ndarray, overlap: np.ndarray, num_select: int) -> dict:
     """SELECT layers by each rule."""
     full = FIRST_SELECT + num_select
     count = len(loss)
-    (ours,) = best_choices(loss, full, FIRST_SELECT)
+    (ours,) = best_candidates(loss, full, FIRST_SELECT)
     return {
         "ours": ours.select,
-        "exhaustive search": exhaustive_choice(loss, full, FIRST_SELECT).select,
+        "exhaustive search": exhaustive_candidate(loss, full, FIRST_SELECT).select,
         "mean overlap (TidalDecode)": baselines.mean_overlap(
             overlap, num_select, FIRST_SELECT
         ),

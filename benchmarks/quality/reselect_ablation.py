@@ -103,7 +103,7 @@ def table(record: dict) -> str:
 
 
 def parse() -> argparse.Namespace:
-    """The arguments of `correction_ablation.py`, and ours."""
+    """The arguments of `correction_ablation.py`, and those of this script."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

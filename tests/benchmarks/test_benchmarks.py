@@ -4,13 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks.kernels.paged_case import Case, Decoder, Shape, rule_of
 from tidal_vllm import kernels as ops
+from tidal_vllm.kernels import reference
 
 ROOT = Path(__file__).parents[2]
 # Runs several scripts in one process: modules and arguments, as JSON.
@@ -87,6 +91,22 @@ def test_engines_with_dummy_weights(tmp_path):
     assert not out.exists()
 
 
+def spoil_after(
+    decoder: Decoder, op: str, spoil: Callable[[ops.DecodeArgs], None]
+) -> None:
+    """Spoil what an op of the decoder leaves, and not what the oracle's leaves."""
+    names = ("dense_decode", "score_blocks", "select_blocks", "sparse_decode")
+    found = {name: getattr(reference, name) for name in names}
+    stock = found[op]
+
+    def spoilt(args: ops.DecodeArgs, *more) -> None:
+        stock(args, *more)
+        spoil(args)
+
+    found[op] = spoilt
+    decoder.kernels = replace(decoder.kernels, ops=SimpleNamespace(**found))
+
+
 class TestChecks:
     """What is wrong is not timed."""
 
@@ -101,36 +121,27 @@ class TestChecks:
         decoder.check()
 
     @pytest.mark.parametrize("op", ["dense_decode", "sparse_decode"])
-    def test_a_wrong_output_is_found(self, decoder, monkeypatch, op):
-        stock = getattr(ops.Kernels, op)
+    def test_a_wrong_output_is_found(self, decoder, op):
+        def spoil(args: ops.DecodeArgs) -> None:
+            args.output[1, 3, 7] += 0.05
 
-        def wrong(self, *args, **more):
-            stock(self, *args, **more)
-            more["output"][1, 3, 7] += 0.05
-
-        monkeypatch.setattr(ops.Kernels, op, wrong)
+        spoil_after(decoder, op, spoil)
         with pytest.raises(AssertionError, match="off by"):
             decoder.check()
 
-    def test_another_choice_is_found(self, decoder, monkeypatch):
-        stock = ops.Kernels.select_blocks
+    def test_another_choice_is_found(self, decoder):
+        def spoil(args: ops.DecodeArgs) -> None:
+            args.topk_blocks[0, 0] = torch.arange(4)
 
-        def wrong(self, *args, **more):
-            stock(self, *args, **more)
-            more["topk_blocks"][0, 0] = torch.arange(4)
-
-        monkeypatch.setattr(ops.Kernels, "select_blocks", wrong)
+        spoil_after(decoder, "select_blocks", spoil)
         with pytest.raises(AssertionError):
             decoder.check()
 
-    def test_a_wrong_block_lse_is_found(self, decoder, monkeypatch):
-        stock = ops.Kernels.dense_decode
+    def test_a_wrong_block_lse_is_found(self, decoder):
+        def spoil(args: ops.DecodeArgs) -> None:
+            if args.select_block_size is not None:
+                args.workspace.block_lse[0, 1, 3] += 0.5
 
-        def wrong(self, *args, **more):
-            stock(self, *args, **more)
-            if more["select_block_size"]:
-                more["workspace"].block_lse[0, 1, 3] += 0.5
-
-        monkeypatch.setattr(ops.Kernels, "dense_decode", wrong)
+        spoil_after(decoder, "dense_decode", spoil)
         with pytest.raises(AssertionError):
             decoder.check()

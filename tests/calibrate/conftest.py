@@ -12,6 +12,7 @@ from tidal_vllm.calibrate.engine import (
     switches,
 )
 from tidal_vllm.config import TidalConfig
+from tidal_vllm.profiles import search
 
 CONFIG = TidalConfig(token_budget=64)
 SMALL = {"max_model_len": 1024, "kv_cache_memory_bytes": 1 << 26, "block_size": 16}
@@ -23,6 +24,22 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def in_a_project(tmp_path, monkeypatch):
+    """An empty project folder, and no profiles of the user's."""
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    monkeypatch.setattr(search, "USER_DIR", str(tmp_path / "user"))
+
+
+@pytest.fixture
+def vllm_in_a_project(vllm_here, in_a_project):
+    """The same, with vLLM's environment read anew."""
+    from vllm import envs
+
+    envs.disable_envs_cache()
 
 
 @pytest.fixture(scope="module")

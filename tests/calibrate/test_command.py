@@ -7,73 +7,27 @@ import signal
 import subprocess
 import sys
 import time
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from benchmarks.quality.calibration_baselines import random_spec
+from tests.calibrate.commands import ENGINE, QUICK, calibrate
+from tests.calibrate.pages import check_html, pictures_of
 from tests.support.models import build_random_model, random_prompt
 from tests.support.processes import child_environment
 from tidal_vllm import cli
 from tidal_vllm.calibrate import command
 from tidal_vllm.calibrate.engine import CalibrationEngine
 from tidal_vllm.planted import build_planted_model, make_prompt
-from tidal_vllm.profiles import load_profile, search
+from tidal_vllm.profiles import load_profile
 
-ENGINE = {"kv_cache_memory_bytes": 1 << 26, "block_size": 16}
-# A loss of 0.1 takes 35 tokens to prove; 3 prompts of a planted model give 24.
-QUICK = ["--num-prompts", "3", "--context", "400", "--budget", "64"]
-QUICK += ["--max-loss", "0.1"]
-
-
-@pytest.fixture(autouse=True)
-def in_a_project(vllm_here, tmp_path, monkeypatch):
-    """An empty project folder, and no user."""
-    from vllm import envs
-
-    envs.disable_envs_cache()
-    (tmp_path / "project").mkdir()
-    monkeypatch.chdir(tmp_path / "project")
-    monkeypatch.setattr(search, "USER_DIR", str(tmp_path / "user"))
+pytestmark = pytest.mark.usefixtures("vllm_in_a_project")
 
 
 def planted(hops: int, seed: int, num_layers: int = 9):
     spec = random_spec(hops, seed, num_layers)
     return spec, build_planted_model(Path(f"hops-{hops}"), spec)
-
-
-class Html(HTMLParser):
-    """Fails where an element is left open, or closed out of turn."""
-
-    VOID = ("meta",)
-
-    def __init__(self):
-        super().__init__()
-        self.open = []
-
-    def handle_starttag(self, tag, attributes):
-        assert self.open[-1:] != ["p"] or tag in ("b", "code"), f"<{tag}> in a <p>"
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        pass
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, f"</{tag}> after {self.open}"
-
-
-def check_html(page: str) -> None:
-    parser = Html()
-    parser.feed(page)
-    parser.close()
-    assert parser.open == []
-
-
-def calibrate(*arguments, **engine) -> int:
-    engine_args = json.dumps(ENGINE | engine)
-    return cli.main(["calibrate", *map(str, arguments), "--engine-args", engine_args])
 
 
 # Whole runs
@@ -104,12 +58,9 @@ def check_everything(spec, model, shown):
     assert not measured["tried"][0]["holds"], "fewer full layers were tried first"
 
     report = path.with_suffix(".html").read_text()
-    assert report.count("<svg") == 3 and "mean overlap (TidalDecode)" in report
+    assert len(pictures_of(report)) == 2 and "mean overlap (TidalDecode)" in report
     assert "http" not in report, "a page that needs nothing else"
     check_html(report)
-    paragraphs = re.findall("<p(?: class=note)?>(.*?)</p>", report)
-    assert len(paragraphs) == 7
-    assert all(text.endswith(".") for text in paragraphs), "a sentence is cut"
     assert f"Profile: {path}" in shown.out
     assert "left]" in shown.err, "a bar with the time left"
     assert not Path(f"{path}.state").exists()

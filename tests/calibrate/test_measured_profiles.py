@@ -2,14 +2,16 @@
 
 import json
 import types
+from pathlib import Path
 
 import pytest
 
 from tidal_vllm.plan.resolve import resolve
-from tidal_vllm.profiles import find_profile, load_profile, near_miss, search
+from tidal_vllm.profiles import find_profile, load_profile, near_miss
 from tidal_vllm.profiles.fingerprint import config_sha256
 from tidal_vllm.validators import TidalConfigError
 
+pytestmark = pytest.mark.usefixtures("in_a_project")
 SHAPE = {"model_type": "llama", "num_hidden_layers": 8, "hidden_size": 64}
 SHA = config_sha256(SHAPE)
 FIELDS = {
@@ -35,14 +37,8 @@ FIELDS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def in_a_project(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(search, "USER_DIR", str(tmp_path / "user"))
-
-
-def write(tmp_path, **changes):
-    folder = tmp_path / "tidal_profiles"
+def write(**changes) -> Path:
+    folder = Path("tidal_profiles")
     folder.mkdir(exist_ok=True)
     fields = {k: v for k, v in (FIELDS | changes).items() if v is not ...}
     path = folder / "mine.json"
@@ -58,10 +54,10 @@ def recommended(**changes) -> dict:
     return measured(recommended=FIELDS["measured"]["recommended"] | changes)
 
 
-def test_is_found_by_its_model(tmp_path):
-    path = write(tmp_path)
+def test_is_found_by_its_model():
+    path = write()
     profile = find_profile(None, "models/Mine", 8, config_sha256=SHA)
-    assert profile.path.absolute() == path
+    assert profile.path == path
     assert profile.settings["token_budget"] == 256
     assert profile.measured == FIELDS["measured"]
     assert find_profile(str(path), "mine", 8, config_sha256=SHA).name == profile.name
@@ -76,8 +72,8 @@ def test_is_found_by_its_model(tmp_path):
     ],
     ids=["layer count", "model", "config"],
 )
-def test_is_refused_for_another(tmp_path, model, layers, sha, reason):
-    path = write(tmp_path)
+def test_is_refused_for_another(model, layers, sha, reason):
+    path = write()
     with pytest.raises(TidalConfigError, match=reason) as refusal:
         find_profile(str(path), model, layers, config_sha256=sha)
     assert "tidal-vllm calibrate" in str(refusal.value)
@@ -93,9 +89,9 @@ def test_is_refused_for_another(tmp_path, model, layers, sha, reason):
         (..., "does not say how sure"),
     ],
 )
-def test_one_without_evidence_is_not_used(tmp_path, recommended, reason):
+def test_one_without_evidence_is_not_used(recommended, reason):
     found = {"max_loss": 0.01, "recommended": recommended}
-    path = write(tmp_path, measured={k: v for k, v in found.items() if v is not ...})
+    path = write(measured={k: v for k, v in found.items() if v is not ...})
     with pytest.raises(TidalConfigError, match=reason) as refusal:
         find_profile(str(path), "mine", 8, config_sha256=SHA)
     assert "calibrated on this model: tidal-vllm calibrate mine" in str(refusal.value)
@@ -104,16 +100,16 @@ def test_one_without_evidence_is_not_used(tmp_path, recommended, reason):
     assert "safest roles" in plan.warning
 
 
-def test_another_config_falls_through_to_the_next_profile(tmp_path):
-    write(tmp_path)
+def test_another_config_falls_through_to_the_next_profile():
+    write()
     plain = {k: FIELDS[k] for k in ("models", "num_hidden_layers", "source")}
     plain |= {"name": "z-plain", "dense_layers": [0], "select_layers": [1]}
-    (tmp_path / "tidal_profiles" / "z.json").write_text(json.dumps(plain))
+    Path("tidal_profiles/z.json").write_text(json.dumps(plain))
     assert find_profile(None, "mine", 8, config_sha256="0" * 64).name == "z-plain"
 
 
-def test_may_be_edited_by_hand(tmp_path):
-    path = write(tmp_path, select_layers=[2, 6], token_budget=512, notes="mine")
+def test_may_be_edited_by_hand():
+    path = write(select_layers=[2, 6], token_budget=512, notes="mine")
     profile = find_profile(str(path), "mine", 8, config_sha256=SHA)
     assert profile.select_layers == (2, 6)
     assert (profile.settings["token_budget"], profile.notes) == (512, "mine")
@@ -121,21 +117,21 @@ def test_may_be_edited_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["measured", "config_sha256", "model", "versions"])
-def test_truncated_to_valid_json(tmp_path, missing):
-    path = write(tmp_path, **{missing: ...})
+def test_truncated_to_valid_json(missing):
+    path = write(**{missing: ...})
     with pytest.raises(TidalConfigError, match=f"lacks {missing}: truncated"):
         load_profile(path)
 
 
-def test_truncated_in_mid_file(tmp_path):
-    path = write(tmp_path)
+def test_truncated_in_mid_file():
+    path = write()
     path.write_text(path.read_text()[:-40])
     with pytest.raises(TidalConfigError, match="not valid JSON"):
         load_profile(path)
 
 
-def test_without_all_that_was_measured_it_is_a_hand_written_one(tmp_path):
-    path = write(tmp_path)
+def test_without_all_that_was_measured_it_is_a_hand_written_one():
+    path = write()
     keys = ("model", "config_sha256", "measured", "versions")
     fields = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in fields.items() if k not in keys}))
@@ -161,8 +157,8 @@ def test_without_all_that_was_measured_it_is_a_hand_written_one(tmp_path):
         (recommended(agreed=300), "agreement_at_least = 0.99: must be a number in 0.."),
     ],
 )
-def test_bad_values(tmp_path, changes, reason):
-    path = write(tmp_path, **changes)
+def test_bad_values(changes, reason):
+    path = write(**changes)
     with pytest.raises(TidalConfigError, match=reason):
         load_profile(path)
 
@@ -200,30 +196,30 @@ def startup(tidal: dict, max_model_len: int = 8192):
     )
 
 
-def test_settings_come_with_the_layers(tmp_path):
-    write(tmp_path)
+def test_settings_come_with_the_layers():
+    write()
     for tidal in ({}, None):
         config = startup(tidal).config
         assert (config.token_budget, config.scope) == (256, "kv_head")
     assert startup({}).plan.source.startswith("profile mine-calibrated")
 
 
-def test_what_the_user_says_wins(tmp_path):
-    write(tmp_path)
+def test_what_the_user_says_wins():
+    write()
     config = startup({"token_budget": 512}).config
     assert (config.token_budget, config.scope) == (512, "kv_head")
     config = startup({"preset": "tidaldecode"}).config
     assert (config.token_budget, config.scope) == (4096, "query_head")
 
 
-def test_an_interval_no_output_can_reach_is_left_out(tmp_path):
-    write(tmp_path, correction_interval=64)
+def test_an_interval_no_output_can_reach_is_left_out():
+    write(correction_interval=64)
     assert startup({}).config.correction_interval == 64
     assert startup({}, max_model_len=50).config.correction_interval is None
 
 
-def test_a_near_miss_warns_and_takes_the_safest_roles(tmp_path):
-    write(tmp_path, config_sha256="0" * 64)
+def test_a_near_miss_warns_and_takes_the_safest_roles():
+    write(config_sha256="0" * 64)
     plan = startup({}).plan
     assert "measured on a model of another config" in plan.warning
     assert "safest roles" in plan.warning

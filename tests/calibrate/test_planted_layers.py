@@ -1,9 +1,9 @@
 """On planted models of one, two and three hops at random layers, it finds the layers.
 
-Nine models run through vLLM's real engine and the collection code of the
-command, three engines in all: the weights of each model are loaded into the engine of
-its shape. What the command does besides, the choice, runs on each. Whole commands, in
-processes of their own, are in test_command.py.
+Nine models run through vLLM's real engine and the collection code of the command, in
+three engines: the weights of each model are loaded into the engine of its shape. The
+command's search for the layers then runs on what was recorded of each. Whole commands,
+in processes of their own, are in test_command.py.
 """
 
 import tempfile
@@ -15,7 +15,12 @@ import pytest
 from benchmarks.quality.calibration_baselines import build_distracted_model, random_spec
 from tests.calibrate.conftest import CONFIG
 from tidal_vllm.calibrate import baselines
-from tidal_vllm.calibrate.choice import assess, best_choices, candidates, over_steps
+from tidal_vllm.calibrate.candidates import (
+    assess,
+    best_candidates,
+    over_steps,
+    worth_running,
+)
 from tidal_vllm.calibrate.engine import complete_settings
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.planted import PlantedSpec, build_planted_model, make_prompt
@@ -86,8 +91,8 @@ def test_finds_the_planted_layers(start_engine, tmp_path, hops, seed):
     spec = random_spec(hops, seed)
     model = Model(start_engine, build_planted_model(tmp_path / "m", spec), spec)
     planted = spec.select_layers
-    offered = candidates(model.loss, model.captured, max_select=4, first_select=2)
-    found = next(choice for choice in offered if choice.loss < 0.05)
+    offered = worth_running(model.loss, model.captured, max_select=4, first_select=2)
+    found = next(one for one in offered if one.loss < 0.05)
     assert found.select == planted
     assert min(offered).select == planted
 
@@ -118,7 +123,7 @@ def test_mean_overlap_errs_where_heads_are_distracted(start_engine, tmp_path):
     folder = build_distracted_model(tmp_path / "m", spec, change_layer=5)
     larger = TidalConfig(token_budget=128)
     model = Model(start_engine, folder, spec, context=1000, config=larger)
-    (ours,) = best_choices(model.loss, 4, 2)
+    (ours,) = best_candidates(model.loss, 4, 2)
     theirs = baselines.mean_overlap(model.overlap, 2, 2)
     assert ours.select == (2, 9)
     assert theirs == (2, 5)

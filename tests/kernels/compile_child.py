@@ -16,12 +16,14 @@ import tempfile
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from tidal_vllm.kernels.triton import attend as triton_attend
-from tidal_vllm.kernels.triton import ops as triton_ops
-from tidal_vllm.kernels.triton import select as triton_select
+from tidal_vllm.kernels import DecodeArgs, Workspace
+from tidal_vllm.kernels.triton import attend, ops, select
+from tidal_vllm.kernels.triton.tiling import DeviceLimits
+from tidal_vllm.plan.rule import SelectionRule
 
 BF16, FP16, FP32, FP8 = (
     torch.bfloat16,
@@ -43,12 +45,19 @@ OF_TARGET = {
     "sm_90": ("d128", "d64 tokens", "d256"),
     "gfx942": ("d128 fp8",),
 }
-# As `triton_attend._device_limits` would answer.
+# As `tiling.device_limits` would answer.
 LIMITS = {
-    "sm_80": (108, 5, False),
-    "sm_90": (132, 5, True),
-    "gfx942": (304, 2, False),
+    "sm_80": DeviceLimits(108, 5, False),
+    "sm_90": DeviceLimits(132, 5, True),
+    "gfx942": DeviceLimits(304, 2, False),
 }
+RULE = SelectionRule(
+    token_budget=4096,
+    select_block_size=16,
+    sink_tokens=4,
+    recent_tokens=1024,
+    sparse_threshold=4096,
+)
 
 
 class AbsentDriver:
@@ -71,7 +80,7 @@ def target_of(name: str) -> GPUTarget:
     return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
 
 
-def report(compiled, line: dict) -> None:
+def report(compiled: CompiledKernel, line: dict) -> None:
     asm = compiled.asm
     line["shared"] = compiled.metadata.shared
     if "cubin" in asm:
@@ -92,7 +101,7 @@ def report(compiled, line: dict) -> None:
 
 def main(target: str, everything: bool) -> None:
     driver.set_active(AbsentDriver(target_of(target)))
-    triton_attend._device_limits = lambda device: LIMITS[target]
+    attend.device_limits = lambda device: LIMITS[target]
     current = [""]
     run = JITFunction.run
 
@@ -105,42 +114,52 @@ def main(target: str, everything: bool) -> None:
     for name in SET_UPS if everything else OF_TARGET[target]:
         current[0] = name
         decode(*SET_UPS[name])
-    for num_blocks in (triton_select.CHOOSE_TILE, 131072):
+    for num_blocks in (select.CHOOSE_TILE, 131072):
         current[0] = f"{num_blocks} blocks"
-        select(num_blocks)
+        select_blocks(num_blocks)
 
 
-def decode(dtype, head_size, num_heads, num_kv_heads, num_sets, cache_dtype, size):
+def decode(
+    dtype: torch.dtype,
+    head_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    num_sets: int,
+    cache_dtype: torch.dtype,
+    size: int,
+) -> None:
     int32 = torch.int32
     query = torch.zeros(4, num_heads, head_size, dtype=dtype)
-    cache = torch.zeros(64, num_kv_heads, 16, 2 * head_size, dtype=cache_dtype)
-    table, lens = torch.zeros(4, 16, dtype=int32), torch.zeros(4, dtype=int32)
-    sets = torch.zeros(4, num_sets, 64, dtype=int32), torch.zeros(4, num_sets).int()
-    lse, block_lse = torch.zeros(4, num_heads), torch.zeros(4, num_heads, 256)
-    partials = (
-        torch.zeros(4, num_heads, 64, head_size),
-        torch.zeros(4, num_heads, 64),
+    args = DecodeArgs(
+        query=query,
+        kv_cache=torch.zeros(64, num_kv_heads, 16, 2 * head_size, dtype=cache_dtype),
+        block_table=torch.zeros(4, 16, dtype=int32),
+        output=torch.zeros_like(query),
+        scale=0.1,
+        workspace=Workspace.allocate(4, num_heads, num_sets, head_size, 256, "cpu"),
+        select_block_size=size,
+        topk_blocks=torch.zeros(4, num_sets, 64, dtype=int32),
+        topk_lens=torch.zeros(4, num_sets, dtype=int32),
     )
-    scales = (0.1, 1.0, 1.0, size)
-    triton_ops.dense_decode(
-        *(query, cache, table, lens, query.clone(), lse, block_lse, *partials, *scales)
-    )
-    triton_ops.score_blocks(
-        *(query, cache, table, lens, lse, block_lse, partials[1], 0.1, 1.0, size)
-    )
-    triton_ops.sparse_decode(
-        *(query, cache, table, *sets, lens, query.clone(), lse, *partials, *scales)
-    )
+    seq_lens = torch.zeros(4, dtype=int32)
+    for op in (ops.dense_decode, ops.score_blocks, ops.sparse_decode):
+        op(args, seq_lens)
 
 
-def select(num_blocks: int) -> None:
-    lens = torch.zeros(2, dtype=torch.int32)
-    blocks = torch.zeros(2, 1, 256, dtype=torch.int32)
-    triton_ops.select_blocks(
-        *(torch.zeros(2, 32, num_blocks), torch.zeros(2, 32), lens, blocks),
-        *(torch.zeros(2, 1).int(), torch.zeros(2, 1, num_blocks)),
-        *(4096, 16, 4, 1024, 4096),
+def select_blocks(num_blocks: int) -> None:
+    int32 = torch.int32
+    query = torch.zeros(2, 32, 16)
+    args = DecodeArgs(
+        query=query,
+        kv_cache=torch.zeros(1, 1, 16, 32),
+        block_table=torch.zeros(2, 1, dtype=int32),
+        output=query,
+        scale=1.0,
+        workspace=Workspace.allocate(2, 32, 1, 16, num_blocks, "cpu"),
+        topk_blocks=torch.zeros(2, 1, 256, dtype=int32),
+        topk_lens=torch.zeros(2, 1, dtype=int32),
     )
+    ops.select_blocks(args, torch.zeros(2, dtype=int32), RULE)
 
 
 if __name__ == "__main__":

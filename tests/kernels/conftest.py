@@ -5,6 +5,7 @@ told before its import; with a GPU, this process runs them too, for CUDA as well
 """
 
 import os
+from types import ModuleType
 
 import pytest
 import torch
@@ -25,13 +26,13 @@ def device() -> torch.device:
 
 
 @pytest.fixture(scope="session", params=["triton", "cuda"] if HAS_GPU else ["triton"])
-def kernels(request, device):
-    """The module under test: the four decode ops over given tensors."""
-    from tidal_vllm import kernels as ops
+def kernels(request: pytest.FixtureRequest, device: torch.device) -> ModuleType:
+    """The module under test, with the four decode ops."""
+    from tidal_vllm.kernels import choose
 
-    case = {"head_size": 128, "dtype": torch.bfloat16}
+    needed = {"head_size": 128, "dtype": torch.bfloat16}
     try:
-        return ops.choose(device, requested=request.param, **case).module
+        return choose(device, requested=request.param, **needed).ops
     except ValueError as refused:
         if request.param == "triton":
             raise

@@ -16,6 +16,7 @@ import torch
 from tests.kernels.conftest import INTERPRETED
 from tests.kernels.reference import exact
 from tests.kernels.reference.cases import FP8, Batch, Sets, make_batch, without_values
+from tests.kernels.reference.naive import Positions
 from tidal_vllm.kernels import (
     DecodeArgs,
     Requirements,
@@ -276,7 +277,7 @@ def some_blocks(batch: Batch, num_sets: int, size: int, seed: int = 0) -> Sets:
 
 def exact_of(
     batch: Batch,
-    positions_of: Callable[[int, int], list[int]] | None = None,
+    positions_of: Positions | None = None,
     size: int | None = None,
 ) -> exact.Exact:
     """Attention in float64; kernels round weights to the query's dtype."""

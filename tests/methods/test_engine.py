@@ -31,8 +31,9 @@ def settings_of(method, **more):
     return roles | {"method": method} | SETTINGS | more
 
 
-def assert_right(answers, prompts, folder, method, **more):
-    oracle = Oracle(folder, **roles_of(method), **SETTINGS | more, method=method)
+def assert_right(answers, prompts, folder, method, scope="sequence"):
+    settings = SETTINGS | {"scope": scope, "method": method}
+    oracle = Oracle(folder, **roles_of(method), **settings)
     for prompt, answer in zip(prompts, answers, strict=True):
         wanted, logprobs = oracle.generate(prompt, len(answer.token_ids))
         assert answer.token_ids == wanted
@@ -90,8 +91,8 @@ class TestBoundsOfQuest:
         llm = engine(
             random_llama,
             tidal=settings_of("quest"),
-            max_model_len=512,
-            num_gpu_blocks_override=40,
+            max_model_len=256,
+            num_gpu_blocks_override=28,
             max_num_batched_tokens=64,
         )
         shared = random_prompt(96, seed=1)

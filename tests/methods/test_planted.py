@@ -62,16 +62,17 @@ def test_oracle(llm, spec):
         assert shares_right(llm, spec) == [0.0] * 3  # the sinks and the newest
 
 
-def test_sliding_window(llm, spec):
-    """Solved where the answer is near the end; lost behind the window."""
-    with reconfigured(llm, **WINDOWED):
-        assert shares_right(llm, spec) == [0.0, 0.0, 1.0]
+def test_sliding_window(engine, planted):
+    """Solved where the answer is near the end; lost before the window."""
+    spec, folder = planted(hops=1)
+    llm = engine(folder, tidal=WINDOWED, kv_cache_memory_bytes=96 * MiB)
+    assert shares_right(llm, spec) == [0.0, 0.0, 1.0]
 
 
 def test_quest(start, spec):
     """Solved by small blocks; the bounds of large ones promise too much."""
     knobs = {"method": "quest", "scope": "query_head"}
-    small = start(**knobs, token_budget=64, select_block_size=4)
+    small = start(**knobs, token_budget=64, select_block_size=2)
     assert shares_right(small, spec) == [1.0] * 3
     large = start(**knobs, token_budget=64, select_block_size=16)
-    assert min(shares_right(large, spec)) < 1.0
+    assert max(shares_right(large, spec)) < 1.0

@@ -15,6 +15,7 @@ from tidal_vllm.config import (
     SELECT_ATTENDS,
     TidalConfig,
 )
+from tidal_vllm.registry import METHODS
 from tidal_vllm.validators import MAX_TOKENS, TidalConfigError
 
 
@@ -88,7 +89,17 @@ BAD_SETTINGS = [
     bad("reselect-float", "reselect_interval", 4.0, STEPS, "not a float"),
     bad("reselect-bool", "reselect_interval", True, STEPS, "not a bool"),
     bad("attends-unknown", "select_attends", "all", "one of", *SELECT_ATTENDS),
-    bad("attends-null", "select_attends", None, "one of", *SELECT_ATTENDS),
+    bad("attends-number", "select_attends", 1, "one of", *SELECT_ATTENDS),
+    bad(
+        "attends-everything-where-all-choose",
+        "select_attends",
+        "everything",
+        "with method 'quest' every layer chooses",
+        "must be 'chosen', or null",
+        method="quest",
+    ),
+    bad("method-unknown", "method", "quests", "one of", *METHODS, "mean 'quest'?"),
+    bad("method-null", "method", None, "one of", *METHODS),
     bad("select-negative", "select_layers", [2, -1], LAYERS, "-1 is not one"),
     bad("select-string", "select_layers", "2,13", LAYERS, "not a str"),
     bad("select-int", "select_layers", 2, LAYERS, "not a int"),
@@ -175,6 +186,7 @@ def test_defaults(additional_config):
     config = TidalConfig.from_additional_config(additional_config)
     assert dataclasses.asdict(config) == {
         "preset": "default",
+        "method": "tidaldecode",
         "token_budget": 4096,
         "select_block_size": 16,
         "scope": "sequence",
@@ -192,6 +204,20 @@ def test_defaults(additional_config):
     }
     assert config == TidalConfig()
     hash(config)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_select_layer_attends_to_what_it_chose_where_all_layers_choose(method):
+    attends = "chosen" if METHODS[method].every_layer else "everything"
+    assert read({"method": method}).select_attends == attends
+    assert read({"method": method, "select_attends": None}).select_attends == attends
+
+
+def test_a_preset_names_its_method():
+    for name, fields in PRESETS.items():
+        assert read({"preset": name}).method == fields["method"]
+        assert fields["method"] == (name if name != "default" else "tidaldecode")
+    assert read({"preset": "quest", "method": "oracle"}).method == "oracle"
 
 
 def test_tidaldecode_forces_only_the_current_token():

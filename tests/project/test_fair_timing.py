@@ -22,17 +22,17 @@ from tidal_vllm.fair_timing import Race, waiting_and_running
 def test_tells_the_median(dense, sparse, told):
     race = Race(dense, sparse, waited=0.1, ran=10.0)
     assert race.speed_up == pytest.approx(told)
-    assert not race.why_unclear()
+    assert not race.reason_unclear()
 
 
 def test_trials_that_disagree_are_no_speed_up():
     race = Race([4.0, 4.0, 4.0, 9.0, 9.0], [2.0, 2.0, 2.0, 2.0, 2.0])
-    assert race.why_unclear().endswith("the trials range from 2.00x to 4.50x")
+    assert race.reason_unclear().endswith("the trials range from 2.00x to 4.50x")
 
 
 def test_waiting_for_a_core_is_no_speed_up():
     race = Race([4.0] * 5, [2.0] * 5, waited=3.0, ran=7.0)
-    assert "waiting for a core 30 % of its time" in race.why_unclear()
+    assert "waiting for a core 30 % of its time" in race.reason_unclear()
 
 
 @pytest.mark.skipif(

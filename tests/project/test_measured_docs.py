@@ -34,18 +34,6 @@ def test_tables_are_what_was_measured(name):
     assert shown == {script.name_of(r): script.table(r) for r in records(name)}
 
 
-@pytest.mark.parametrize(
-    ("name", "target"),
-    [
-        (name, target)
-        for name in PAGES
-        for target in re.findall(r"\]\((?!http)(.*?)\)", page(name))
-    ],
-)
-def test_linked_paths_exist(name, target):
-    assert (ROOT / "docs" / target).resolve().exists()
-
-
 def test_corrections_default_rests_on_measurements():
     """All intervals, on two models that drift, and their cost."""
     intervals = {"off", "4", "8", "16", "32", "64", "128"}

@@ -31,20 +31,6 @@ def test_the_newcomers_two_commands_come_first_and_ci_runs_them():
 
 
 @pytest.mark.parametrize(
-    "target", sorted(set(re.findall(r"\]\((?!http)(.*?)\)", README)))
-)
-def test_linked_paths_exist(target):
-    assert (ROOT / target).exists()
-
-
-@pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"\b(?:tests|benchmarks|docs)/\w[\w./]*", README)))
-)
-def test_named_paths_exist(path):
-    assert (ROOT / path.rstrip(".")).exists()
-
-
-@pytest.mark.parametrize(
     "command", [c for c in COMMANDS if c.startswith("tidal-vllm ")]
 )
 def test_own_commands_parse(command, capsys):

@@ -8,7 +8,6 @@ import torch
 
 from tests.support.processes import TIDAL_VLLM, run, run_python, write_distribution
 from tidal_vllm import child_process, doctor, probe
-from tidal_vllm.kernels import choosing
 
 AT_ONCE = ["package", "vLLM", "torch", "profiles"]
 
@@ -55,10 +54,10 @@ def test_an_engine_that_answers_wrongly_or_densely(given, steps, said):
 def assert_ends_with(lines: list[str], name: str, found: str, fix: str) -> None:
     """The last finding failed; all before it are fine."""
     *fine, failed, mended, last = lines
-    assert [line[:4] for line in fine] == ["ok  "] * len(fine)
-    assert failed.startswith(f"FAIL  {name}")
+    assert [line.split()[0] for line in fine] == ["ok"] * len(fine)
+    assert failed.split()[:2] == ["FAIL", name]
     assert found in failed
-    assert re.match(r" +fix  ", mended)
+    assert mended.split()[0] == "fix"
     assert fix in mended
     assert last.startswith("Not ready")
 
@@ -167,25 +166,11 @@ def test_the_cause_of_a_failed_engine_is_its_own():
     assert doctor.root_cause(log, "ValueError: no") == "ValueError: no"
 
 
-@pytest.mark.parametrize(
-    "device, cuda, advised",
-    [("cuda", "13.0", True), ("cuda", None, False), ("cpu", "13.0", False)],
-    ids=["nvidia", "other_gpu", "cpu"],
-)
-def test_a_gpu_without_its_kernels(monkeypatch, device, cuda, advised):
-    monkeypatch.setattr(torch.version, "cuda", cuda)
-    if device != "cpu":  # what a machine with Triton alone has to offer
-        offer = {name: choosing._CANDIDATES[name] for name in ("cuda", "reference")}
-        monkeypatch.setattr(choosing, "_CANDIDATES", offer)
-    kernels = choosing.describe(device)
-    assert kernels.name == "reference"
-    assert ("TIDAL_BUILD_CUDA=1" in kernels.advice) is advised
-    assert ("not the CUDA kernels for it: " in kernels.advice) is advised
-
-
 def test_warns_where_something_could_be_better():
     finding = doctor.Finding("kernels", True, "Triton kernels", "build them")
-    assert str(finding).startswith("WARN  kernels   Triton kernels\n      fix ")
+    said, advice = str(finding).splitlines()
+    assert said.split() == ["WARN", "kernels", "Triton", "kernels"]
+    assert advice.split() == ["fix", "build", "them"]
 
 
 @pytest.mark.parametrize(

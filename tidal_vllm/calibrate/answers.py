@@ -7,31 +7,34 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from tidal_vllm.calibrate import choice
-from tidal_vllm.calibrate.engine import CalibrationEngine
-from tidal_vllm.calibrate.result import Job, Measured, NotCalibrated
+from tidal_vllm.calibrate.candidates import Candidate
+from tidal_vllm.calibrate.engine import CalibrationEngine, complete_settings
+from tidal_vllm.calibrate.evidence import evidence_needed
+from tidal_vllm.calibrate.result import Job, Measured, NotCalibrated, roles_of
 from tidal_vllm.calibrate.state import State
+from tidal_vllm.config import TidalConfig
 
-# A setting that loses a little less than is allowed takes ever more tokens to tell:
-# so many times what one without a loss takes are asked for, at most.
+# A setting that loses a little less than is allowed takes ever more tokens to tell. At
+# most this many times the tokens are asked for that a setting without a loss takes.
 MOST_EVIDENCE = 4
 
 
 class Answers:
-    """The model's, to the prompts of a job and to others like them.
+    """The model's answers to the prompts of a job and to others like them.
 
     Args:
         start_engine: Called once, as soon as something has to be asked.
 
     Attributes:
-        layers: Indices of the layers that take part, ascending.
-        tokens: Of each dense answer.
+        layers: Indices of the layers that take part, ascending; known once the job's
+            prompts were recorded.
+        tokens: The tokens of each dense answer, by the prompt's number.
     """
 
     def __init__(
@@ -51,13 +54,21 @@ class Answers:
             self._engine = self._start()
         return self._engine
 
+    def settings(self, config: TidalConfig, candidate: Candidate) -> dict[str, Any]:
+        """`additional_config["tidal"]` for a config with a candidate's layers."""
+        return complete_settings(config, *roles_of(self.layers, candidate))
+
     def record(
         self, settings: list[dict[str, Any]]
     ) -> tuple[Measured, list[dict[str, np.ndarray]]]:
-        """Answer the job's prompts densely.
+        """Answer the job's prompts densely, and record every decode step.
+
+        Args:
+            settings: Keywords of `TidalConfig` to record for, the main setting first.
 
         Returns:
-            How that went, and what was recorded of those with a decode step.
+            How dense attention did, and per prompt with a decode step what
+            `recorder.merge_ranks` returns.
 
         Raises:
             NotCalibrated: Nothing was decoded, or there is nothing to choose from.
@@ -100,7 +111,12 @@ class Answers:
         """Run prompts under each of the settings, prompt by prompt.
 
         Args:
-            count: Of the first so many prompts; None: those recorded.
+            title: What the progress bar says.
+            settings: As `self.settings` makes them.
+            count: Number of prompts, the first ones; None: those recorded.
+
+        Returns:
+            Per setting, how it did.
         """
         everything = range(len(self.job.prompts) if count is None else count)
         asked = list(itertools.product(everything, settings))
@@ -121,13 +137,13 @@ class Answers:
         return [self._sum(found[json.dumps(s, sort_keys=True)]) for s in settings]
 
     def confirm(self, setting: dict[str, Any]) -> Measured:
-        """Measure a setting over as many prompts as make sure that it holds.
+        """Measure a setting over ever more prompts, until it is sure to hold.
 
-        It ends where that is so, where the setting loses too much, and where the job
-        has no further prompts.
+        Ends too where the setting loses too much, where `MOST_EVIDENCE` is reached,
+        and where the job has no further prompts.
         """
         job, title = self.job, "Confirming with more prompts"
-        limit = MOST_EVIDENCE * choice.evidence_needed(0, job.max_loss)
+        limit = MOST_EVIDENCE * evidence_needed(0, job.max_loss)
         (found,) = self.measure(title, [setting])
         while missing := found.missing(job.max_loss):
             too_many = found.steps >= limit or not found.promises(job.max_loss)
@@ -139,7 +155,7 @@ class Answers:
         return found
 
     def _ask_further(self, count: int) -> None:
-        """Have dense answers to so many prompts, without recording."""
+        """Answer further prompts densely until `count` prompts are answered."""
         numbers = range(len(self.tokens), count)
         for i in _progress(numbers, "Answering more prompts densely"):
             self._prompts.append(self.job.further(i))
@@ -172,7 +188,7 @@ class Answers:
         )
 
 
-def _progress(items: Sequence, title: str):
+def _progress(items: Sequence[Any], title: str) -> Iterable[Any]:
     """The items behind a bar with the time left."""
     bar = "{desc:<40.40} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} "
     bar += "[{elapsed}, {remaining} left]"

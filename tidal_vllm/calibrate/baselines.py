@@ -1,14 +1,41 @@
-"""Other rules for choosing SELECT layers, to be compared with ours.
+"""Other rules for choosing SELECT layers, to be compared with the calibration's.
 
 Each returns positions, ascending, the first of them ``first_select``, as the published
-methods do; see ``choice`` for what a position is.
+methods do; see ``candidates`` for what a position is.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
+
+from tidal_vllm.calibrate.candidates import Candidate, assess, exhaustive_candidate
+
+EXHAUSTIVE_LIMIT = 20_000  # more candidates are not tried one by one
+
+
+def other_rules(
+    loss: np.ndarray, overlap: np.ndarray, chosen: Candidate, first_select: int
+) -> dict[str, Candidate]:
+    """What other rules choose at the same cost, by name, assessed by our loss.
+
+    Args:
+        loss: [num_layers, num_layers], as in ``candidates.assess``.
+        overlap: As in ``mean_overlap``.
+        chosen: What the calibration chose.
+    """
+    count = chosen.num_full - first_select
+    found = {
+        "evenly spaced": evenly_spaced(len(loss), count, first_select),
+        "adjacent change (DELTA-style)": adjacent_change(overlap, count, first_select),
+    }
+    if math.comb(len(loss), count) <= EXHAUSTIVE_LIMIT:
+        found["mean overlap (TidalDecode)"] = mean_overlap(overlap, count, first_select)
+        best = exhaustive_candidate(loss, chosen.num_full, first_select)
+        found["exhaustive search"] = best.select
+    return {name: assess(loss, select) for name, select in found.items()}
 
 
 def evenly_spaced(

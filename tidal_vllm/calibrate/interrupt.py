@@ -23,8 +23,8 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         # NOTE: Python lets only the main thread set handlers, and calls them there.
-        ours = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGINT, signal.SIGTERM) if ours else ()
+        may_handle = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if may_handle else ()
         self._before = {
             number: signal.signal(number, self._handle)
             for number in numbers
@@ -32,7 +32,7 @@ class Interrupts:
         }
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -45,6 +45,6 @@ class Interrupts:
         """What a shell expects of a program that a signal stopped."""
         return 128 + (self.signum or signal.SIGINT)
 
-    def _handle(self, number: int, _) -> None:
+    def _handle(self, number: int, _: object) -> None:
         self.signum = number
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""The options of `tidal-vllm calibrate`."""
+"""The options of `tidal-vllm calibrate`, and what they refuse by themselves."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 from tidal_vllm.calibrate.prompts import BUILTIN
 from tidal_vllm.config import SCOPES
 from tidal_vllm.profiles import PROJECT_DIR
+from tidal_vllm.validators import TidalConfigError
 
 MOST_CONTEXT = 8192  # tokens, where --context is not given
-BUDGET_SHARE = 8  # where --budget is not given: one token of so many, at most
-MOST_BUDGET = 4096
+BUDGET_SHARE = 8  # where --budget is not given: one in so many tokens of the context
+MOST_BUDGET = 4096  # tokens, where --budget is not given
+LEAST_LOSS = 0.0001  # takes 38,413 tokens to prove
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -106,3 +108,33 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="throw away what an interrupted run left, instead of resuming it",
     )
+
+
+def check_numbers(given: argparse.Namespace) -> None:
+    """Refuse what no model could be calibrated with.
+
+    Raises:
+        TidalConfigError: The first option that is out of range.
+    """
+    least = {"num_prompts": 1, "decode_tokens": 2, "dense_layers": 0}
+    least |= {"max_select_layers": 1, "tensor_parallel_size": 1}
+    least |= {"select_block_size": 1, "context": 1, "budget": 1}
+    for key, low in least.items():
+        value = getattr(given, key)
+        if value is not None and value < low:
+            raise TidalConfigError(_option(key), value, f"must be {low} or more")
+    for key in ("max_loss", "target_agreement"):
+        value = getattr(given, key)
+        if value is not None and not 0 <= value <= 1:
+            raise TidalConfigError(_option(key), value, "must be a share, 0 to 1")
+    if given.max_loss < LEAST_LOSS:
+        reason = f"must be {LEAST_LOSS} or more: no number of tokens proves that "
+        reason += "none is lost, and a smaller share takes too many"
+        raise TidalConfigError("--max-loss", given.max_loss, reason)
+    if given.scope not in SCOPES:
+        reason = f"must be one of {', '.join(SCOPES)}"
+        raise TidalConfigError("--scope", given.scope, reason)
+
+
+def _option(key: str) -> str:
+    return "--" + key.replace("_", "-")

@@ -37,10 +37,11 @@ class Prompt:
     """One question.
 
     Attributes:
-        kind: What it asks for, for the report.
+        kind: What the prompt asks for, in the report's words.
         token_ids: The question.
-        answer_ids: What the model has to say, if that is known as tokens.
-        answer_text: The same as text; at most one of the two is known.
+        answer_ids: The right answer, where it is known as tokens.
+        answer_text: The right answer, where it is known as text; at most one of the
+            two is known.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class Prompt:
 
     @property
     def judged(self) -> bool:
+        """Whether the right answer is known."""
         return self.answer_ids is not None or self.answer_text is not None
 
     def is_right(
@@ -62,7 +64,7 @@ class Prompt:
 
 
 def read_file(path: str) -> list[dict[str, Any]]:
-    """The lines of a prompt file, checked as far as that needs no model.
+    """The lines of a prompt file, with the checks that need no model.
 
     Raises:
         TidalConfigError: Unreadable, empty, or a line that is no prompt.
@@ -85,7 +87,7 @@ def read_file(path: str) -> list[dict[str, Any]]:
 
 
 def _read_line(path: str, number: int, line: str) -> dict[str, Any]:
-    def refuse(reason: str):
+    def refuse(reason: str) -> TidalConfigError:
         return TidalConfigError("--prompts", path, f"line {number}: {reason}")
 
     try:
@@ -163,8 +165,9 @@ def built_in(
         model: A planted model's folder gets its own questions.
         tokenizer: The model's: needles and two-hop needles in made-up prose, by turns.
             None: chains of random token ids, to be continued from their first.
-        count: How many.
-        num_tokens: Length of each, about; never more.
+        vocab_size: Number of the model's tokens.
+        count: Number of prompts.
+        num_tokens: Length of each prompt, tokens; a prompt of prose may be shorter.
 
     Raises:
         TidalConfigError: Too short to hold a needle.
@@ -183,7 +186,11 @@ def built_in(
 def one_more(
     model: str, tokenizer: Any, vocab_size: int, number: int, num_tokens: int
 ) -> Prompt:
-    """Another of `built_in`'s kind; any numbers in a row are at depths far apart."""
+    """Another prompt like those of `built_in`, without end.
+
+    Args:
+        number: The prompt's number; consecutive numbers have depths far apart.
+    """
     depth = number * _GOLDEN % 1
     return _question(model, tokenizer, vocab_size, num_tokens, depth, number)
 

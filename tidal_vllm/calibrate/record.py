@@ -17,8 +17,14 @@ from tidal_vllm.profiles import model_names
 def profile_fields(
     name: str, sha256: str, job: Job, result: Result, seconds: float
 ) -> dict[str, Any]:
-    """The profile's content, as `profiles.load_profile` reads it."""
-    dense, select = result.roles(result.chosen.choice)
+    """The profile's content, as `profiles.load_profile` reads it.
+
+    Args:
+        name: The model's name; the profile is called after it.
+        sha256: The hash of the model's config.
+        seconds: What the calibration took.
+    """
+    dense, select = result.roles(result.chosen.candidate)
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {
         "name": f"{name}-calibrated",
@@ -39,8 +45,8 @@ def profile_fields(
 def _measured(job: Job, result: Result, seconds: float) -> dict[str, Any]:
     tried = [
         {
-            "select_layers": result.roles(one.choice)[1],
-            "expected_loss": round(one.choice.loss, 6),
+            "select_layers": result.roles(one.candidate)[1],
+            "expected_loss": round(one.candidate.loss, 6),
             "holds": one.holds,
             **_numbers(one.measured),
         }
@@ -56,7 +62,7 @@ def _measured(job: Job, result: Result, seconds: float) -> dict[str, Any]:
         }
         for point in result.curve
     ]
-    runner_up = result.runner_up and result.roles(result.runner_up.choice)[1]
+    runner_up = result.runner_up and result.roles(result.runner_up.candidate)[1]
     return {
         "prompts": {
             "kinds": sorted({prompt.kind for prompt in job.prompts}),

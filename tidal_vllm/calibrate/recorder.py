@@ -16,6 +16,7 @@ import torch
 
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.kernels import reference
+from tidal_vllm.kernels.arguments import DecodeArgs
 from tidal_vllm.plan.rule import SelectionRule, num_sets
 
 WORST, MEAN, AVOIDABLE, OVERLAP = "worst", "mean", "avoidable", "overlap"
@@ -29,7 +30,7 @@ class Recorder:
     Per step, and with i <= j positions of layers in ascending order:
         worst, mean: `[num_settings, num_layers, num_layers]`; entry `[s, i, j]` is the
             attention mass of layer j, 0 to 1, in the blocks that layer i selects under
-            setting s: of the worst of the rank's heads, and their mean.
+            setting s: that of the worst of the rank's heads, and the heads' mean.
         avoidable: `[num_layers, num_layers]`, first setting: how much more of its mass
             a head of layer j has in the blocks that it would choose for itself alone,
             for the head where that is most.
@@ -40,7 +41,7 @@ class Recorder:
         layers: Indices of the layers that take part, ascending.
         num_heads: Query heads of this rank.
         num_kv_heads: KV heads of this rank.
-        settings: What to record for; their block sizes divide the KV block size.
+        settings: Settings to record for; their block sizes divide the KV block size.
     """
 
     def __init__(
@@ -72,8 +73,12 @@ class Recorder:
         """Take in one layer of a decode step; layers come in ascending order.
 
         Args:
-            layer: Its index.
-            query: `[1, num_heads, head_size]`; the rest as in `kernels.reference`.
+            layer: The layer's index.
+            query: `[1, num_heads, head_size]`.
+            kv_cache, block_table, seq_lens, scale: As in `kernels.reference`.
+
+        Raises:
+            RuntimeError: Several sequences decode in this step.
         """
         if query.shape[0] != 1:
             raise RuntimeError(
@@ -83,19 +88,23 @@ class Recorder:
         position = self._position[layer]
         if position == 0:
             self._begin_step()
-        _, lse, fine = reference.dense_decode(
-            query,
-            kv_cache,
-            block_table,
-            seq_lens,
+        args = DecodeArgs(
+            query=query,
+            kv_cache=kv_cache,
+            block_table=block_table,
+            output=torch.empty_like(query),
             scale=scale,
             select_block_size=self._finest,
         )
+        reference.score_blocks(args, seq_lens)
+        lse, fine = args.workspace.lse, args.workspace.block_lse
         step = self._steps[-1]
         for s, rule in enumerate(self._rules):
-            block_lse = _coarser(fine, rule.select_block_size // self._finest)
-            mass = (block_lse[0] - lse[0, :, None]).exp()
-            chosen = self._select(rule, self._num_sets[s], block_lse, lse, seq_lens)
+            args.workspace.block_lse = _coarser(
+                fine, rule.select_block_size // self._finest
+            )
+            mass = (args.workspace.block_lse[0] - lse[0, :, None]).exp()
+            chosen = _select(args, seq_lens, rule, self._num_sets[s])
             self._chosen[s].append(chosen)
             given = torch.stack(self._chosen[s])
             captured = _captured(mass, given)
@@ -103,7 +112,7 @@ class Recorder:
             step[WORST][s, upto, position] = captured.amin(1).cpu()
             step[MEAN][s, upto, position] = captured.mean(1).cpu()
             if s == 0:
-                own = self._select(rule, self._num_heads, block_lse, lse, seq_lens)
+                own = _select(args, seq_lens, rule, self._num_heads)
                 missed = _captured(mass, own[None]) - captured
                 step[AVOIDABLE][upto, position] = missed.clamp_(min=0).amax(1).cpu()
                 step[OVERLAP][upto, position] = _overlap(given, mass.shape[1]).cpu()
@@ -135,20 +144,17 @@ class Recorder:
         )
         self._chosen = [[] for _ in self._rules]
 
-    def _select(self, rule, sets, block_lse, lse, seq_lens) -> torch.Tensor:
-        """[sets, kept] block indices, by the rule itself."""
-        kept = rule.num_kept_blocks(int(seq_lens[0]))
-        device = block_lse.device
-        blocks = torch.empty((1, sets, kept), dtype=torch.int32, device=device)
-        lens = torch.empty((1, sets), dtype=torch.int32, device=device)
-        reference.select_blocks(
-            block_lse, lse, seq_lens, rule=rule, topk_blocks=blocks, topk_lens=lens
-        )
-        return blocks[0].long()
-
 
 def merge_ranks(paths: Sequence[Path]) -> dict[str, np.ndarray]:
-    """The recordings of all ranks as that of one model, worst over the ranks."""
+    """The recordings of all ranks as one model's, by the arrays' names.
+
+    Args:
+        paths: What `Recorder.save` wrote, rank by rank.
+
+    Returns:
+        The arrays of `Recorder`, each with the steps in front: `[num_steps, ...]`. Of
+        worst and avoidable the worst rank's, of mean and overlap the ranks' mean.
+    """
     ranks = []
     for path in paths:
         with np.load(path) as found:
@@ -159,8 +165,26 @@ def merge_ranks(paths: Sequence[Path]) -> dict[str, np.ndarray]:
     }
 
 
+def _select(
+    args: DecodeArgs, seq_lens: torch.Tensor, rule: SelectionRule, num_sets: int
+) -> torch.Tensor:
+    """The blocks that the rule selects by attention mass.
+
+    Args:
+        args: After an op that left block_lse, of the rule's select_block_size.
+
+    Returns:
+        [num_sets, kept] int64, block indices.
+    """
+    kept = rule.num_kept_blocks(int(seq_lens[0]))
+    args.topk_blocks = seq_lens.new_empty((1, num_sets, kept), dtype=torch.int32)
+    args.topk_lens = seq_lens.new_empty((1, num_sets), dtype=torch.int32)
+    reference.select_blocks(args, seq_lens, rule)
+    return args.topk_blocks[0].long()
+
+
 def _coarser(block_lse: torch.Tensor, times: int) -> torch.Tensor:
-    """The lse of blocks that are `times` as long."""
+    """The log-sum-exp of blocks that are `times` as long."""
     if times == 1:
         return block_lse
     missing = -block_lse.shape[-1] % times
@@ -172,11 +196,11 @@ def _captured(mass: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
     """Mass of each head in the sets it is given.
 
     Args:
-        mass: [num_heads, num_blocks].
-        given: [num_selections, num_sets, kept]; the heads of a set are neighbours.
+        mass: `[num_heads, num_blocks]`.
+        given: `[num_selections, num_sets, kept]`; the heads of a set are neighbours.
 
     Returns:
-        [num_selections, num_heads].
+        `[num_selections, num_heads]`.
     """
     selections, sets, kept = given.shape
     by_set = mass.view(1, sets, -1, mass.shape[1])
@@ -188,7 +212,7 @@ def _captured(mass: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
 
 
 def _overlap(given: torch.Tensor, num_blocks: int) -> torch.Tensor:
-    """Share of the last selection's blocks that each one has: [num_selections]."""
+    """Share of the last selection's blocks that each one has: `[num_selections]`."""
     own = torch.zeros(given.shape[1], num_blocks, device=given.device)
     own.scatter_(1, given[-1], 1.0)
     return own.expand(len(given), -1, -1).gather(2, given).mean((1, 2))

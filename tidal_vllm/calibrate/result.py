@@ -1,15 +1,16 @@
-"""What a calibration works on, and what it finds out. Neither torch nor vLLM."""
+"""What a calibration works on and what it finds. Imports neither torch nor vLLM."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from tidal_vllm.calibrate import choice
-from tidal_vllm.calibrate.choice import Choice, Point
+from tidal_vllm.calibrate.candidates import Candidate
+from tidal_vllm.calibrate.evidence import evidence_needed, wilson_lower
 from tidal_vllm.calibrate.prompts import Prompt
 from tidal_vllm.config import TidalConfig
 
@@ -23,19 +24,23 @@ class Job:
     """What a calibration works on, checked.
 
     Attributes:
-        prompts: Recorded while dense attention answers them.
+        model: The model's folder, or its name on the hub.
+        prompts: What the model is asked while its attention is recorded.
         further: Makes another prompt like those, by number; None: there are no others.
+        decode: Turns tokens into text; None: the model has no tokenizer.
         config: The main setting: budget, block size, scope and what is forced.
         first_select: Layers before this position stay DENSE.
         max_select: Most SELECT layers.
         max_loss: Largest drop of accuracy and of agreement that counts as none.
-        target_agreement: Wanted of the recommended setting; None: the knee.
-        decode_tokens: Of each answer that is not known beforehand.
-        num_layers: Of the model, those that do not take part included.
-        full_layers: Indices of those that take part, ascending: with full attention.
+        target_agreement: Agreement wanted of the recommended setting, 0 to 1; None:
+            the knee of the curve is recommended.
+        decode_tokens: Length of each answer that is not known beforehand.
+        num_layers: Layers of the model, those that do not take part included.
+        full_layers: Indices of the layers that take part, ascending: those with full
+            attention.
         correctable: Whether the model's tokens can be computed again.
         group_size: Query heads per KV head.
-        kv_block_size: Of vLLM's cache, tokens.
+        kv_block_size: Block size of vLLM's KV cache, tokens.
     """
 
     model: str
@@ -56,6 +61,7 @@ class Job:
 
     @property
     def mean_len(self) -> int:
+        """Mean length of the recorded prompts, tokens, rounded down."""
         return sum(len(p.token_ids) for p in self.prompts) // len(self.prompts)
 
 
@@ -64,13 +70,13 @@ class Measured:
     """How decoding went under one setting, over the prompts it was tried on.
 
     Attributes:
-        prompts: How many.
+        prompts: How many prompts.
         steps: Decode steps, all prompts together; first tokens do not count, they
             come from the prefill, which is dense.
-        agreed: Those whose likeliest token is that of dense attention.
+        agreed: Steps whose likeliest token is that of dense attention.
         judged: Prompts with a known answer.
-        right: Those answered; by sparse attention only where dense attention does.
-        dense_right: Those that dense attention answers.
+        right: Judged prompts that were answered rightly, by dense attention too.
+        dense_right: Judged prompts that dense attention answers rightly.
         lost_logprob: Mean drop of the log probability of the dense token, nats.
     """
 
@@ -84,16 +90,13 @@ class Measured:
 
     @property
     def agreement(self) -> float:
+        """Share of the steps that agree with dense attention, 0 to 1."""
         return self.agreed / self.steps
 
     @property
-    def accuracy(self) -> float | None:
-        return self.right / self.judged if self.judged else None
-
-    @property
     def sure_agreement(self) -> float:
-        """Lower end of its 95 % interval."""
-        return choice.wilson_lower(self.agreed, self.steps)
+        """Lower end of the agreement's 95 % interval."""
+        return wilson_lower(self.agreed, self.steps)
 
     def promises(self, max_loss: float) -> bool:
         """Whether it was as good as dense attention, within a loss."""
@@ -103,7 +106,7 @@ class Measured:
 
     def missing(self, max_loss: float) -> int:
         """Tokens that have yet to agree before it is sure to stay within a loss."""
-        needed = choice.evidence_needed(self.steps - self.agreed, max_loss)
+        needed = evidence_needed(self.steps - self.agreed, max_loss)
         return max(needed - self.steps, 0)
 
     def holds(self, max_loss: float) -> bool:
@@ -113,17 +116,35 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
-    """A choice of layers and how it did when it was run, within the loss allowed."""
+    """A candidate and how it did when it was run.
 
-    choice: Choice
+    Attributes:
+        holds: Whether it is sure to stay within the loss allowed.
+        promises: Whether it stayed within the loss allowed.
+    """
+
+    candidate: Candidate
     measured: Measured
     holds: bool
     promises: bool
 
+    @property
+    def rank(self) -> tuple[Any, ...]:
+        """Smaller is better: what holds, what promises, fewest full layers, ..."""
+        cost = self.candidate.num_full if self.promises else math.inf
+        likely = (not self.holds, not self.promises, cost)
+        return *likely, -self.measured.agreement, self.candidate.score
+
 
 @dataclasses.dataclass(frozen=True)
 class CurvePoint:
-    """One setting, with the chosen layers."""
+    """One setting, with the chosen layers.
+
+    Attributes:
+        read_share: KV bytes read per decode step, as a share of dense attention's.
+        captured: Mean attention mass captured, 0 to 1.
+        captured_worst: Attention mass captured in the worst layer and head, 0 to 1.
+    """
 
     config: TidalConfig
     measured: Measured
@@ -131,27 +152,24 @@ class CurvePoint:
     captured: float
     captured_worst: float
 
-    @property
-    def point(self) -> Point:
-        return Point(self.read_share, self.measured.agreement, self.captured)
-
 
 @dataclasses.dataclass(frozen=True)
 class Result:
     """Everything found out.
 
     Attributes:
-        layers: Indices of the layers that take part; matrices and choices count
-            positions in it.
+        layers: Indices of the layers that take part, num_layers of them; matrices and
+            candidates count positions in this tuple.
+        dense: How dense attention answered the recorded prompts.
         loss, captured, overlap: [num_layers, num_layers], see `recorder`: avoidable
             loss (high quantile over steps), mass of the worst head (low quantile) and
             mean overlap.
-        predicted: The best choice by prediction for 1, 2, ... SELECT layers.
-        tried: Choices that were run, in order.
-        chosen, runner_up: Of those; the runner-up may not hold.
+        tried: Candidates that were run, in order.
         stability: Share of resamples of the prompts that give the same layers.
-        curve: The settings tried with the chosen layers, and `best`, the one to take.
-        intervals: Correction intervals tried with it, and the best; None: off.
+        curve: The settings tried with the chosen layers.
+        best: The point of `curve` that is recommended.
+        intervals: Correction intervals (decode steps) tried with it.
+        interval: The best of `intervals`; None: no correction.
         others: What other rules choose, by name, with as many SELECT layers.
     """
 
@@ -160,33 +178,57 @@ class Result:
     loss: np.ndarray
     captured: np.ndarray
     overlap: np.ndarray
-    predicted: list[Choice]
     tried: list[Tried]
-    chosen: Tried
-    runner_up: Tried | None
     stability: float
     curve: list[CurvePoint]
     best: CurvePoint
     intervals: list[tuple[int, Measured]]
     interval: int | None
-    others: dict[str, Choice]
+    others: dict[str, Candidate]
 
-    def roles(self, of: Choice) -> tuple[list[int], list[int]]:
-        """DENSE and SELECT layers of a choice, as indices of the model's layers."""
-        return roles_of(self.layers, of)
+    @property
+    def chosen(self) -> Tried:
+        """The candidate whose layers are taken."""
+        return min(self.tried, key=lambda one: one.rank)
+
+    @property
+    def runner_up(self) -> Tried | None:
+        """The next best candidate; it may not hold."""
+        _, *others = sorted(self.tried, key=lambda one: one.rank)
+        return others[0] if others else None
+
+    def roles(self, candidate: Candidate) -> tuple[list[int], list[int]]:
+        """DENSE and SELECT layers of a candidate, as indices of the model's layers."""
+        return roles_of(self.layers, candidate)
+
+    @property
+    def given(self) -> list[tuple[int, int]]:
+        """Per SPARSE layer, the position of the layer that selects for it, and its own.
+
+        With the chosen layers.
+        """
+        return self.chosen.candidate.given(len(self.layers))
 
 
-def roles_of(layers: Sequence[int], of: Choice) -> tuple[list[int], list[int]]:
-    """Positions of a choice as layers of the model: DENSE, SELECT."""
-    dense, select = (
-        [layers[position] for position in positions]
-        for positions in (of.dense, of.select)
-    )
-    return dense, select
+def roles_of(
+    layers: Sequence[int], candidate: Candidate
+) -> tuple[list[int], list[int]]:
+    """DENSE and SELECT layers of a candidate, as indices of the model's layers.
+
+    Args:
+        layers: Indices of the layers that take part, ascending.
+    """
+    dense = [layers[position] for position in candidate.dense]
+    return dense, [layers[position] for position in candidate.select]
 
 
 def more_evidence(missing: int, steps: int, job: Job) -> str:
-    """How a user's own prompts, which gave `steps`, can give so many more tokens."""
+    """Say how a user's own prompts can give more tokens.
+
+    Args:
+        missing: Further tokens that are needed.
+        steps: Tokens that the prompts gave so far, the first of each answer left out.
+    """
     if not steps:
         return "Give answers of two tokens or more: the prefill computes the first"
     prompts = math.ceil(missing / steps * len(job.prompts))

@@ -27,9 +27,9 @@ class State:
 
     Args:
         folder: Made if it is not there.
-        manifest: All that the results depend on, JSON.
+        manifest: All that the results depend on, as JSON takes it.
         restart: Throw away what an earlier run left.
-        interrupts: Asked whenever an answer has been saved.
+        interrupts: Checked whenever an answer has been saved.
 
     Raises:
         TidalConfigError: The folder holds a run that was asked for something else, or
@@ -71,6 +71,7 @@ class State:
 
     @property
     def num_replies(self) -> int:
+        """How many answers are kept."""
         return len(self._replies)
 
     def reply(self, key: str) -> dict[str, Any] | None:
@@ -78,19 +79,27 @@ class State:
         return self._replies.get(key)
 
     def save_reply(self, key: str, reply: dict[str, Any]) -> None:
+        """Keep an answer.
+
+        Raises:
+            KeyboardInterrupt: There was one; the answer is kept nevertheless.
+        """
         self._replies[key] = reply
         with self._log.open("a") as log:
             log.write(json.dumps({"key": key, "reply": reply}) + "\n")
         self._interrupts.check()
 
     def recorded(self, prompt: int) -> dict[str, np.ndarray]:
+        """What was recorded while a prompt was answered, by name."""
         with np.load(self.folder / f"recorded-{prompt}.npz") as found:
             return dict(found)
 
     def save_recorded(self, prompt: int, arrays: dict[str, np.ndarray]) -> None:
+        """Keep what was recorded while a prompt was answered."""
         np.savez_compressed(self.folder / f"recorded-{prompt}.npz", **arrays)
 
     def remove(self) -> None:
+        """Delete the folder."""
         shutil.rmtree(self.folder)
 
     def _resume(self) -> None:

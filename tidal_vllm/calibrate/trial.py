@@ -11,6 +11,7 @@ import math
 
 import torch
 from vllm import SamplingParams
+from vllm.config import VllmConfig
 from vllm.v1.request import Request
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
@@ -22,9 +23,11 @@ FORCED, SETTINGS = "tidal_forced_tokens", "tidal_settings"
 
 
 class ForcedTokens(LogitsProcessor):
-    """Makes a request emit given tokens; its raw logprobs stay what they are."""
+    """Makes a request emit given tokens; its raw log probabilities do not change."""
 
-    def __init__(self, vllm_config, device: torch.device, is_pin_memory: bool) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool
+    ) -> None:
         self._forced: dict[int, tuple[list[int], list[int]]] = {}
 
     def is_argmax_invariant(self) -> bool:
@@ -40,7 +43,10 @@ class ForcedTokens(LogitsProcessor):
         return logits
 
 
-def _forced_tokens(params: SamplingParams, prompt, output_token_ids: list[int]):
+def _forced_tokens(
+    params: SamplingParams, prompt: list[int] | None, output_token_ids: list[int]
+) -> tuple[list[int], list[int]] | None:
+    """What `ForcedTokens` keeps of a request: its tokens, and those emitted so far."""
     tokens = (params.extra_args or {}).get(FORCED)
     return None if tokens is None else (tokens, output_token_ids)
 

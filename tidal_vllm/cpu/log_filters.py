@@ -1,4 +1,8 @@
-"""vLLM's warnings that say nothing to a user of the CPU platform, and why."""
+"""vLLM's warnings that say nothing to a user of the CPU platform, and why.
+
+Changes vLLM at run time: the loggers in the table get a filter, and Python's warnings
+get one.
+"""
 
 import warnings
 

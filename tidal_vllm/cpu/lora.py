@@ -3,6 +3,8 @@
 vLLM marks a row without an adapter with slot -1, and the PyTorch ops of 0.32 index
 with that: the row gets the adapter in the last slot. Here each slot reads and writes
 its own rows, so a row without an adapter keeps the base layer's output bit for bit.
+
+Changes vLLM at run time: `compute_logits` of the model, during one call.
 """
 
 from collections.abc import Iterator

@@ -3,6 +3,9 @@
 vLLM leaves unquantised experts to the platform where that comes from outside, and
 takes a layer that was registered for it. Its routers are Python but for the two ops
 that score and choose, which are compiled.
+
+Changes vLLM at run time: `UnquantizedFusedMoEMethod`, by its `register_oot`, and two
+ops of `torch.ops._moe_C` where they are missing.
 """
 
 import torch

@@ -1,4 +1,7 @@
-"""What the CPU default cannot run, refused before anything is started."""
+"""What the CPU default cannot run, refused before anything is started.
+
+Changes vLLM at run time: `_try_inspect_model_cls` of the model registry.
+"""
 
 import re
 import traceback

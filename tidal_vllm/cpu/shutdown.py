@@ -5,6 +5,10 @@ then reports the engine's death to all open requests, and cancels that reader. T
 last two race: a reader that is cancelled first leaves its requests open, and the
 HTTP server waits for them for good, as it does for clients that stopped reading.
 A reader that wins logs the orderly end as an error (vLLM issue 48745).
+
+Changes vLLM at run time: `AsyncLLM.shutdown`, `AsyncMPClient.get_output_async`,
+`zmq_socket_ctx` where an engine is waited for, `NoSignalServer.shutdown`, and the
+handlers of SIGINT and SIGTERM.
 """
 
 import asyncio

@@ -1,6 +1,8 @@
 """vLLM's warnings that say nothing to a user of this package, and why.
 
 Each is one logger of vLLM's and how the message begins. All else is let through.
+
+Changes vLLM at run time: the loggers in the table get a filter.
 """
 
 import logging

@@ -2,6 +2,9 @@
 
 A correction is a rewind: vLLM schedules the rewound tokens again as a short extend
 over the same KV slots, which is dense, and samples the next token at its end.
+
+Changes vLLM at run time: `allocate_slots` of the KV cache manager and `cache_blocks`
+of its coordinator, on the instances of this scheduler.
 """
 
 import time

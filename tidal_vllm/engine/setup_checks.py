@@ -1,4 +1,8 @@
-"""Everything that is refused or set where vLLM completes its configuration."""
+"""Everything that is refused or set where vLLM completes its configuration.
+
+Changes vLLM at run time: `scheduler_config.scheduler_cls`, where nobody chose a
+scheduler.
+"""
 
 import json
 import os

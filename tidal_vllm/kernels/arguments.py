@@ -51,13 +51,22 @@ class DecodeArgs:
 
 
 class Rule(Protocol):
-    """How many tokens a set keeps: `tidal_vllm.plan.rule.SelectionRule`."""
+    """How many tokens a set keeps: `tidal_vllm.plan.rule.SelectionRule`, in tokens."""
 
-    token_budget: int
-    select_block_size: int
-    sink_tokens: int
-    recent_tokens: int
-    sparse_threshold: int
+    @property
+    def token_budget(self) -> int: ...
+
+    @property
+    def select_block_size(self) -> int: ...
+
+    @property
+    def sink_tokens(self) -> int: ...
+
+    @property
+    def recent_tokens(self) -> int: ...
+
+    @property
+    def sparse_threshold(self) -> int: ...
 
 
 class DecodeOps(Protocol):

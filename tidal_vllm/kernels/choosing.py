@@ -53,7 +53,7 @@ def choose(
             raise TidalConfigError("tidal.kernels", requested, allowed)
         return kernels
     names = ("reference",) if needed.device.type == "cpu" else tuple(_CANDIDATES)
-    reasons = []
+    reasons: list[str] = []
     for name in names:
         reason, kernels = _CANDIDATES[name](needed)
         if kernels is not None:

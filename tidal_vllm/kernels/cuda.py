@@ -1,28 +1,29 @@
 """The decode ops of the CUDA extension, `csrc/`; cannot be imported where not built.
 
-Each means what the function of the same name in `reference` says, writes into given
-tensors, allocates nothing and never waits for the GPU, so that a CUDA graph can hold
-it. Results are the same bits from run to run, and a row's do not depend on the others.
-None of this has run on a GPU yet: the kernels' source is tested under an emulation on
-the CPU (tests/kernels/cuda).
+`tidal_vllm.kernels.arguments` says what the ops take, `tidal_vllm.kernels.reference`
+what they compute. The kernels allocate nothing and never wait for the GPU, so a CUDA
+graph can hold them. Results are the same bits from run to run, and those of a row do
+not depend on the other rows. None of this has run on a GPU yet: the kernels' source is
+tested under an emulation on the CPU (tests/kernels/cuda).
 
-Shared by all, S rows, H query heads, Hkv KV heads, head size D:
-    query: [S, H, D] bf16 or fp16, last dim contiguous; D is 64, 96, 128 or 256.
-    kv_cache: [num_blocks, Hkv, block_size, 2 * D], K then V; query's dtype, or fp8 e4m3
-        (float8_e4m3fn or uint8); strides but the last are multiples of 16 bytes.
-    block_table: [>= S, blocks] int32. Precondition: covers seq_lens.
-    seq_lens: [>= S] int32; 0 marks a padded row: zeros, and lse -inf. A negative one
-        leaves the row out: nothing of it is read, and what is written keeps it.
-    output: [>= S, H, D] as query, written. lse: [>= S, H] fp32, written.
-    partial_out, partial_lse: [>= S, H, P, D] and [>= S, H, P] fp32, workspace; P is the
-        most splits of a row.
-    scale, k_scale, v_scale: what q.k is multiplied by, and what fp8 numbers are.
-A wrong argument raises ValueError, which names it, its value and what is allowed.
+Of what `DecodeArgs` allows, the extension takes:
+    query: bf16 or fp16, last dim contiguous; head_size 64, 96, 128 or 256.
+    kv_cache: query's dtype, or fp8 e4m3 (float8_e4m3fn or uint8); all strides but the
+        last are multiples of 16 bytes, the last is 1.
+    select_block_size: 1, 2, 4, 8 or a multiple of 16 where block_lse is written.
+Preconditions, which only the device could check: block_table and block_lse have room
+for seq_lens, and topk_blocks holds no negative block among the topk_lens first.
+
+A wrong argument raises a ValueError, which names the argument, its value and what is
+allowed.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from tidal_vllm.kernels.arguments import DecodeArgs, Rule
 
 LIBRARY = Path(__file__).parents[1] / "_tidal_C.so"
 
@@ -38,156 +39,110 @@ except OSError as error:
 @torch.library.register_fake("tidal::score_blocks")
 @torch.library.register_fake("tidal::sparse_decode")
 @torch.library.register_fake("tidal::select_blocks")
-def _write_only(*args) -> None:
+def _write_only(*args: object) -> None:
     """What a compiler sees: the written tensors keep their shapes."""
 
 
-def dense_decode(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    block_lse: torch.Tensor | None,
-    partial_out: torch.Tensor,
-    partial_lse: torch.Tensor,
-    scale: float,
-    k_scale: float,
-    v_scale: float,
-    select_block_size: int,
-) -> None:
-    """`reference.dense_decode`.
+def dense_decode(args: DecodeArgs, seq_lens: torch.Tensor) -> None:
+    """Attend each row to its whole sequence: `reference.dense_decode`.
 
-    Args:
-        block_lse: [>= S, H, N] fp32, or None to keep no scores. Written for the blocks
-            of each row, the rest is left alone.
-        select_block_size: tokens, a divisor of the KV block size; 1, 2, 4, 8 or a
-            multiple of 16.
+    Raises:
+        ValueError: An argument is not as the module says.
     """
-    torch.ops.tidal.dense_decode(
-        query,
-        kv_cache,
-        block_table,
+    _attend(
+        torch.ops.tidal.dense_decode,
+        args,
         seq_lens,
-        output,
-        lse,
-        block_lse,
-        partial_out,
-        partial_lse,
-        scale,
-        k_scale,
-        v_scale,
-        select_block_size,
+        output=args.output,
+        block_lse=_wanted_block_lse(args),
     )
 
 
-def score_blocks(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    lse: torch.Tensor,
-    block_lse: torch.Tensor,
-    partial_lse: torch.Tensor,
-    scale: float,
-    k_scale: float,
-    select_block_size: int,
-) -> None:
-    """`reference.score_blocks`: the lse and block_lse of `dense_decode`, without V.
+def score_blocks(args: DecodeArgs, seq_lens: torch.Tensor) -> None:
+    """Leave the lse and block_lse of `dense_decode`, without V.
 
-    Args:
-        block_lse, select_block_size: as `dense_decode`'s.
+    Raises:
+        ValueError: An argument is not as the module says.
     """
-    torch.ops.tidal.score_blocks(
-        query,
-        kv_cache,
-        block_table,
+    _attend(
+        torch.ops.tidal.score_blocks,
+        args,
         seq_lens,
-        lse,
-        block_lse,
-        partial_lse,
-        scale,
-        k_scale,
-        select_block_size,
+        block_lse=_wanted_block_lse(args),
     )
 
 
-def sparse_decode(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    topk_blocks: torch.Tensor,
-    topk_lens: torch.Tensor,
-    seq_lens: torch.Tensor,
-    output: torch.Tensor,
-    lse: torch.Tensor,
-    partial_out: torch.Tensor,
-    partial_lse: torch.Tensor,
-    scale: float,
-    k_scale: float,
-    v_scale: float,
-    select_block_size: int,
-) -> None:
-    """`reference.sparse_decode`.
+def sparse_decode(args: DecodeArgs, seq_lens: torch.Tensor) -> None:
+    """Attend each row to its chosen blocks: `reference.sparse_decode`.
 
-    Args:
-        topk_blocks: [>= S, G, max_blocks] int32; G sets, one for several KV heads or
-            several for one, neighbouring heads together.
-        topk_lens: [>= S, G] int32.
-        select_block_size: tokens, a divisor of the KV block size.
+    Raises:
+        ValueError: An argument is not as the module says, or num_sets neither divides
+            nor is divided by the number of KV heads.
     """
-    torch.ops.tidal.sparse_decode(
-        query,
-        kv_cache,
-        block_table,
-        topk_blocks,
-        topk_lens,
+    _attend(
+        torch.ops.tidal.sparse_decode,
+        args,
         seq_lens,
-        output,
-        lse,
-        partial_out,
-        partial_lse,
-        scale,
-        k_scale,
-        v_scale,
-        select_block_size,
+        output=args.output,
+        topk_blocks=args.topk_blocks,
+        topk_lens=args.topk_lens,
     )
 
 
-def select_blocks(
-    block_lse: torch.Tensor,
-    lse: torch.Tensor,
-    seq_lens: torch.Tensor,
-    topk_blocks: torch.Tensor,
-    topk_lens: torch.Tensor,
-    mass: torch.Tensor,
-    token_budget: int,
-    select_block_size: int,
-    sink_tokens: int,
-    recent_tokens: int,
-    sparse_threshold: int,
-) -> None:
-    """`reference.select_blocks`, for the rows of seq_lens.
+def select_blocks(args: DecodeArgs, seq_lens: torch.Tensor, rule: Rule) -> None:
+    """Choose the blocks of each row's sets: `reference.select_blocks`.
 
-    Args:
-        block_lse: [>= S, H, N] fp32. Precondition: N covers seq_lens.
-        topk_blocks: [>= S, G, max_blocks] int32, written: ascending, then -1.
-        topk_lens: [>= S, G] int32, written.
-        mass: [>= S, G, >= N] fp32, workspace.
-        token_budget, sink_tokens, recent_tokens, sparse_threshold: tokens, as in
-            `policy.SelectionRule`. The forced tokens of any length must fit the budget.
+    Raises:
+        ValueError: An argument is not as the module says, or the rule's forced tokens
+            may not fit its budget.
     """
+    workspace = args.workspace
     torch.ops.tidal.select_blocks(
-        block_lse,
-        lse,
+        workspace.block_lse,
+        workspace.lse,
+        seq_lens[: args.query.shape[0]],
+        args.topk_blocks,
+        args.topk_lens,
+        workspace.mass,
+        rule.token_budget,
+        rule.select_block_size,
+        rule.sink_tokens,
+        rule.recent_tokens,
+        rule.sparse_threshold,
+    )
+
+
+def _wanted_block_lse(args: DecodeArgs) -> torch.Tensor | None:
+    return None if args.select_block_size is None else args.workspace.block_lse
+
+
+def _attend(
+    op: Callable[..., None],
+    args: DecodeArgs,
+    seq_lens: torch.Tensor,
+    *,
+    output: torch.Tensor | None = None,
+    block_lse: torch.Tensor | None = None,
+    topk_blocks: torch.Tensor | None = None,
+    topk_lens: torch.Tensor | None = None,
+) -> None:
+    """Call one of the three ops that attend, which share `csrc/arguments.h`'s list."""
+    workspace = args.workspace
+    partial_out, partial_lse = workspace.partials(args.query.shape[0])
+    op(
+        args.query,
+        args.kv_cache,
+        args.block_table,
         seq_lens,
+        workspace.lse,
+        partial_lse,
+        args.scale,
+        args.k_scale,
+        args.v_scale,
+        args.select_block_size,
+        output,
+        None if output is None else partial_out,
+        block_lse,
         topk_blocks,
         topk_lens,
-        mass,
-        token_budget,
-        select_block_size,
-        sink_tokens,
-        recent_tokens,
-        sparse_threshold,
     )

@@ -1,6 +1,6 @@
-"""How the CUDA extension gets built: for setup.py, and for advice to build it.
+"""How the CUDA extension is built: for setup.py, and to advise a user.
 
-Imports the standard library alone, since setup.py loads this file by its path.
+This module imports the standard library alone, since setup.py loads it by its path.
 """
 
 import json
@@ -18,10 +18,13 @@ NVCC_PACKAGES = ("nvidia-cuda-nvcc", "nvidia-cuda-runtime", "nvidia-cuda-cccl")
 
 
 def find_nvcc() -> str | None:
-    """On PATH, in CUDA_HOME, or among Python's packages, where vLLM's are."""
+    """Look for nvcc on PATH, in CUDA_HOME, and among Python's packages.
+
+    vLLM's requirements bring one as a package.
+    """
     home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
     packages = Path(sysconfig.get_path("purelib")) / "nvidia"
-    # "cu13": the layout since CUDA 13; "cuda_nvcc": that of CUDA 12.
+    # The packages of CUDA 13 lie in "cu13", those of CUDA 12 in "cuda_nvcc".
     folders = [home, *sorted(packages.glob("cu[0-9]*"), reverse=True)]
     folders.append(packages / "cuda_nvcc")
     path = os.pathsep.join(str(folder / "bin") for folder in folders)
@@ -29,13 +32,13 @@ def find_nvcc() -> str | None:
 
 
 def find_cmake() -> str | None:
-    """On PATH, or beside Python, where its package puts it."""
+    """Look for cmake on PATH, and beside Python, where its package puts it."""
     beside = str(Path(sys.executable).parent)
     return shutil.which("cmake") or shutil.which("cmake", path=beside)
 
 
 def advise(reason: str) -> str:
-    """What a user is told who has a GPU without the kernels for it."""
+    """The advice for a user whose GPU has no CUDA kernels, for the given reason."""
     return (
         f"There is a GPU, but not the CUDA kernels for it: {reason}. "
         f"This builds them: {how_to_build()}"
@@ -52,7 +55,7 @@ def how_to_build() -> str:
 
 
 def _source() -> str:
-    """What pip is told to build: where this package was installed from."""
+    """What pip is to build: the place that this package was installed from."""
     try:
         text = distribution("tidal_vllm").read_text("direct_url.json")
     except PackageNotFoundError:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tidal_vllm.config import TidalConfig
-from tidal_vllm.profiles.profile import Profile
+from tidal_vllm.profiles.profile import PROFILE_KEY, Profile
 from tidal_vllm.validators import TidalConfigError, check_int, check_layers, suggestion
 
-_KEY = "tidal.profile"
 _LAYERS = ("dense_layers", "select_layers")
 _REQUIRED = ("name", "models", "num_hidden_layers", *_LAYERS, "source")
 # Settings that a profile may recommend; what the user says wins over them.
@@ -44,15 +43,15 @@ def load_profile(path: str | Path) -> Profile:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise TidalConfigError(
-            _KEY, shown, "no such file; must be an existing .json file"
+            PROFILE_KEY, shown, "no such file; must be an existing .json file"
         ) from None
     except IsADirectoryError:
         raise TidalConfigError(
-            _KEY, shown, "is a folder; must be a .json file"
+            PROFILE_KEY, shown, "is a folder; must be a .json file"
         ) from None
     except (OSError, ValueError) as error:
         allowed = f"cannot be read ({error}); must be a UTF-8 .json file"
-        raise TidalConfigError(_KEY, shown, allowed) from None
+        raise TidalConfigError(PROFILE_KEY, shown, allowed) from None
     try:
         fields = json.loads(text)
     except json.JSONDecodeError as error:
@@ -60,7 +59,7 @@ def load_profile(path: str | Path) -> Profile:
             f"is not valid JSON: {error.msg} at line {error.lineno}, column "
             f"{error.colno}; must be a JSON object"
         )
-        raise TidalConfigError(_KEY, shown, allowed) from None
+        raise TidalConfigError(PROFILE_KEY, shown, allowed) from None
     return _parse(fields, path, shown)
 
 
@@ -68,12 +67,14 @@ def _parse(fields: Any, path: Path, shown: str) -> Profile:
     """Check the keys, types and values of a file's content."""
     if not isinstance(fields, dict):
         allowed = f"must be a JSON object with keys {', '.join(_REQUIRED)}"
-        raise TidalConfigError(_KEY, shown, f"{allowed}, not {type(fields).__name__}")
+        raise TidalConfigError(
+            PROFILE_KEY, shown, f"{allowed}, not {type(fields).__name__}"
+        )
     _check_keys(fields, shown)
     try:
         return Profile(**_checked(fields), path=path)
     except TidalConfigError as error:
-        raise TidalConfigError(_KEY, shown, f"in this file {error}") from None
+        raise TidalConfigError(PROFILE_KEY, shown, f"in this file {error}") from None
 
 
 def _check_keys(fields: Mapping[str, Any], shown: str) -> None:
@@ -82,11 +83,11 @@ def _check_keys(fields: Mapping[str, Any], shown: str) -> None:
         if key not in known:
             allowed = f"unknown key {key!r}{suggestion(key, known)}"
             allowed += f"; the keys are {', '.join(known)}"
-            raise TidalConfigError(_KEY, shown, allowed)
+            raise TidalConfigError(PROFILE_KEY, shown, allowed)
     missing = [key for key in _REQUIRED if key not in fields]
     if missing:
         allowed = f"lacks {', '.join(missing)}; must have {', '.join(_REQUIRED)}"
-        raise TidalConfigError(_KEY, shown, allowed)
+        raise TidalConfigError(PROFILE_KEY, shown, allowed)
     given = [key for key in _MEASURED if key in fields]
     missing = [key for key in _MEASURED if key not in fields]
     if given and missing:
@@ -95,7 +96,7 @@ def _check_keys(fields: Mapping[str, Any], shown: str) -> None:
             "calibrate again, or, to keep layers and settings that nobody measured, "
             f"remove {', '.join(given)}"
         )
-        raise TidalConfigError(_KEY, shown, allowed)
+        raise TidalConfigError(PROFILE_KEY, shown, allowed)
 
 
 def _checked(fields: Mapping[str, Any]) -> dict[str, Any]:

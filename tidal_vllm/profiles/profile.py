@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+PROFILE_KEY = "tidal.profile"  # the setting that every refusal names
 PACKAGED_DIR = Path(__file__).parent
 # Calibration writes the lower end of an interval with four digits.
 _ROUNDING = 1e-4

@@ -7,13 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tidal_vllm.profiles.load import load_profile
-from tidal_vllm.profiles.profile import PACKAGED_DIR, Profile, model_names
+from tidal_vllm.profiles.profile import PACKAGED_DIR, PROFILE_KEY, Profile, model_names
 from tidal_vllm.validators import TidalConfigError, suggestion
 
 PROJECT_DIR = Path("tidal_profiles")
 USER_DIR = "~/.config/tidal_vllm/profiles"
-
-_KEY = "tidal.profile"
 
 
 def find_profile(
@@ -55,7 +53,7 @@ def find_profile(
         wanted = f"must be a profile with num_hidden_layers = {num_layers}"
         if profile.config_sha256:
             wanted += f", calibrated on this model: tidal-vllm calibrate {model}"
-        raise TidalConfigError(_KEY, config_profile, f"{reason}: {wanted}")
+        raise TidalConfigError(PROFILE_KEY, config_profile, f"{reason}: {wanted}")
     return profile
 
 
@@ -105,7 +103,7 @@ def named_profile(name: str, search_dirs: Sequence[Path] | None = None) -> Profi
         f"unknown profile{suggestion(name, known)}; must be a path to a .json file "
         f"or one of {', '.join(known)}"
     )
-    raise TidalConfigError(_KEY, name, allowed)
+    raise TidalConfigError(PROFILE_KEY, name, allowed)
 
 
 def _matches(model: str, search_dirs: Sequence[Path] | None) -> Iterator[Profile]:

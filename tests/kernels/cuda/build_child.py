@@ -1,6 +1,7 @@
-"""Runs setup.py where torch is the folder given first; the rest are its arguments.
+"""Runs setup.py with another torch: the first argument is its folder.
 
-`--no-packages` among them hides the compiler that Python's packages bring.
+The other arguments are those of setup.py; `--no-packages` among them hides the compiler
+that Python's packages bring.
 """
 
 import runpy
@@ -14,7 +15,7 @@ real = subprocess.run
 
 
 def run(command, **how):
-    """Answers the question where torch is."""
+    """Answer where torch is; run any other command."""
     if "-I" in command:
         return SimpleNamespace(stdout=folder)
     return real(command, **how)

@@ -1,6 +1,7 @@
 """Named cases of the decode ops, and how results are judged."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -15,7 +16,14 @@ K_SCALE, V_SCALE = 0.75, 1.5
 
 @dataclass(frozen=True)
 class Case:
-    """A batch and how the ops are to take it; processors decide about the splits."""
+    """The shape of a batch, and how the ops are to take it.
+
+    Attributes:
+        lens: The length of each row's sequence; 0 for a row of padding, negative for a
+            row that is left out.
+        splits: Room in the workspace: the most parts that a row can be split into.
+        sharpness: Factor on the scale; 30 gives scores of a few hundred.
+    """
 
     num_heads: int = 8
     num_kv_heads: int = 2
@@ -50,8 +58,8 @@ class Case:
         return replace(batch, query=batch.query.to(self.dtype))
 
 
-# Lengths at and around each boundary: tile (16 tokens), what four warps take (64), KV
-# block, and the least of a split (128 sparse, 512 dense).
+# Lengths at and around each boundary: a tile (16 tokens), the tiles of four warps (64),
+# and the shortest split (128 where sparse; 512 where dense).
 EDGES = tuple(sorted({e + d for e in (16, 64, 128) for d in (-1, 0, 1)}))
 CASES = {
     "Llama-3 heads, 32 on 8": Case(32, 8),
@@ -95,7 +103,7 @@ CASES = {
     "rows left out": Case(lens=(-1, 700, 0, -(2**31), 17, -1)),
     "all rows left out": Case(lens=(-1, -40)),
 }
-# One of each kind, for a newcomer and for what has to be run several times.
+# One case of each kind: for quick runs, and for tests that run a case several times.
 SMALL = (
     *("Llama-3 heads, 32 on 8", "fp8", "head size 256", "four splits and more"),
     "rows left out",
@@ -104,14 +112,14 @@ EVERY = [
     pytest.param(name, marks=[] if name in SMALL else pytest.mark.extended)
     for name in CASES
 ]
-KEPT = 42.0  # what rows that are left out hold, and must still hold after an op
+KEPT = 42.0  # held by a row that is left out, before an op and after it
 
 
 def attend_tensors(batch: Batch, case: Case) -> dict[str, torch.Tensor]:
-    """What both ops take; results and workspace start as NaN.
+    """Tensors for the ops that attend; those that are written start as NaN.
 
     Query, output and block table are parts of wider tensors, with odd strides; the
-    workspace has a row more than needed.
+    partial results have room for one row more than there is.
     """
     rows, heads, size = batch.query.shape
     wide = torch.full((rows, heads + 1, size + 17), math.nan, dtype=batch.query.dtype)
@@ -133,8 +141,10 @@ def attend_tensors(batch: Batch, case: Case) -> dict[str, torch.Tensor]:
     }
 
 
-def run(kernels, op: str, tensors: dict, outputs: tuple[str, ...], **numbers) -> None:
-    """Runs an op, which must not write a row that is left out."""
+def run(
+    kernels, op: str, tensors: dict, outputs: tuple[str, ...], **numbers: float
+) -> None:
+    """Run an op, which must not write a row that is left out."""
     left_out = tensors["seq_lens"] < 0
     for name in outputs:
         tensors[name][left_out] = KEPT
@@ -148,24 +158,24 @@ def room_for_block_lse(batch: Batch, case: Case) -> torch.Tensor:
     return torch.full((*batch.query.shape[:2], most + 3), math.nan)
 
 
-def run_dense(kernels, batch: Batch, case: Case, keep: bool = True) -> dict:
-    tensors = attend_tensors(batch, case)
-    if keep:
+def run_dense(kernels, batch: Batch, case: Case, scores: bool = True) -> dict:
+    """The tensors of dense_decode after it ran; without block_lse unless `scores`."""
+    tensors, outputs, numbers = attend_tensors(batch, case), ["output", "lse"], {}
+    if scores:
         tensors["block_lse"] = room_for_block_lse(batch, case)
-    run(
-        kernels,
-        "dense_decode",
-        tensors,
-        ("output", "lse", *(["block_lse"] if keep else [])),
-        scale=batch.scale,
-        select_block_size=case.select_block_size if keep else 1,
-        **case.scales,
-    )
+        outputs.append("block_lse")
+        numbers["select_block_size"] = case.select_block_size
+    numbers |= {"scale": batch.scale, **case.scales}
+    run(kernels, "dense_decode", tensors, tuple(outputs), **numbers)
     return tensors
 
 
 def run_score(kernels, batch: Batch, case: Case, poison: bool = True) -> dict:
-    """score_blocks, with `poison` over a cache whose values are all NaN."""
+    """The tensors of score_blocks after it ran.
+
+    Args:
+        poison: Whether all values of the cache are NaN.
+    """
     tensors = attend_tensors(batch, case)
     del tensors["output"], tensors["partial_out"]
     if poison:
@@ -183,7 +193,10 @@ def run_score(kernels, batch: Batch, case: Case, poison: bool = True) -> dict:
     return tensors
 
 
-def run_sparse(kernels, batch: Batch, case: Case, blocks, lens) -> dict:
+def run_sparse(
+    kernels, batch: Batch, case: Case, blocks: torch.Tensor, lens: torch.Tensor
+) -> dict:
+    """The tensors of sparse_decode after it ran over topk_blocks and topk_lens."""
     tensors = attend_tensors(batch, case)
     tensors |= {"topk_blocks": blocks, "topk_lens": lens}
     run(
@@ -198,8 +211,12 @@ def run_sparse(kernels, batch: Batch, case: Case, blocks, lens) -> dict:
     return tensors
 
 
-def exact_of(batch: Batch, case: Case, positions=None) -> exact.Exact:
-    """In float64; the kernels round weights to the query's dtype."""
+def exact_of(
+    batch: Batch,
+    case: Case,
+    positions: Callable[[int, int], list[int]] | None = None,
+) -> exact.Exact:
+    """The result in float64; its error allows for weights in the query's dtype."""
     scales = case.scales.values()
     kv = (
         [rows.double() * scale for rows in of_batch]
@@ -210,7 +227,7 @@ def exact_of(batch: Batch, case: Case, positions=None) -> exact.Exact:
 
 
 def assert_output(got: dict, wanted: exact.Exact, batch: Batch) -> None:
-    """In rows that are not left out; `run` has checked those."""
+    """Judge the output of all rows but those left out, which `run` has checked."""
     rows = batch.seq_lens >= 0
     bound = (wanted.output[rows], wanted.output_error[rows])
     exact.assert_within(got["output"][rows], *bound, "output")
@@ -223,7 +240,7 @@ def assert_lse(got: dict, wanted: exact.Exact, batch: Batch) -> None:
 
 
 def assert_scores(got: dict, wanted: exact.Exact, batch: Batch, case: Case) -> None:
-    """lse and block_lse."""
+    """Judge lse and block_lse."""
     assert_lse(got, wanted, batch)
     for row, seq_len in enumerate(case.lens):
         if seq_len < 0:
@@ -235,12 +252,14 @@ def assert_scores(got: dict, wanted: exact.Exact, batch: Batch, case: Case) -> N
         assert found[:, used:].isnan().all(), "written past the row"
 
 
-def make_sets(batch: Batch, case: Case, scope: str, seed: int = 0, most: int = 40):
-    """A random set for each row and group of heads, in random order.
+def make_sets(
+    batch: Batch, case: Case, scope: str, seed: int = 0, most: int = 40
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random topk_blocks and topk_lens, each set in random order.
 
-    Behind each set: blocks that no table covers. Every third set is empty, a padded
-    row's set is not, as replayed graphs leave it. A row that is left out has more
-    blocks than there is room for, none of which is one.
+    Behind each set stand blocks that no block table covers. Every third set is empty.
+    The set of a row of padding is not, since a replayed CUDA graph may leave it so. A
+    row that is left out claims more blocks than there is room for.
     """
     rng = torch.Generator().manual_seed(seed)
     num_sets = batch.num_sets(scope)
@@ -258,8 +277,10 @@ def make_sets(batch: Batch, case: Case, scope: str, seed: int = 0, most: int = 4
     return blocks, lens
 
 
-def positions_of(case: Case, blocks, lens):
-    """Which positions a head attends to."""
+def positions_of(
+    case: Case, blocks: torch.Tensor, lens: torch.Tensor
+) -> Callable[[int, int], list[int]]:
+    """A function of (row, head): the positions that the head attends to."""
     size, num_sets = case.select_block_size, blocks.shape[1]
 
     def positions(row: int, head: int) -> list[int]:

@@ -3,7 +3,7 @@ import shutil
 import pytest
 import torch
 
-from tests.kernels.cuda.emulator import CSRC, HERE, Emulator, built_once
+from tests.kernels.cuda.emulator import CSRC, EMULATION, HERE, Emulator, built_once
 from tests.kernels.cuda.gpu import Gpu
 
 WHERE = ["emulation", *(["gpu"] if torch.cuda.is_available() else [])]
@@ -13,8 +13,8 @@ WHERE = ["emulation", *(["gpu"] if torch.cuda.is_available() else [])]
 def runner(tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("needs g++ to run the CUDA kernels' source on the CPU")
-    names = ("run.cpp", "emulated_device.cpp", "emulation.cpp")
-    sources = [*(HERE / "host" / name for name in names), CSRC / "ops.cpp"]
+    names = ("run.cpp", "emulated_device.cpp")
+    sources = [*(HERE / "host" / name for name in names), *EMULATION, CSRC / "ops.cpp"]
     return built_once(tmp_path_factory, "run", sources)
 
 

@@ -5,26 +5,29 @@ import struct
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import torch
 from filelock import FileLock
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 CSRC = ROOT / "csrc"
+EMULATION = [HERE / "host" / name for name in ("emulation.cpp", "matrices.cpp")]
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 FLAGS = ("-std=c++17", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror")
-# NOTE: all kernels for all shapes take longer to optimise than they run.
+# NOTE: to optimise all kernels for all shapes takes longer than to run them.
 OPTIMISED = {"emulated_device.cpp": "-O0"}
 
 
 class KernelError(RuntimeError):
-    """What the op threw: a check that failed, or a rule that a kernel broke."""
+    """The op threw: a check failed, or a kernel broke a rule of the emulation."""
 
 
 def sanitized_environment() -> dict[str, str]:
-    """For a program with AddressSanitizer, whose runtime has to be loaded first.
+    """The environment of a program with AddressSanitizer.
 
-    vLLM's CPU platform puts libraries into LD_PRELOAD of the process it runs in.
+    The sanitizer's runtime has to be loaded first, and vLLM's CPU platform puts
+    libraries into LD_PRELOAD of the process that it runs in.
     """
     inherited = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
     return inherited | {"ASAN_OPTIONS": "detect_leaks=0"}
@@ -42,9 +45,9 @@ def built_once(tmp_path_factory, name: str, sources: list[Path]) -> Path:
     return program
 
 
-def build(program: Path, sources: list[Path], csrc: Path = CSRC) -> None:
+def build(program: Path, sources: list[Path]) -> None:
     """Compile all sources side by side, then link."""
-    command = ["g++", *FLAGS, *SANITIZERS, "-g1", f"-I{csrc}", f"-I{HERE / 'host'}"]
+    command = ["g++", *FLAGS, *SANITIZERS, "-g1", f"-I{CSRC}", f"-I{HERE / 'host'}"]
     objects = {source: f"{program}.{source.stem}.o" for source in sources}
     compilers = [
         subprocess.Popen(
@@ -60,14 +63,26 @@ def build(program: Path, sources: list[Path], csrc: Path = CSRC) -> None:
 
 
 class Emulator:
-    """Runs one op per process; tensors stand as they are, strides, offsets and all."""
+    """Runs one op per process, on tensors with their own strides and offsets.
 
-    def __init__(self, runner: Path, schedule: int = 0, processors: int = 132):
+    Args:
+        runner: The program made of `host/run.cpp`.
+        schedule: The order of threads; `host/emulation.h` says which number means what.
+        processors: How many the GPU is said to have; more give a row more splits.
+    """
+
+    def __init__(self, runner: Path, schedule: int = 0, processors: int = 132) -> None:
         self.runner = runner
         self.schedule = schedule
         self.processors = processors
 
-    def run(self, op: str, tensors: dict, outputs: tuple[str, ...], **numbers) -> None:
+    def run(
+        self,
+        op: str,
+        tensors: dict[str, torch.Tensor],
+        outputs: tuple[str, ...],
+        **numbers: float,
+    ) -> None:
         """Run `op`; the tensors named in `outputs` are written.
 
         Raises:
@@ -83,9 +98,8 @@ class Emulator:
         }
         parts = [_record(name, str(value).encode()) for name, value in records.items()]
         for name, tensor in tensors.items():
-            if tensor is not None:
-                parts.append(_record(f"{name}.meta", _meta(tensor).encode()))
-                parts.append(_record(name, _storage(tensor).tobytes()))
+            parts.append(_record(f"{name}.meta", _meta(tensor).encode()))
+            parts.append(_record(name, _storage(tensor).tobytes()))
         done = subprocess.run(
             [str(self.runner)],
             input=b"".join(parts),
@@ -113,7 +127,7 @@ def _record(name: str, data: bytes) -> bytes:
     return struct.pack("Q", len(key)) + key + struct.pack("Q", len(data)) + data
 
 
-def _storage(tensor: torch.Tensor):
+def _storage(tensor: torch.Tensor) -> np.ndarray:
     """All bytes of a tensor's storage, as a writable array."""
     storage = tensor.untyped_storage()
     return torch.tensor([], dtype=torch.uint8).set_(storage).numpy()

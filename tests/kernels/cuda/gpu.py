@@ -12,19 +12,26 @@ def to_cuda(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def from_cuda(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Copies all of the storage back, so that stray writes are seen."""
+    """Copy all of the storage back, so that stray writes are seen."""
     every = torch.empty(0, dtype=source.dtype, device=source.device)
     every = every.set_(source.untyped_storage())
     torch.empty(0, dtype=target.dtype).set_(target.untyped_storage()).copy_(every)
 
 
 class Gpu:
-    def run(self, op: str, tensors: dict, outputs: tuple[str, ...], **numbers) -> None:
+    """Runs ops of torch.ops.tidal on copies of CPU tensors."""
+
+    def run(
+        self,
+        op: str,
+        tensors: dict[str, torch.Tensor],
+        outputs: tuple[str, ...],
+        **numbers: float,
+    ) -> None:
+        """Run `op`; the tensors named in `outputs` are written."""
         import tidal_vllm.kernels.cuda  # noqa: F401
 
-        if op == "dense_decode":
-            tensors.setdefault("block_lse", None)
-        there = {name: t if t is None else to_cuda(t) for name, t in tensors.items()}
+        there = {name: to_cuda(tensor) for name, tensor in tensors.items()}
         getattr(torch.ops.tidal, op)(**there, **numbers)
         for name in outputs:
             from_cuda(there[name], tensors[name])

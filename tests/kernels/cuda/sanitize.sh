@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The kernels on a GPU under compute-sanitizer: addresses, races in shared memory,
-# barriers. Needs the extension built; each tool takes minutes. Not yet run.
+# Runs the kernels on a GPU under compute-sanitizer, which checks addresses, races in
+# shared memory, and barriers. Needs the extension built; each tool takes minutes. This
+# script has not yet been run.
 #
 #   tests/kernels/cuda/sanitize.sh [memcheck|racecheck|synccheck ...]
 set -euo pipefail

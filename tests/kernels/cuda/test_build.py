@@ -16,8 +16,8 @@ from tidal_vllm.kernels.cuda_build import find_cmake, find_nvcc
 TORCH = Path(torch.__file__).parent
 CHILD = Path(__file__).parent / "build_child.py"
 TARGETS = ("sm_80", "sm_89", "sm_90a", "sm_100")
-# dense, score and sparse: 2 dtypes, fp8 or not, 4 head sizes; merge: 2 dtypes; 2 of
-# select.
+# Each op that attends: 2 dtypes, fp8 or not, 4 head sizes. merge_splits: 2 dtypes.
+# select_blocks: 2 kernels.
 KERNELS = 3 * 2 * 2 * 4 + 2 + 2
 STUB = "int aoti_torch_get_current_cuda_stream(int d, void** s) { *s = 0; return d; }"
 NO_NVCC = find_nvcc() is None
@@ -87,7 +87,7 @@ def test_no_kernel_spills_or_uses_local_memory(built):
 
 @needs_nvcc
 def test_two_thread_blocks_fit_on_a_processor(built):
-    """65,536 registers, at most 128 threads each."""
+    """A processor has 65,536 registers, a thread block at most 128 threads."""
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", built[1])]
     assert max(registers) <= 255
     assert "warning" not in built[1]
@@ -95,7 +95,7 @@ def test_two_thread_blocks_fit_on_a_processor(built):
 
 @needs_nvcc
 def test_the_module_needs_torchs_cuda_library(built):
-    """So it cannot be loaded beside a torch without CUDA."""
+    """So the module cannot be loaded beside a torch without CUDA."""
     found = subprocess.check_output(["readelf", "-dW", built[0]], text=True)
     needed = re.findall(r"NEEDED.*\[(.*)\]", found)
     assert {"libtorch_cpu.so", "libtorch_cuda.so"} <= set(needed)
@@ -117,8 +117,8 @@ LOAD = """
 import ctypes, sys, torch
 ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
 torch.ops.load_library(sys.argv[2])
-from tests.kernels.cuda.bad_inputs import good_arguments
-for op in ("dense_decode", "score_blocks", "sparse_decode", "select_blocks"):
+from tests.kernels.cuda.op_arguments import OPS, good_arguments
+for op in OPS:
     try:
         getattr(torch.ops.tidal, op)(**good_arguments(op))
     except ValueError as error:
@@ -161,7 +161,7 @@ def test_a_torch_without_cuda_builds_nothing(tmp_path):
 
 @pytest.mark.parametrize("layout", ["cu13", "cuda_nvcc", None])
 def test_finds_the_compiler_among_pythons_packages(monkeypatch, tmp_path, layout):
-    """Where neither PATH nor CUDA_HOME has one; vLLM's requirements bring one."""
+    """vLLM's requirements bring one, where neither PATH nor CUDA_HOME has any."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "none"))
     monkeypatch.setattr(cuda_build.sysconfig, "get_path", lambda name: str(tmp_path))

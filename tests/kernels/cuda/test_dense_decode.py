@@ -1,4 +1,4 @@
-"""dense_decode, and score_blocks, which is its scores without the attending."""
+"""dense_decode, and score_blocks, which leaves the same scores without an output."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ def check(kernels, case):
 
 
 def check_score(kernels, case):
-    """Whatever V holds."""
+    """score_blocks over values that are all NaN."""
     batch = case.make()
     got = run_score(kernels, batch, case)
     assert_scores(got, exact_of(batch, case), batch, case)
@@ -35,7 +35,7 @@ def check_score(kernels, case):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_it_means_what_the_reference_says(kernels, name):
-    """And score_blocks likewise, whatever V holds."""
+    """And so does score_blocks, whatever V holds."""
     check(kernels, CASES[name])
     check_score(kernels, CASES[name])
 
@@ -52,7 +52,7 @@ def test_scores_are_the_bits_of_dense_decode(kernels, name):
 
 @pytest.mark.extended
 def test_nothing_else_is_written(kernels):
-    """Outputs are rows of a wider tensor that holds NaN."""
+    """The output is part of a wider tensor, which holds NaN."""
     case = Case(lens=(20, 600))
     got = run_dense(kernels, case.make(), case)
     wide = got["output"]
@@ -65,12 +65,10 @@ def test_nothing_else_is_written(kernels):
 def test_without_block_lse_the_results_are_the_same_bits(kernels, name):
     case = CASES[name]
     batch = case.make()
-    kept, plain = (
-        run_dense(kernels, batch, case),
-        run_dense(kernels, batch, case, False),
-    )
-    assert torch.equal(kept["output"], plain["output"])
-    assert torch.equal(kept["lse"], plain["lse"])
+    scored = run_dense(kernels, batch, case)
+    plain = run_dense(kernels, batch, case, scores=False)
+    assert torch.equal(scored["output"], plain["output"])
+    assert torch.equal(scored["lse"], plain["lse"])
 
 
 @pytest.mark.extended
@@ -125,7 +123,7 @@ def test_the_other_rows_do_not_matter(kernels):
 @pytest.mark.extended
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_fp8_number_is_itself(kernels, dtype):
-    """One token, so its value comes out; 256 codes in two halves, NaN among them."""
+    """A row of one token gives its value; all 256 codes in two rows, NaN among them."""
     for first in (0, 128):
         case = Case(1, 1, 128, dtype=dtype, fp8=True, lens=(1,))
         batch = case.make()

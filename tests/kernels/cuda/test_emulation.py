@@ -1,4 +1,4 @@
-"""The emulation itself: its instructions, the mistakes it finds, orders of threads."""
+"""The emulation: its instructions, the mistakes that it finds, any order of threads."""
 
 import re
 import subprocess
@@ -17,6 +17,7 @@ from tests.kernels.cuda.cases import (
     run_sparse,
 )
 from tests.kernels.cuda.emulator import (
+    EMULATION,
     HERE,
     Emulator,
     built_once,
@@ -42,8 +43,7 @@ SAYS = {
 
 @pytest.fixture(scope="session")
 def self_test(tmp_path_factory):
-    names = ("self_test.cpp", "emulation.cpp")
-    sources = [HERE / "host" / name for name in names]
+    sources = [HERE / "host/self_test.cpp", *EMULATION]
     return built_once(tmp_path_factory, "self_test", sources)
 
 
@@ -59,7 +59,7 @@ def test_it_says(self_test, name):
 
 
 def test_score_blocks_reads_no_byte_of_v(runner):
-    """V of the last token lies behind the memory; dense_decode shows that it does."""
+    """The last token's V lies outside the memory, as a read by dense_decode shows."""
     case = Case(2, 1, 64, lens=(64,))
     batch = case.make()
     keys = batch.keys[0][:, 0].contiguous()
@@ -75,7 +75,7 @@ def test_score_blocks_reads_no_byte_of_v(runner):
         run_dense(kernels, batch, case)
 
 
-# In order, reversed, and three random orders, new in each round.
+# Threads run in order, in reverse, and in three random orders, new in each round.
 SCHEDULES = (0, 1, 2, 3, 4)
 
 

@@ -1,9 +1,8 @@
-"""On a GPU only. The parity tables run there too: `kernels` in conftest.py."""
+"""What only a GPU can show. `kernels` in conftest.py runs the other tests there too."""
 
 import pytest
 import torch
 
-from tests.kernels.cuda.bad_inputs import good_arguments
 from tests.kernels.cuda.cases import (
     CASES,
     SMALL,
@@ -13,12 +12,18 @@ from tests.kernels.cuda.cases import (
     run_sparse,
 )
 from tests.kernels.cuda.gpu import Gpu
+from tests.kernels.cuda.op_arguments import (
+    OPS,
+    call,
+    decode_args,
+    good_arguments,
+    good_seq_lens,
+)
 from tests.kernels.cuda.test_select_blocks import masses, rule_of, select
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU and the extension built for it"
 )
-OPS = ("dense_decode", "score_blocks", "sparse_decode", "select_blocks")
 
 
 def on_gpu(op: str) -> dict:
@@ -50,24 +55,25 @@ def test_two_runs_give_the_same_bits(name):
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_graph_replayed_gives_the_bits_of_an_eager_call(op):
-    """Replayed over other lengths than it was captured with, a row left out."""
+    """The graph replays over other lengths than it was captured with."""
     import tidal_vllm.kernels.cuda as cuda
 
-    arguments = on_gpu(op)
-    function = getattr(cuda, op)
-    function(**arguments)
+    args, seq_lens = decode_args("cuda"), good_seq_lens(op).cuda()
+    call(cuda, op, args, seq_lens)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        function(**arguments)
-    arguments["seq_lens"].copy_(torch.tensor([0, 17, -1]))
+        call(cuda, op, args, seq_lens)
+    seq_lens.copy_(torch.tensor([0, 17, -1]))
     graph.replay()
     torch.cuda.synchronize()
-    replayed = {n: t.clone() for n, t in arguments.items() if hasattr(t, "clone")}
-    function(**arguments)
+    workspace = args.workspace
+    written = [args.output, workspace.lse, workspace.block_lse]
+    written += [args.topk_blocks, args.topk_lens]
+    replayed = [tensor.clone() for tensor in written]
+    call(cuda, op, args, seq_lens)
     torch.cuda.synchronize()
-    for name, tensor in replayed.items():
-        if name not in ("partial_out", "partial_lse", "mass"):
-            assert torch.equal(tensor.float(), arguments[name].float()), name
+    for tensor, before in zip(written, replayed, strict=True):
+        assert torch.equal(tensor, before)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -81,6 +87,5 @@ def test_opcheck(op):
 def test_tensors_on_two_devices_are_refused(op):
     import tidal_vllm.kernels.cuda as cuda
 
-    arguments = on_gpu(op) | {"seq_lens": good_arguments(op)["seq_lens"]}
     with pytest.raises(ValueError, match="seq_lens.device is cpu; allowed: cuda"):
-        getattr(cuda, op)(**arguments)
+        call(cuda, op, decode_args("cuda"), good_seq_lens(op))

@@ -1,3 +1,5 @@
+"""select_blocks: which blocks each set keeps, exactly."""
+
 import math
 
 import pytest
@@ -5,7 +7,7 @@ import torch
 
 from tests.kernels.reference import naive
 from tests.kernels.reference.exact import EXP, FEW, UNIT, assert_within
-from tidal_vllm.kernels import reference
+from tidal_vllm.kernels import DecodeArgs, Workspace, reference
 from tidal_vllm.plan.rule import SelectionRule
 
 
@@ -20,20 +22,20 @@ def rule_of(budget, size=16, sinks=0, recent=1, threshold=0):
 
 
 def masses(*shape, levels=4096, seed=0):
-    """Multiples of 1 / levels: equal ones are ties, others differ for any rounding."""
+    """Random multiples of 1 / levels: equal ones are ties, others differ clearly."""
     rng = torch.Generator().manual_seed(seed)
     return torch.randint(0, levels, shape, generator=rng) / levels
 
 
 def relative(scores):
-    """Error of exp(score), of its size; the score comes rounded."""
+    """The relative error of exp(score) for a score that was rounded."""
     return (EXP + FEW * (1 + scores.abs())) * UNIT
 
 
 def select(kernels, mass, seq_lens, rule, *, num_sets=1, max_blocks=None, stride=0):
-    """Runs the kernel on block_lse = log(mass), lse = 0; rows beyond stay as they are.
+    """Run the op on block_lse = log(mass) and lse = 0.
 
-    Unused parts of block_lse, of the workspace and behind each row hold NaN or 7.
+    Whatever the op must not read holds NaN, and what it must not write holds 7.
     """
     rows, heads, used = mass.shape
     most = -(-max(rule.token_budget, rule.sparse_threshold) // rule.select_block_size)
@@ -62,14 +64,18 @@ def check(kernels, mass, seq_lens, rule, **how):
     expected = torch.full_like(blocks, 7)
     expected_lens = torch.full_like(lens, 7)
     num_sets = tensors["topk_blocks"].shape[1]
-    reference.select_blocks(
-        tensors["block_lse"],
-        tensors["lse"],
-        tensors["seq_lens"],
-        rule=rule,
+    unused = torch.empty(0)
+    args = DecodeArgs(
+        query=unused,
+        kv_cache=unused,
+        block_table=unused,
+        output=unused,
+        scale=1.0,
+        workspace=Workspace(lse=tensors["lse"], block_lse=tensors["block_lse"]),
         topk_blocks=expected[..., : tensors["topk_blocks"].shape[2]],
         topk_lens=expected_lens[:, :num_sets],
     )
+    reference.select_blocks(args, tensors["seq_lens"], rule)
     assert torch.equal(lens, expected_lens)
     assert torch.equal(blocks, expected)
 
@@ -78,7 +84,7 @@ def case(name, *given, quick=False):
     return pytest.param(*given, id=name, marks=[] if quick else pytest.mark.extended)
 
 
-# Blocks, lengths, budget, selection block, sinks, recent, different masses.
+# Number of blocks, lengths, budget, block size, sinks, recent tokens, levels of mass.
 CASES = [
     case("64K", 4096, [65536, 65521, 4097, 4096], 4096, 16, 16, 1024, 4096, quick=True),
     case("ties", 300, [4800, 4777], 1024, 16, 16, 300, 3, quick=True),
@@ -104,7 +110,7 @@ def test_it_means_what_the_reference_says(
 @pytest.mark.extended
 @pytest.mark.parametrize("blocks", [1023, 1024, 70001])
 def test_any_number_of_blocks(kernels, blocks):
-    """65536 blocks of 16 are a million tokens; each warp then takes a run of them."""
+    """65,536 blocks of 16 are a million tokens, so each warp takes many blocks."""
     mass = masses(1, 1, blocks, levels=2**20, seed=blocks)
     check(kernels, mass, [blocks * 16 - 3], rule_of(4096, 16, 4, 1024))
 
@@ -120,7 +126,7 @@ def test_any_room(kernels, kept, levels):
 @pytest.mark.extended
 @pytest.mark.parametrize("spread", [2**-24, 2**-10, 80.0])
 def test_masses_that_differ_in_any_bit(kernels, spread):
-    """Judged by the masses that the kernel itself saw: the choice must be exact."""
+    """The choice must be exact, judged by the masses that the kernel computed."""
     steps = torch.randint(0, 200, (1, 1, 3000), generator=torch.Generator()) / 200
     tensors = {
         "block_lse": -0.69 - spread * 16 * steps,
@@ -160,7 +166,7 @@ def test_a_nan_weighs_nothing_and_infinity_everything(kernels):
 @pytest.mark.extended
 @pytest.mark.parametrize("num_sets", [2, 8])
 def test_a_set_sums_the_mass_of_its_own_heads(kernels, num_sets):
-    """Random masses: no ties, so what is kept does not hang on the order of a sum."""
+    """Random masses have no ties, so the order of a sum decides nothing."""
     rng = torch.Generator().manual_seed(3)
     mass = torch.rand(3, 8, 500, generator=rng) + 0.01
     summed = mass.unflatten(1, (num_sets, -1)).sum(2).sort(-1).values
@@ -185,7 +191,7 @@ def test_heads_weigh_alike_whatever_their_lse(kernels):
     assert tensors["topk_blocks"].tolist() == [[[2, 3]]]
     scores, wanted = tensors["block_lse"].double(), share.double().sum(1)[0]
     error = (share * relative(scores - lse[..., None])).sum(1)[0]
-    error += wanted * relative(lse).max()  # its rounding, and that of the sum
+    error += wanted * relative(lse).max()  # lse is rounded, and so is the sum
     assert_within(tensors["mass"][0, 0], wanted, error)
 
 

@@ -1,3 +1,5 @@
+"""sparse_decode: attention to the chosen blocks, and to nothing else."""
+
 import math
 from dataclasses import replace
 
@@ -17,7 +19,7 @@ from tests.kernels.cuda.cases import (
     run_sparse,
 )
 from tests.kernels.reference.exact import half_unit
-from tidal_vllm.kernels.reference.decode import merge_states
+from tidal_vllm.kernels.reference import merge_states
 
 
 def check(kernels, case, batch, blocks, lens):
@@ -73,7 +75,8 @@ def test_any_number_of_splits(kernels, splits, size):
     check(kernels, case, batch, *make_sets(batch, case, "kv_head", most=700))
 
 
-def all_blocks(case: Case, num_sets: int):
+def all_blocks(case: Case, num_sets: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """topk_blocks and topk_lens of sets that hold every block."""
     counts = [-(-n // case.select_block_size) for n in case.lens]
     rows = torch.arange(max(counts), dtype=torch.int32).expand(
         len(counts), num_sets, -1
@@ -85,7 +88,7 @@ def all_blocks(case: Case, num_sets: int):
 @pytest.mark.extended
 @pytest.mark.parametrize("scope, size", [("kv_head", 16), ("query_head", 1)])
 def test_a_full_budget_is_dense(kernels, scope, size):
-    """Bit for bit where the heads and the splits are the same."""
+    """The same bits, since heads and splits are the same."""
     case = Case(6, 2, 64, lens=(300, 0, 129, 16), splits=1, select_block_size=size)
     batch = case.make()
     dense = run_dense(kernels, batch, case)
@@ -118,7 +121,7 @@ def test_two_disjoint_sets_merged_are_their_union(kernels):
     states = [part[name] for part in parts for name in ("output", "lse")]
     merged = dict(zip(("output", "lse"), merge_states(*states), strict=True))
     wanted = exact_of(batch, case)
-    # The halves come rounded, of sizes up to that of the values.
+    # The two outputs were rounded; they are no larger than the largest value.
     largest = max(float(v.abs().max()) for v in batch.values)
     wanted.output_error.add_(half_unit(torch.tensor(largest), case.dtype))
     assert_output(merged, wanted, batch)

@@ -6,72 +6,78 @@ Of the Triton kernels; the CUDA extension has its own contract test.
 import pytest
 import torch
 
-from tidal_vllm import kernels as ops
+from tests.kernels.harness import make_output, make_workspace
+from tests.kernels.reference.cases import make_batch
+from tidal_vllm.kernels import DecodeArgs, Workspace, choose
+from tidal_vllm.plan.rule import SelectionRule
 
 FLOAT, INT = torch.float32, torch.int32
+RULE = SelectionRule(
+    token_budget=32,
+    select_block_size=16,
+    sink_tokens=4,
+    recent_tokens=8,
+    sparse_threshold=32,
+)
 
 
 @pytest.fixture
 def kernels(device):
-    case = {"head_size": 64, "dtype": torch.bfloat16}
-    return ops.choose(device, requested="triton", **case).module
+    needed = {"head_size": 64, "dtype": torch.bfloat16}
+    return choose(device, requested="triton", **needed).ops
 
 
-def decode_arguments(device) -> dict:
-    def zeros(*shape, dtype=FLOAT):
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-    half = torch.bfloat16
-    return {
-        "query": zeros(2, 4, 64, dtype=half),
-        "kv_cache": zeros(8, 2, 16, 128, dtype=half),
-        "block_table": zeros(2, 3, dtype=INT),
-        "topk_blocks": zeros(2, 1, 5, dtype=INT),
-        "topk_lens": zeros(2, 1, dtype=INT),
-        "seq_lens": zeros(2, dtype=INT),
-        "output": zeros(2, 4, 64, dtype=half),
-        "lse": zeros(2, 4),
-        "block_lse": zeros(2, 4, 3),
-        "partial_out": zeros(2, 4, 3, 64),
-        "partial_lse": zeros(2, 4, 3),
-        "scale": 1.0,
-        "k_scale": 1.0,
-        "v_scale": 1.0,
-        "select_block_size": 16,
-    }
+def good_arguments(device) -> tuple[DecodeArgs, torch.Tensor]:
+    """What each of the four ops takes: two rows of 40 tokens."""
+    shape = {"num_kv_heads": 2, "group": 2, "head_size": 64, "dtype": torch.bfloat16}
+    batch = make_batch([40, 40], **shape).to(device)
+    work = make_workspace(batch, max_blocks=3, splits=3)
+    work.mass = torch.zeros(2, 1, 3, device=device)
+    work.partial_out, work.partial_lse = work.partial_out[:2], work.partial_lse[:2]
+    topk = torch.zeros(2, 1, 5, dtype=INT, device=device)
+    args = batch.args(
+        output=make_output(batch, 0.0, strided=False),
+        workspace=work,
+        select_block_size=16,
+        topk_blocks=topk,
+        topk_lens=topk[:, :, 0].contiguous(),
+    )
+    return args, batch.seq_lens
 
 
-def select_arguments(device) -> dict:
-    taken = ("block_lse", "lse", "seq_lens", "topk_blocks", "topk_lens")
-    tensors = decode_arguments(device)
-    return {
-        **{name: tensors[name] for name in taken},
-        "mass": torch.zeros(2, 1, 3, device=device),
-        "token_budget": 32,
-        "select_block_size": 16,
-        "sink_tokens": 4,
-        "recent_tokens": 8,
-        "sparse_threshold": 32,
-    }
-
-
-UNKNOWN = {
-    "dense_decode": ("topk_blocks", "topk_lens"),
-    "score_blocks": ("topk_blocks", "topk_lens", "output", "partial_out", "v_scale"),
-    "sparse_decode": ("block_lse",),
+# What an op does not look at.
+UNREAD = {
+    "dense_decode": ("topk_blocks", "topk_lens", "mass"),
+    "score_blocks": (*("topk_blocks", "topk_lens", "mass", "output", "partial_out"),),
+    "sparse_decode": ("block_lse", "mass"),
+    "select_blocks": (
+        *("kv_cache", "block_table", "output", "partial_out", "partial_lse"),
+        *("k_scale", "v_scale", "scale", "select_block_size"),
+    ),
 }
 
 
 def call(kernels, op, device, **changed) -> None:
-    if op == "select_blocks":
-        arguments = select_arguments(device)
-    else:
-        arguments = decode_arguments(device)
-        for name in UNKNOWN[op]:
-            del arguments[name]
+    """Call an op with some fields of its arguments, or of the workspace, changed.
+
+    What the op does not look at is missing.
+    """
+    args, seq_lens = good_arguments(device)
+    places = {"seq_lens": None}
+    places |= dict.fromkeys(vars(args.workspace), args.workspace)
+    places |= dict.fromkeys(DecodeArgs.__dataclass_fields__, args)
+    for name in UNREAD[op]:
+        setattr(places[name], name, None)
     for name, change in changed.items():
-        arguments[name] = change(arguments[name]) if callable(change) else change
-    getattr(kernels, op)(*arguments.values())
+        place = places[name]
+        given = seq_lens if place is None else getattr(place, name)
+        given = change(given) if callable(change) else change
+        if place is None:
+            seq_lens = given
+        else:
+            setattr(place, name, given)
+    rule = (RULE,) if op == "select_blocks" else ()
+    getattr(kernels, op)(args, seq_lens, *rule)
 
 
 def to(dtype):
@@ -143,7 +149,7 @@ SCORE_BAD = {
     **{
         name: case
         for name, case in DECODE_BAD.items()
-        if case[0] not in UNKNOWN["score_blocks"] and name != "lse of other splits"
+        if case[0] not in UNREAD["score_blocks"] and name != "lse of other splits"
     },
     "their lse without splits": ("partial_lse", narrow(2, 0), "partial_lse"),
     "their lse of too few rows": ("partial_lse", narrow(0, 1), "partial_lse"),
@@ -193,8 +199,51 @@ def test_refuses_tensors_on_two_devices(kernels, device, op):
         call(kernels, op, device, lse=to("meta"))
 
 
+MISSING = [
+    *((op, "lse") for op in OPS),
+    *((op, "block_lse") for op in ("dense_decode", "score_blocks", "select_blocks")),
+    *((op, "topk_blocks") for op in OPS[2:]),
+    *((op, "topk_lens") for op in OPS[2:]),
+    ("sparse_decode", "select_block_size"),
+    ("select_blocks", "mass"),
+]
+
+
+@pytest.mark.parametrize("op, name", MISSING)
+def test_refuses_what_is_missing(kernels, device, op, name):
+    with pytest.raises(ValueError, match=f"{name} (is missing|= None must divide)"):
+        call(kernels, op, device, **{name: None})
+
+
+@pytest.mark.parametrize("op", OPS[:3])
+def test_refuses_a_workspace_that_does_not_fit(kernels, device, op):
+    """Of another engine, say, or one that was never allocated."""
+    for work, words in (
+        (Workspace(), "room for 0 partial results: 2 rows of 0 heads"),
+        (Workspace.allocate(1, 4, 1, 64, 3, device), "room for 512 partial results"),
+        (
+            Workspace.allocate(2, 2, 1, 64, 3, device),
+            r"\w+ has shape \[2, 2\b",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call(kernels, op, device, workspace=work)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_takes_what_fits(kernels, device, op):
     call(kernels, op, device)
-    fewer = {"topk_blocks": narrow(2, 4)} if op not in OPS[:2] else {}
-    call(kernels, op, device, **fewer, seq_lens=lambda t: t + 40)
+    fewer = {"topk_blocks": narrow(2, 4)} if op in OPS[2:] else {}
+    call(kernels, op, device, **fewer, seq_lens=lambda t: t - 40)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_takes_more_rows_than_the_query_has(kernels, device, op):
+    """vLLM pads tables and lengths; an engine's workspace has its most rows."""
+    places = ("seq_lens", "block_table", "lse", "block_lse", "topk_blocks", "topk_lens")
+    more = {
+        name: lambda tensor: torch.cat([tensor, tensor])
+        for name in places
+        if name not in UNREAD[op]
+    }
+    call(kernels, op, device, **more)

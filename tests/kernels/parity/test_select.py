@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.kernels.harness import dense, select
+from tests.kernels.harness import KEPT, batch_on, dense, select, selection_args
 from tests.kernels.reference import naive
 from tidal_vllm.kernels import reference
 from tidal_vllm.plan.rule import SelectionRule
@@ -97,14 +97,14 @@ class TestExactSets:
         num_blocks = rule.num_blocks(max(lens)) + 1
         masses = random_masses(lens, num_sets, num_blocks, rule)
         scores = scores_of(masses, 4, shift=True)
-        found = select(kernels, device, *scores, lens, rule, num_sets)
+        found = chosen_on(kernels, device, scores, lens, rule, num_sets)
         assert found == expected(masses, lens, rule)
 
     @pytest.mark.parametrize("most", [1, 3], ids=["zeros", "three values"])
     def test_ties_go_to_the_smaller_index(self, kernels, device, most):
         chosen = rule(48, sinks=2, recent=5)
         masses = random_masses([200, 131], 2, 200, chosen, most)
-        found = select(kernels, device, *scores_of(masses, 2), [200, 131], chosen, 2)
+        found = chosen_on(kernels, device, scores_of(masses, 2), [200, 131], chosen, 2)
         assert found == expected(masses, [200, 131], chosen)
 
     @extended
@@ -116,14 +116,14 @@ class TestExactSets:
         small_tiles(monkeypatch, device)
         chosen = rule(40, sinks=3, recent=6)
         masses = random_masses([seq_len] * 2, 1, seq_len, chosen, most)
-        found = select(kernels, device, *scores_of(masses, 3), [seq_len] * 2, chosen)
+        found = chosen_on(kernels, device, scores_of(masses, 3), [seq_len] * 2, chosen)
         assert found == expected(masses, [seq_len] * 2, chosen)
 
     @extended
     def test_a_million_tokens(self, kernels, device):
         lens, chosen = [2**20, 2**20 - 5], rule(4096, 16, sinks=4, recent=1024)
         masses = random_masses(lens, 1, 2**16, chosen, most=3000)
-        found = select(kernels, device, *scores_of(masses, 1), lens, chosen)
+        found = chosen_on(kernels, device, scores_of(masses, 1), lens, chosen)
         assert found == expected(masses, lens, chosen)
 
     @extended
@@ -131,23 +131,21 @@ class TestExactSets:
         small_tiles(monkeypatch, device)
         lens, chosen = [700, 900], rule(300, threshold=800)
         masses = random_masses(lens, 1, 900, chosen)
-        found = select(kernels, device, *scores_of(masses, 1), lens, chosen)
+        found = chosen_on(kernels, device, scores_of(masses, 1), lens, chosen)
         assert found == expected(masses, lens, chosen)
 
     def test_tiny_and_huge_masses_keep_their_order(self, kernels, device):
         chosen = rule(4)
         block_lse = torch.tensor([-1e30, -60.0, -70.0, -50.0, 80.0, 70.0, -math.inf, 0])
-        found = select(
-            kernels, device, block_lse[None, None], torch.zeros(1, 1), [8], chosen
-        )
+        scores = block_lse[None, None], torch.zeros(1, 1)
+        found = chosen_on(kernels, device, scores, [8], chosen)
         assert found == [[[3, 4, 5, 7]]]
 
     def test_masses_too_large_for_a_float_are_equal(self, kernels, device):
         chosen = rule(3)
         block_lse = torch.tensor([1.0, 100.0, 200.0, math.inf, 80.0, 0.0])
-        found = select(
-            kernels, device, block_lse[None, None], torch.zeros(1, 1), [6], chosen
-        )
+        scores = block_lse[None, None], torch.zeros(1, 1)
+        found = chosen_on(kernels, device, scores, [6], chosen)
         assert found == [[[1, 2, 5]]]
 
     def test_a_nan_weighs_nothing(self, kernels, device):
@@ -155,7 +153,8 @@ class TestExactSets:
         block_lse = torch.zeros(1, 2, 8)
         block_lse[0, :, 2] = 1.0
         block_lse[0, 1, :2] = math.nan
-        found = select(kernels, device, block_lse, torch.zeros(1, 2), [8], chosen)
+        scores = block_lse, torch.zeros(1, 2)
+        found = chosen_on(kernels, device, scores, [8], chosen)
         assert found == [[[2, 3, 7]]]
 
     def test_heads_weigh_alike_after_their_softmax(self, kernels, device):
@@ -165,16 +164,16 @@ class TestExactSets:
             [[[0.0, -9.0, -9.0], [0.0, -9.0, -9.0], [50, 90, 0.0]]]
         )
         lse = torch.tensor([[0.1, 0.1, 90.0]])
-        found = select(kernels, device, block_lse, lse, [3], chosen)
+        found = chosen_on(kernels, device, (block_lse, lse), [3], chosen)
         assert found == [[[0, 2]]]
 
     def test_all_rows_left_out(self, kernels, device):
         scores = torch.zeros(2, 2, 5), torch.zeros(2, 2)
-        assert select(kernels, device, *scores, [-1, -5], rule(4)) == [None, None]
+        assert chosen_on(kernels, device, scores, [-1, -5], rule(4)) == [None, None]
 
     def test_an_empty_batch(self, kernels, device):
         scores = torch.zeros(0, 2, 5), torch.zeros(0, 2)
-        assert select(kernels, device, *scores, [], rule(4)) == []
+        assert chosen_on(kernels, device, scores, [], rule(4)) == []
 
     def test_what_has_no_room_is_left_out(self, kernels, device):
         """The config rules it out; memory behind the buffer stays as it is."""
@@ -182,17 +181,14 @@ class TestExactSets:
             pytest.skip("a precondition there")
         chosen = rule(8)
         masses = random_masses([20, 6], 1, 20, chosen)
-        scores = [t.to(device) for t in scores_of(masses, 1)]
-        buffer = torch.full((2, 1, 9), 7, dtype=torch.int32, device=device)
-        lens = torch.zeros(2, 1, dtype=torch.int32, device=device)
-        kernels.select_blocks(
-            *(*scores, torch.tensor([20, 6], dtype=torch.int32, device=device)),
-            *(buffer[..., :4], lens, torch.empty_like(masses).to(device)),
-            *(8, 1, 0, 1, 8),
-        )
-        assert lens.flatten().tolist() == [4, 4]
-        assert (buffer[..., 4:] == 7).all()
-        assert buffer[1, 0, :4].tolist() == [0, 1, 2, 3]
+        scores = [tensor.to(device) for tensor in scores_of(masses, 1)]
+        args = selection_args(*scores, max_blocks=9)
+        whole, args.topk_blocks = args.topk_blocks, args.topk_blocks[..., :4]
+        lens = torch.tensor([20, 6], dtype=torch.int32, device=device)
+        kernels.select_blocks(args, lens, chosen)
+        assert args.topk_lens[:2].flatten().tolist() == [4, 4]
+        assert (whole[..., 4:] == KEPT).all()
+        assert whole[1, 0, :4].tolist() == [0, 1, 2, 3]
 
 
 def small_tiles(monkeypatch, device) -> None:
@@ -209,25 +205,17 @@ class TestAfterDenseDecode:
 
     def test_captures_what_the_reference_captures(self, kernels, device):
         lens = (400, 0, 96, 333)
-        paged = make_paged(device, lens, num_kv_heads=2, group=3, head_size=64)
-        _, lse, block_lse = dense(kernels, paged, 16)
-        num_sets = 2
-        found = select(kernels, device, block_lse, lse, lens, self.CHOSEN, num_sets)
+        batch = batch_on(device, lens, num_kv_heads=2, group=3, head_size=64)
+        _, lse, block_lse = dense(kernels, batch, 16)
+        given = (lens, self.CHOSEN, 2)
+        found = chosen_on(kernels, device, (block_lse, lse), *given)
         block_lse, lse = block_lse.cpu(), lse.cpu()
-        topk_blocks = torch.empty(4, num_sets, 6, dtype=torch.int32)
-        topk_lens = torch.empty(4, num_sets, dtype=torch.int32)
-        reference.select_blocks(
-            *(block_lse, lse, paged.batch.seq_lens),
-            rule=self.CHOSEN,
-            topk_blocks=topk_blocks,
-            topk_lens=topk_lens,
-        )
+        wanted = select(reference, block_lse, lse, *given)
         mass = (block_lse - lse[..., None]).exp()
-        mass = mass.view(4, num_sets, -1, mass.shape[2]).sum(2)
+        mass = mass.view(4, 2, -1, mass.shape[2]).sum(2)
         for row in range(4):
-            for i in range(num_sets):
-                exact = topk_blocks[row, i, : topk_lens[row, i]].long()
-                ours = torch.tensor(found[row][i], dtype=torch.int64)
+            for i in range(2):
+                ours, exact = found[row][i], wanted[row][i]
                 assert len(ours) == len(exact)
                 captured, best = mass[row, i, ours].sum(), mass[row, i, exact].sum()
                 assert abs(captured - best) <= 1e-6 * best

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from tests.kernels.reference import exact
+from tests.kernels.reference.naive import Positions
 from tidal_vllm.kernels import DecodeArgs
 
 # Deterministic: the same examples in every run, on every machine.
@@ -148,7 +149,7 @@ class Batch:
 
     def exact(
         self,
-        positions_of: Callable[[int, int], list[int]] | None = None,
+        positions_of: Positions | None = None,
         size: int | None = None,
         weights: float = 0.0,
     ) -> exact.Exact:
@@ -160,7 +161,7 @@ class Batch:
             query, keys, values, self.scale, positions_of, size, weights
         )
 
-    def positions(self, sets: Sets, size: int) -> Callable[[int, int], list[int]]:
+    def positions(self, sets: Sets, size: int) -> Positions:
         """Which positions (row, head) attends to through its set."""
         lens = self.lens
 
@@ -308,8 +309,14 @@ def near(*sizes: int, limit: int) -> st.SearchStrategy[int]:
 
 @st.composite
 def batches(
-    draw, max_len=100, min_seqs=1, max_seqs=3, dtypes=DTYPES, leave_out=True
+    draw: st.DrawFn,
+    max_len: int = 100,
+    min_seqs: int = 1,
+    max_seqs: int = 3,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+    leave_out: bool = True,
 ) -> Batch:
+    """Batches of any shape; some rows left out, if wished."""
     block_size = draw(st.sampled_from((16, 32, 48)))
     length = near(block_size, limit=max_len)
     if leave_out:

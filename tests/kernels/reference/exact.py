@@ -29,6 +29,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tests.kernels.reference.naive import Positions, Rows
+
 UNIT = 2.0**-24
 # Of the coarsest exponential that runs, in units of u: `exp_u20` of ATen's attention
 # on CPUs errs by 20 units in the last place, the others by 1 or 2.
@@ -48,7 +50,7 @@ class Exact:
     block_lse: torch.Tensor | None = None
     block_lse_error: torch.Tensor | None = None
 
-    def __getitem__(self, rows) -> "Exact":
+    def __getitem__(self, rows: list[int] | slice) -> "Exact":
         return Exact(*(t if t is None else t[rows] for t in vars(self).values()))
 
 
@@ -61,21 +63,28 @@ def gamma(terms: torch.Tensor | int) -> torch.Tensor:
     return torch.minimum(terms, 6 * terms.sqrt()) * UNIT
 
 
-def attend(query, keys, values, scale, seen, weights=0.0) -> Exact:
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    seen: torch.Tensor,
+    weights: float = 0.0,
+) -> Exact:
     """One softmax for each query, over the tokens that it sees.
 
     Args:
-        query: [..., head_size].
-        keys, values: [..., tokens, head_size], broadcast with the queries.
-        seen: [..., tokens] bool.
-        weights: unit roundoff of what the softmax is rounded to for the values.
+        query: `[..., head_size]`.
+        keys, values: `[..., tokens, head_size]`, broadcast with the queries.
+        seen: `[..., tokens]` bool.
+        weights: Unit roundoff of what the softmax is rounded to for the values.
     """
     query, keys, values = query.double(), keys.double(), values.double()
 
-    def dot(q, k):
+    def dot(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return scale * torch.einsum("...d,...td->...t", q, k)
 
-    def mix(shares, v):
+    def mix(shares: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return torch.einsum("...t,...td->...d", shares, v)
 
     scores = dot(query, keys).masked_fill(~seen, -math.inf)
@@ -97,13 +106,21 @@ def attend(query, keys, values, scale, seen, weights=0.0) -> Exact:
 
 
 def decode(
-    query, keys, values, scale, positions_of=None, size=None, weights=0.0
+    query: torch.Tensor,
+    keys: Rows,
+    values: Rows,
+    scale: float,
+    positions_of: Positions | None = None,
+    size: int | None = None,
+    weights: float = 0.0,
 ) -> Exact:
     """Every row and head, as `naive.decode`; with `size` also its blocks' lse.
 
     Args:
-        keys, values: one [seq_len, num_kv_heads, head_size] per sequence.
+        keys, values: One `[seq_len, num_kv_heads, head_size]` per sequence.
         positions_of: (row, head) to the positions attended to; None: all.
+        size: Tokens of a selection block.
+        weights: Unit roundoff of what the softmax is rounded to for the values.
     """
     rows = []
     num_heads = query.shape[1]
@@ -134,7 +151,14 @@ def decode(
     return Exact(*(_stack([row[name] for row in rows]) for name in rows[0]))
 
 
-def extend(query, keys, values, query_lens, scale, window=None) -> Exact:
+def extend(
+    query: torch.Tensor,
+    keys: Rows,
+    values: Rows,
+    query_lens: list[int],
+    scale: float,
+    window: int | None = None,
+) -> Exact:
     """Causal, as `naive.extend`; one row for each query token."""
     found, first = [], 0
     for k, v, query_len in zip(keys, values, query_lens, strict=True):
@@ -151,7 +175,7 @@ def extend(query, keys, values, query_lens, scale, window=None) -> Exact:
     )
 
 
-def _stack(tensors):
+def _stack(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
     return None if tensors[0] is None else torch.stack(tensors)
 
 
@@ -163,7 +187,13 @@ def half_unit(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.ldexp(torch.full_like(value, info.eps / 4), exponent)
 
 
-def assert_within(actual, exact, error, what="result", roundings=1) -> None:
+def assert_within(
+    actual: torch.Tensor,
+    exact: torch.Tensor,
+    error: torch.Tensor,
+    what: str = "result",
+    roundings: int = 1,
+) -> None:
     """Each number within its error and the rounding of its dtype; -inf is -inf.
 
     Args:

@@ -1,13 +1,25 @@
 """What the ops mean, in float64, head by head, over K and V that were never paged."""
 
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 
-Rows = list[torch.Tensor]  # one [seq_len, num_kv_heads, head_size] per sequence
+from tidal_vllm.kernels.arguments import Rule
+
+Rows = list[torch.Tensor]
+"""One `[seq_len, num_kv_heads, head_size]` per sequence."""
+Positions = Callable[[int, int], Iterable[int]]
+"""(row, head) to the positions that it attends to."""
 
 
-def attend(query, keys, values, positions, scale):
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: Iterable[int],
+    scale: float,
+) -> tuple[torch.Tensor, float, list[float]]:
     """One head: softmax(scale * q.k) over `positions`, its lse and its scores."""
     positions = list(positions)
     if not positions:
@@ -19,21 +31,27 @@ def attend(query, keys, values, positions, scale):
     return output, float(top + weights.sum().log()), scores.tolist()
 
 
-def lse(scores) -> float:
+def lse(scores: list[float]) -> float:
     if not scores:
         return -math.inf
     top = max(scores)
     return top + math.log(sum(math.exp(s - top) for s in scores))
 
 
-def decode(query, keys: Rows, values: Rows, scale, positions_of=None):
-    """Every row and head; positions_of(row, head) lists the positions attended to."""
+def decode(
+    query: torch.Tensor,
+    keys: Rows,
+    values: Rows,
+    scale: float,
+    positions_of: Positions | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, dict[tuple[int, int], list[float]]]:
+    """Output, lse, and scores by (row, head), of every row and head."""
     query = query.double()
-    num_seqs, num_heads, head_size = query.shape
-    output = torch.zeros(num_seqs, num_heads, head_size, dtype=torch.float64)
-    lses = torch.full((num_seqs, num_heads), -math.inf, dtype=torch.float64)
+    num_rows, num_heads, head_size = query.shape
+    output = torch.zeros(num_rows, num_heads, head_size, dtype=torch.float64)
+    lses = torch.full((num_rows, num_heads), -math.inf, dtype=torch.float64)
     scores = {}
-    for row in range(num_seqs):
+    for row in range(num_rows):
         k, v = keys[row].double(), values[row].double()
         for head in range(num_heads):
             kv_head = head // (num_heads // k.shape[1])
@@ -46,15 +64,28 @@ def decode(query, keys: Rows, values: Rows, scale, positions_of=None):
     return output, lses, scores
 
 
-def block_lse(scores, num_seqs, num_heads, num_blocks, size):
-    result = torch.full((num_seqs, num_heads, num_blocks), -math.inf).double()
+def block_lse(
+    scores: dict[tuple[int, int], list[float]],
+    num_rows: int,
+    num_heads: int,
+    num_blocks: int,
+    size: int,
+) -> torch.Tensor:
+    result = torch.full((num_rows, num_heads, num_blocks), -math.inf).double()
     for (row, head), s in scores.items():
         for block in range(num_blocks):
             result[row, head, block] = lse(s[block * size : (block + 1) * size])
     return result
 
 
-def extend(query, keys: Rows, values: Rows, query_lens, scale, window=None):
+def extend(
+    query: torch.Tensor,
+    keys: Rows,
+    values: Rows,
+    query_lens: list[int],
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
     """Causal: the last query token of a sequence stands at its last position."""
     outputs, first = [], 0
     for k, v, query_len in zip(keys, values, query_lens, strict=True):
@@ -67,7 +98,7 @@ def extend(query, keys: Rows, values: Rows, query_lens, scale, window=None):
     return torch.stack(outputs)
 
 
-def select(mass, seq_len, rule) -> list[int]:
+def select(mass: list[float], seq_len: int, rule: Rule) -> list[int]:
     """The blocks that one set keeps; `mass` is a list of floats, one per block."""
     size = rule.select_block_size
     total = len(mass)

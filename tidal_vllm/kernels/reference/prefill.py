@@ -124,17 +124,17 @@ def _extend(
     kv = runs.read(ids[:, first : ceil_div(end, runs.span)])
     kv = kv[:, None, position - first * runs.span : end - first * runs.span]
     # As heads of a batch of KV heads: K and V are shared, not copied.
-    state = _attend(q, kv.expand(-1, q.shape[1], -1, -1), scale, causal=True)
+    output, lse = _attend(q, kv.expand(-1, q.shape[1], -1, -1), scale, causal=True)
 
     # As one long query per KV head, for the context masks nothing.
     long_q = q.flatten(1, 2)[None]
-    state = [part.reshape(*long_q.shape[1:3], *part.shape[3:]) for part in state]
+    output, lse = output.reshape(long_q.shape[1:]), lse.reshape(long_q.shape[1:3])
     context = ids[:, : ceil_div(position, runs.span)]
     for start, part_ids in runs.tiles(context, EXTEND_TILE_ENTRIES):
         kv = runs.read(part_ids)[None, :, : position - start]
-        out, lse = _attend(long_q, kv, scale, causal=False)
-        state = merge_states(*state, out[0], lse[0])
-    return state[0].view(q.shape)
+        more_output, more_lse = _attend(long_q, kv, scale, causal=False)
+        output, lse = merge_states(output, lse, more_output[0], more_lse[0])
+    return output.view(q.shape)
 
 
 def _extend_window(

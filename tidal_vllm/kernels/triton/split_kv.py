@@ -8,6 +8,9 @@ alone; how many splits have work is decided on the device. A row that is left ou
 none, and is not merged either.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# Triton compiles what follows, and reads an annotation as an order of its own.
+
 import math
 
 import triton

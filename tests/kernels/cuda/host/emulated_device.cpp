@@ -47,11 +47,13 @@ void launch_dense_decode(const AttendParams& p, const Stream&) {
 }
 
 void launch_score_blocks(const AttendParams& p, const Stream&) {
-  launch_attend<false>(p, [](auto shape) { return dense_decode_kernel<decltype(shape)>; });
+  launch_attend<false>(p,
+                       [](auto shape) { return dense_decode_kernel<decltype(shape)>; });
 }
 
 void launch_sparse_decode(const AttendParams& p, const Stream&) {
-  launch_attend<true>(p, [](auto shape) { return sparse_decode_kernel<decltype(shape)>; });
+  launch_attend<true>(p,
+                      [](auto shape) { return sparse_decode_kernel<decltype(shape)>; });
 }
 
 void launch_select_blocks(const SelectParams& p, const Stream&) {

@@ -22,7 +22,8 @@
 #error "The fibers are switched in x86-64 assembly."
 #endif
 
-// Saves what a call must preserve, stores the stack pointer in *from and goes on at `to`.
+// Saves the registers that a call must preserve, stores the stack pointer in *from, and
+// goes on where the stack pointer `to` was stored.
 asm(R"(
 .text
 .globl tidal_switch
@@ -82,7 +83,7 @@ struct Warp {
   Barrier barrier;
   char slots[2][32 * kSlotBytes];
   const char* what[2];
-  bool in_sync = false;  // what its lanes wait at is sync_warp
+  bool in_sync = false;  // the lanes that wait do so at sync_warp
   bool unsynced_copies = false;
 };
 
@@ -157,13 +158,14 @@ void prepare(Fiber& fiber, int thread) {
   }
   char* const stack = fiber.stack;
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(stack, kStackBytes);  // of frames that never returned
+  // Frames that never returned have left the stack poisoned.
+  __asan_unpoison_memory_region(stack, kStackBytes);
 #endif
   fiber = Fiber{};
   fiber.stack = stack;
   fiber.thread = thread;
-  // As tidal_switch leaves it: six registers, then where to go on; the return address
-  // stands where a call would have put it, so the stack is aligned as the ABI wants.
+  // The stack looks as tidal_switch leaves it: six registers, then the address to go on
+  // at. A null return address stands above, so that the ABI's alignment holds.
   void** top = reinterpret_cast<void**>(stack + kStackBytes);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(&run_thread);
@@ -194,7 +196,8 @@ void run_block(int threads, std::vector<int>& order, std::mt19937& random) {
   int live = threads;
   bool progress = true;
   while (live > 0) {
-    // Most warps sleep in a random round, so that one can be far ahead of another.
+    // In a random schedule most warps sleep in each round, so that one warp can get far
+    // ahead of another.
     unsigned awake = ~0u;
     if (schedule_seed > 1) {
       std::shuffle(order.begin(), order.end(), random);
@@ -224,7 +227,7 @@ void run_block(int threads, std::vector<int>& order, std::mt19937& random) {
 
 }  // namespace
 
-// Ends the launch: the fiber never goes on.
+// Ends the launch with an error: this fiber never goes on.
 void fail(const char* format, ...) {
   char text[400];
   va_list arguments;
@@ -317,24 +320,6 @@ const char* exchange(const void* value, int bytes, const char* what) {
   return warp.slots[parity];
 }
 
-void load_matrices(uint32_t (&to)[4], const char* row, bool transposed) {
-  check_readable("ldmatrix");
-  if (reinterpret_cast<uintptr_t>(row) % 16) fail("ldmatrix from an odd address");
-  const char* const what = transposed ? "ldmatrix.trans" : "ldmatrix";
-  const char* slots = exchange(&row, sizeof(row), what);
-  const int lane = machine.current->thread % 32;
-  for (int matrix = 0; matrix < 4; ++matrix) {
-    uint16_t halves[2];
-    for (int i = 0; i < 2; ++i) {
-      const int from_row = transposed ? 2 * (lane % 4) + i : lane / 4;
-      const int column = transposed ? lane / 4 : 2 * (lane % 4) + i;
-      const char* from = from_lane<const char*>(slots, matrix * 8 + from_row);
-      std::memcpy(&halves[i], from + 2 * column, 2);
-    }
-    to[matrix] = halves[0] | static_cast<uint32_t>(halves[1]) << 16;
-  }
-}
-
 void copy_async(char* to, const char* from, bool valid) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) {
     fail("copy_async_16 with an address that is not a multiple of 16");
@@ -363,41 +348,5 @@ void wait_copies(int pending) {
   }
   my_warp().unsynced_copies = true;
 }
-
-template <class T>
-void multiply(float (&to)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  struct Fragments {
-    float a[8], b[4];
-  } mine;
-  const uint32_t b[2] = {b0, b1};
-  for (int r = 0; r < 4; ++r) {
-    mine.a[2 * r] = to_float(T{}, static_cast<uint16_t>(a[r]));
-    mine.a[2 * r + 1] = to_float(T{}, static_cast<uint16_t>(a[r] >> 16));
-  }
-  for (int r = 0; r < 2; ++r) {
-    mine.b[2 * r] = to_float(T{}, static_cast<uint16_t>(b[r]));
-    mine.b[2 * r + 1] = to_float(T{}, static_cast<uint16_t>(b[r] >> 16));
-  }
-  static_assert(sizeof(Fragments) <= kSlotBytes);
-  const char* slots = exchange(&mine, sizeof(mine), "mma");
-  const int lane = thread_index() % 32;
-  for (int r = 0; r < 4; ++r) {
-    const int row = lane / 4 + 8 * (r / 2), column = 2 * (lane % 4) + r % 2;
-    float sum = to[r];
-    for (int quad = 0; quad < 4; ++quad) {
-      const auto left = from_lane<Fragments>(slots, (row % 8) * 4 + quad);
-      const auto right = from_lane<Fragments>(slots, column * 4 + quad);
-      for (int half = 0; half < 2; ++half) {
-        for (int i = 0; i < 2; ++i) {
-          sum += left.a[2 * (row / 8 + 2 * half) + i] * right.b[2 * half + i];
-        }
-      }
-    }
-    to[r] = sum;
-  }
-}
-
-template void multiply<bf16>(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t);
-template void multiply<fp16>(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t);
 
 }  // namespace tidal::emulation

@@ -1,10 +1,10 @@
 // The names of csrc/primitives.cuh, run on a CPU: each thread of a block is a fiber, and
 // warp-wide instructions meet in a buffer, fragment by fragment as PTX defines them.
 //
-// Stricter than a GPU where that finds mistakes: shared memory starts as NaN, the target
-// of an asynchronous copy is NaN until it was waited for, reading it needs a barrier
-// after that wait, addresses must be aligned, and the order in which threads run is
-// chosen by a seed.
+// The emulation is stricter than a GPU where that finds mistakes: shared memory starts as
+// NaN; the target of an asynchronous copy is NaN until the copy was waited for, and
+// reading it needs a barrier after that wait; addresses must be aligned; and a seed
+// chooses the order in which threads run.
 #pragma once
 
 #include <cmath>
@@ -21,9 +21,10 @@ struct Dim {
   int x = 1, y = 1, z = 1;
 };
 
-// Runs `kernel` for every block of the grid. `schedule`: 0 runs the threads in order, 1
-// in reverse, anything else is the seed of a new random order in each round.
+// Runs `kernel` in every thread of every thread block of the grid.
 void launch(Dim grid, int threads, int shared_bytes, const std::function<void()>& kernel);
+// Schedule 0 runs the threads in order, 1 in reverse; any other number is the seed of a
+// new random order in each round.
 void set_schedule(unsigned schedule);
 
 [[noreturn]] void fail(const char* format, ...);
@@ -33,14 +34,16 @@ Dim block_index();
 char* shared_memory();
 void sync_block();
 void sync_warp();
-void check_readable(const char* what);  // a barrier since the last wait for copies
+// Fails unless there was a barrier since the last wait for copies.
+void check_readable(const char* what);
 void copy_async(char* to, const char* from, bool valid);
 void commit_copies();
 void wait_copies(int pending);
 
 inline constexpr int kSlotBytes = 64;
-// All 32 lanes hand in `bytes` and get the 32 slots of their warp, valid until the next
-// exchange but one. `what`: the instruction; all lanes must be at the same one.
+// Each of the 32 lanes hands in a value of `bytes` bytes and gets the slots of all lanes,
+// which stay valid until the exchange after the next. `what` names the instruction, which
+// must be the same in all lanes.
 const char* exchange(const void* value, int bytes, const char* what);
 
 template <class V>
@@ -81,10 +84,12 @@ inline uint16_t from_float(fp16, float value) { return float_to_half(value); }
 
 void load_matrices(uint32_t (&to)[4], const char* row, bool transposed);
 
-// PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type": of a[16, 16]
-// lane l holds in register r, half i: row l / 4 + 8 * (r % 2), column
-// 2 * (l % 4) + i + 8 * (r / 2); of b[16, 8] row 2 * (l % 4) + i + 8 * r, column l / 4;
-// of c[16, 8] in register r: row l / 4 + 8 * (r / 2), column 2 * (l % 4) + r % 2.
+// to[16, 8] += a[16, 16] * b[16, 8]. PTX ISA, "Matrix Fragments for mma.m16n8k16 with
+// floating point type": half i of register r of lane l holds
+//   of a: row l / 4 + 8 * (r % 2), column 2 * (l % 4) + i + 8 * (r / 2)
+//   of b: row 2 * (l % 4) + i + 8 * r, column l / 4
+// and register r of lane l holds of `to`: row l / 4 + 8 * (r / 2), column
+// 2 * (l % 4) + r % 2.
 template <class T>
 void multiply(float (&to)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 

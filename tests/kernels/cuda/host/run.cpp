@@ -70,6 +70,9 @@ struct FromRecords {
   }
   void operator()(const char* name, double& to) const { to = number(name); }
   void operator()(const char* name, int64_t& to) const { to = integer(name); }
+  void operator()(const char* name, std::optional<int64_t>& to) const {
+    if (has(name)) to = integer(name);
+  }
 };
 
 template <class Arguments>

@@ -1,5 +1,5 @@
-// Kernels that break a rule, and mma against plain loops. Prints what the emulation says
-// to the one named on the command line.
+// Kernels that break a rule, and mma and ldmatrix against plain loops. Prints what the
+// emulation says of the kernel that the command line names.
 #include <iostream>
 #include <map>
 #include <vector>
@@ -66,10 +66,16 @@ const std::map<std::string, void (*)()> kernels = {
     {"read without a barrier", [] { copy_16(true, false, 0); }},
     {"end without a wait", [] { copy_16(false, true, 0); }},
     {"copy from an odd address", [] { copy_16(true, true, 8); }},
-    {"ballot that some lanes skip", [] { if (thread_index() % 2) ballot(true); }},
+    {"ballot that some lanes skip",
+     [] {
+       if (thread_index() % 2) ballot(true);
+     }},
     {"two instructions at once",
      [] { thread_index() < 16 ? (void)ballot(true) : sync_warp(); }},
-    {"barrier that a warp skips", [] { if (thread_index() < 32) sync_block(); }},
+    {"barrier that a warp skips",
+     [] {
+       if (thread_index() < 32) sync_block();
+     }},
     {"shared memory past its end", [] { shared_memory()[2048] = 1; }},
     {"mma", multiply},
     {"ldmatrix", transpose},

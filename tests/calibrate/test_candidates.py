@@ -1,4 +1,4 @@
-"""The choice of layers, and the rules it is compared with, on made-up matrices."""
+"""The search for SELECT layers, and the rules beside it, on made-up matrices."""
 
 import itertools
 
@@ -8,18 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidal_vllm.calibrate import baselines
-from tidal_vllm.calibrate.choice import (
+from tidal_vllm.calibrate.candidates import (
     LAYER_COST,
-    Point,
     assess,
-    best_choices,
-    candidates,
-    evidence_needed,
-    exhaustive_choice,
-    knee,
+    best_candidates,
+    exhaustive_candidate,
     over_steps,
     stability,
-    wilson_lower,
+    worth_running,
 )
 
 
@@ -54,17 +50,17 @@ def test_search_is_exhaustive(seed, num_layers, first, extra):
     first = min(first, num_layers - 1)
     full = min(first + extra, num_layers)
     loss = random_loss(seed, num_layers)
-    (best,) = best_choices(loss, full, first)
-    wanted = exhaustive_choice(loss, full, first)
+    (best,) = best_candidates(loss, full, first)
+    wanted = exhaustive_candidate(loss, full, first)
     assert best.loss == pytest.approx(wanted.loss)
     assert best.select == wanted.select
     assert best.num_full == full and best.select[0] >= first
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_next_best_choices_come_in_order(seed):
+def test_next_best_candidates_come_in_order(seed):
     loss = random_loss(seed, 7)
-    found = best_choices(loss, 4, 1, keep=6)
+    found = best_candidates(loss, 4, 1, keep=6)
     layers = range(1, 7)
     everything = [
         assess(loss, select)
@@ -72,28 +68,28 @@ def test_next_best_choices_come_in_order(seed):
         for select in itertools.combinations(layers, count)
         if select[0] + count == 4
     ]
-    everything.sort(key=lambda choice: (choice.loss, choice.select))
+    everything.sort(key=lambda one: (one.loss, one.select))
     assert [c.select for c in found] == [c.select for c in everything[:6]]
 
 
 @pytest.mark.parametrize("hops", [(2,), (2, 6), (2, 5, 9), (2, 3, 4)])
 def test_hops_are_found_for_as_many_layers(hops):
     loss = hops_loss(11, *hops)
-    (best,) = best_choices(loss, 2 + len(hops), 2)
+    (best,) = best_candidates(loss, 2 + len(hops), 2)
     assert best.select == hops and best.loss == 0
-    offered = candidates(loss, 1 - loss, max_select=4, first_select=2)
+    offered = worth_running(loss, 1 - loss, max_select=4, first_select=2)
     assert min(offered).select == hops
     assert [c.num_full for c in offered] == sorted(c.num_full for c in offered)
     cheapest = next(c for c in offered if c.loss == 0)
     assert cheapest.select == hops
 
 
-def test_candidates_also_rank_by_what_is_not_captured_and_by_squares():
+def test_what_is_run_is_also_ranked_by_what_is_not_captured_and_by_squares():
     loss, captured = random_loss(7), random_loss(0)
-    by_loss = {c.select for n in (3, 4) for c in best_choices(loss, n, 2, keep=2)}
-    by_others = {best_choices(m, 4, 2)[0].select for m in (1 - captured, loss**2)}
+    by_loss = {c.select for n in (3, 4) for c in best_candidates(loss, n, 2, keep=2)}
+    by_others = {best_candidates(m, 4, 2)[0].select for m in (1 - captured, loss**2)}
     assert len(by_others - by_loss) == 2, "else they add nothing"
-    offered = {c.select for c in candidates(loss, captured, 2, 2)}
+    offered = {c.select for c in worth_running(loss, captured, 2, 2)}
     assert offered >= by_loss | by_others
 
 
@@ -103,16 +99,18 @@ def test_a_late_first_select_costs_as_much_as_another_one():
     assert assess(loss, (3, 6)).score > assess(loss, (2, 6)).score
 
 
-def test_choices_run_out():
-    assert [c.select for c in best_choices(random_loss(0, 3), 3, 2, keep=5)] == [(2,)]
+def test_candidates_run_out():
+    assert [c.select for c in best_candidates(random_loss(0, 3), 3, 2, keep=5)] == [
+        (2,)
+    ]
 
 
 def test_stability_counts_prompts_that_disagree():
     one, other = hops_loss(8, 2, 4)[None], hops_loss(8, 2, 6)[None]
-    choice = best_choices(one[0], 4, 2)[0]
-    assert stability([one] * 5, 0.95, choice, 2) == 1.0
-    assert stability([one, one, one, other], 0.5, choice, 2, seed=1) < 1.0
-    assert stability([other] * 5, 0.95, choice, 2) == 0.0
+    (best,) = best_candidates(one[0], 4, 2)
+    assert stability([one] * 5, 0.95, best, 2) == 1.0
+    assert stability([one, one, one, other], 0.5, best, 2, seed=1) < 1.0
+    assert stability([other] * 5, 0.95, best, 2) == 0.0
 
 
 def test_quantile_is_of_the_worse_end_and_not_interpolated():
@@ -121,31 +119,6 @@ def test_quantile_is_of_the_worse_end_and_not_interpolated():
     assert over_steps(parts, 0.95)[0, 0] == 9.0
     assert over_steps(parts, 0.05)[0, 0] == 0.0
     assert over_steps(parts, 0.5)[0, 0] in (4.0, 5.0)
-
-
-def test_knee():
-    rising = [Point(0.1, 0.99, 0.5), Point(0.2, 0.99, 0.9), Point(0.9, 1.0, 1.0)]
-    assert knee(rising, max_loss=0.05) == 1
-    assert knee(rising, max_loss=0.001) == 2, "what disagrees is no knee"
-    flat = [Point(0.5, 1.0, 1.0), Point(0.1, 1.0, 1.0), Point(0.9, 1.0, 1.0)]
-    assert knee(flat, max_loss=0.01) == 1
-    assert knee(flat[:1], max_loss=0.01) == 0
-
-
-def test_wilson():
-    assert wilson_lower(0, 0) == 0.0
-    assert wilson_lower(96, 96) == pytest.approx(0.9615, abs=1e-4)
-    assert wilson_lower(50, 100) == pytest.approx(0.4038, abs=1e-4)
-
-
-def test_evidence_needed():
-    """Where nothing is lost, as many tokens as z**2 (1 - loss) / loss."""
-    assert [evidence_needed(0, loss) for loss in (0.5, 0.1, 0.01)] == [4, 35, 381]
-    assert evidence_needed(0, 1.0) == 1
-    for lost in (1, 7):
-        needed = evidence_needed(lost, 0.02)
-        assert wilson_lower(needed - lost, needed) >= 0.98
-        assert wilson_lower(needed - 1 - lost, needed - 1) < 0.98
 
 
 # The other rules

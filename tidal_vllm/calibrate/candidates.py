@@ -1,12 +1,12 @@
-"""Choosing SELECT layers from what was measured: dynamic programming, no model.
+"""Candidates for the SELECT layers, from what was recorded: dynamic programming.
 
 All layers here are *positions* in the list of layers that take part, ascending; in a
-plain model they are its layer indices. Knows neither torch nor vLLM.
+model whose layers all have full attention they are its layer indices. Imports neither
+torch nor vLLM.
 """
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -15,10 +15,11 @@ import numpy as np
 
 # A further full layer has to save at least this share of one layer's attention.
 LAYER_COST = 0.01
+LOSS_QUANTILE, MASS_QUANTILE = 0.95, 0.05  # over decode steps: the worse end
 
 
 @dataclasses.dataclass(frozen=True, order=True)
-class Choice:
+class Candidate:
     """SELECT layers and what they are expected to cost; ordered, best first.
 
     Attributes:
@@ -35,10 +36,24 @@ class Choice:
 
     @property
     def dense(self) -> tuple[int, ...]:
+        """Positions of the DENSE layers."""
         return tuple(range(self.select[0]))
 
+    def given(self, num_layers: int) -> list[tuple[int, int]]:
+        """Per SPARSE layer, the position of the layer that selects for it, and its own.
 
-def assess(loss: np.ndarray, select: Sequence[int]) -> Choice:
+        Args:
+            num_layers: Layers that take part.
+        """
+        ends = [*self.select[1:], num_layers]
+        return [
+            (start, layer)
+            for start, end in zip(self.select, ends, strict=True)
+            for layer in range(start + 1, end)
+        ]
+
+
+def assess(loss: np.ndarray, select: Sequence[int]) -> Candidate:
     """Score given SELECT layers by the definition that the search optimises.
 
     Args:
@@ -52,25 +67,25 @@ def assess(loss: np.ndarray, select: Sequence[int]) -> Choice:
         for start, end in zip(select, ends, strict=True)
     )
     full = select[0] + len(select)
-    return Choice(lost + LAYER_COST * full, lost, full, tuple(select))
+    return Candidate(lost + LAYER_COST * full, lost, full, tuple(select))
 
 
-def best_choices(
+def best_candidates(
     loss: np.ndarray, num_full: int, first_select: int, keep: int = 1
-) -> list[Choice]:
-    """The best choices with exactly ``num_full`` full layers, best first.
+) -> list[Candidate]:
+    """The best candidates with exactly ``num_full`` full layers, best first.
 
-    Dynamic programming over the last SELECT layer chosen, from the end; a later start
-    of SELECT layers costs as much as one more of them.
+    Dynamic programming over the SELECT layers, from the last one backwards. A later
+    first SELECT layer costs as much as one more SELECT layer.
 
     Args:
         loss: As in ``assess``.
         num_full: DENSE and SELECT layers, more than ``first_select``.
         first_select: No layer before this position may select: they stay DENSE.
-        keep: How many choices are wanted; fewer come back where there are fewer.
+        keep: How many candidates are wanted; fewer come back where there are fewer.
 
     Returns:
-        Distinct choices; of equal losses the one with the smaller positions first.
+        Distinct candidates; of equal losses the one with the smaller positions first.
     """
     num_layers = len(loss)
     # lost[i][e]: what layers i + 1 .. e - 1 lose under the selection of layer i.
@@ -97,19 +112,21 @@ def best_choices(
     return [assess(loss, path) for _, path in sorted(ranked)[:keep]]
 
 
-def exhaustive_choice(loss: np.ndarray, num_full: int, first_select: int) -> Choice:
-    """What ``best_choices`` finds, by trying everything."""
+def exhaustive_candidate(
+    loss: np.ndarray, num_full: int, first_select: int
+) -> Candidate:
+    """The best candidate, found by trying every one."""
     tried = []
     for first in range(first_select, min(num_full, len(loss))):
         rest = itertools.combinations(range(first + 1, len(loss)), num_full - first - 1)
         tried += [assess(loss, (first, *others)) for others in rest]
-    return min(tried, key=lambda choice: (choice.loss, choice.select))
+    return min(tried, key=lambda one: (one.loss, one.select))
 
 
-def candidates(
+def worth_running(
     loss: np.ndarray, captured: np.ndarray, max_select: int, first_select: int
-) -> list[Choice]:
-    """What is worth a real run: few choices for each number of full layers.
+) -> list[Candidate]:
+    """Few candidates for each number of full layers.
 
     The two best by avoidable loss; the best by its squares, which hold one layer that
     loses much worse than many that lose little; and the best by all the mass that is
@@ -117,40 +134,42 @@ def candidates(
 
     Args:
         loss: Avoidable loss, as in ``assess``.
-        captured: Mass captured, same shape; used as ``1 - captured``.
+        captured: Attention mass captured, 0 to 1, of the same shape.
         max_select: Most SELECT layers.
-        first_select: As in ``best_choices``.
+        first_select: As in ``best_candidates``.
 
     Returns:
-        Distinct choices, assessed by ``loss``; fewest full layers first, then best.
+        Distinct candidates, assessed by ``loss``; fewest full layers first, then best.
     """
-    found: dict[tuple[int, ...], Choice] = {}
+    found: dict[tuple[int, ...], Candidate] = {}
     for extra in range(1, min(max_select, len(loss) - first_select) + 1):
-        for choice in best_choices(loss, first_select + extra, first_select, keep=2):
-            found[choice.select] = choice
+        num_full = first_select + extra
+        for candidate in best_candidates(loss, num_full, first_select, keep=2):
+            found[candidate.select] = candidate
         for measure in (loss**2, 1.0 - captured):
-            for other in best_choices(measure, first_select + extra, first_select):
-                found.setdefault(other.select, assess(loss, other.select))
+            (other,) = best_candidates(measure, num_full, first_select)
+            found.setdefault(other.select, assess(loss, other.select))
     return sorted(found.values(), key=lambda c: (c.num_full, c.score))
 
 
 def stability(
     losses: Sequence[np.ndarray],
     quantile: float,
-    choice: Choice,
+    candidate: Candidate,
     first_select: int,
     resamples: int = 100,
     seed: int = 0,
 ) -> float:
-    """How often the choice comes out again from other prompts of the same kind.
+    """How often a candidate comes out again from other prompts of the same kind.
 
-    Bootstrap: prompts are drawn with replacement, the loss matrix and the choice of as
-    many full layers is made anew.
+    Bootstrap: prompts are drawn with replacement, and the best candidate with as many
+    full layers is found from their steps.
 
     Args:
         losses: Per prompt [num_steps, num_layers, num_layers].
         quantile: Over the steps, as the loss matrix was made.
-        choice: What came out of all prompts.
+        candidate: What came out of all prompts.
+        first_select: As in ``best_candidates``.
 
     Returns:
         Share of the resamples, 0 to 1, that give the same SELECT layers.
@@ -160,8 +179,8 @@ def stability(
     for _ in range(resamples):
         drawn = rng.integers(len(losses), size=len(losses))
         matrix = over_steps([losses[i] for i in drawn], quantile)
-        (best,) = best_choices(matrix, choice.num_full, first_select)
-        same += best.select == choice.select
+        (best,) = best_candidates(matrix, candidate.num_full, first_select)
+        same += best.select == candidate.select
     return same / resamples
 
 
@@ -177,69 +196,3 @@ def over_steps(per_prompt: Sequence[np.ndarray], quantile: float) -> np.ndarray:
     steps = np.concatenate(per_prompt)
     method = "higher" if quantile > 0.5 else "lower"
     return np.quantile(steps, quantile, axis=0, method=method)
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """One setting on the curve.
-
-    Attributes:
-        read_share: KV bytes read per decode step, as a share of dense.
-        agreement: Next tokens that are those of dense attention, 0 to 1.
-        captured: Attention mass captured, 0 to 1.
-    """
-
-    read_share: float
-    agreement: float
-    captured: float
-
-
-def knee(points: Sequence[Point], max_loss: float) -> int:
-    """Where more bytes stop paying: the index of the point to take.
-
-    Among the points whose agreement is within ``max_loss`` of the best one's, that
-    farthest above the line from the cheapest to the dearest of all points in the plane
-    of read share and captured mass, each scaled to 0..1.
-    """
-    best = max(point.agreement for point in points)
-    good = [i for i, p in enumerate(points) if p.agreement >= best - max_loss]
-    reads = [point.read_share for point in points]
-    masses = [point.captured for point in points]
-    read_range = max(reads) - min(reads) or 1.0
-    mass_range = max(masses) - min(masses)
-    if mass_range < max_loss:  # flat: nothing is gained by reading more
-        return min(good, key=lambda i: reads[i])
-    return max(
-        good,
-        key=lambda i: (
-            (masses[i] - min(masses)) / mass_range
-            - (reads[i] - min(reads)) / read_range,
-            -reads[i],
-        ),
-    )
-
-
-def evidence_needed(disagreed: int, max_loss: float) -> int:
-    """Least tokens, so many of them lost, whose lower end stays within a loss.
-
-    Args:
-        max_loss: Above 0, for no number of tokens proves that none is lost.
-    """
-
-    def proves(tokens: int) -> bool:
-        return wilson_lower(tokens - disagreed, tokens) >= 1 - max_loss
-
-    enough = max(disagreed, 1)
-    while not proves(enough):
-        enough *= 2
-    return bisect.bisect_left(range(enough), True, lo=max(disagreed, 1), key=proves)
-
-
-def wilson_lower(successes: int, trials: int, z: float = 1.96) -> float:
-    """Lower end of the 95 % interval of a share, by Wilson's score."""
-    if trials == 0:
-        return 0.0
-    share = successes / trials
-    centre = share + z * z / (2 * trials)
-    spread = z * (share * (1 - share) / trials + z * z / (4 * trials**2)) ** 0.5
-    return max(0.0, (centre - spread) / (1 + z * z / trials))
