@@ -171,7 +171,7 @@ class TestComposition:
         )
         query = torch.randn(3, 6, 32)
         layer = SimpleNamespace(_q_scale=torch.tensor(2.0))
-        impl._dense(layer, (query, query, query), None, None, None)
+        impl._attend_densely(layer, query, query, query, None, None, None)
         assert seen[0].dtype is torch.float8_e4m3fn
         assert torch.equal(seen[0], (query / 2).to(torch.float8_e4m3fn))
         assert attention.is_quantized_kv_cache("fp8")
@@ -180,7 +180,7 @@ class TestComposition:
     def test_scales_of_the_cache_reach_the_kernels(self, llm, monkeypatch, kernels):
         given = []
         monkeypatch.setattr(
-            type(kernels), "sparse_decode", lambda *args, **more: given.append(more)
+            kernels.ops, "sparse_decode", lambda args, seq_lens: given.append(args)
         )
         with reconfigured(llm, **NARROW, kernels="triton"):
             (builder,) = builders(llm)
@@ -192,5 +192,5 @@ class TestComposition:
             )
             query = torch.randn(1, 6, 32)
             impls(llm)[2].forward(layer, query, query, query, None, batch, query)
-        (more,) = given
-        assert (more["k_scale"], more["v_scale"]) == (0.5, 0.25)
+        (args,) = given
+        assert (args.k_scale, args.v_scale) == (0.5, 0.25)
