@@ -12,7 +12,7 @@ import torch
 from tests.support.asking import generate, serve
 from tests.support.engines import builders, impls, reconfigured, runner
 from tests.support.models import NARROW, random_arrivals, random_prompt
-from tests.support.replay import common_metadata, random_table
+from tests.support.replay import captured, common_metadata, random_table
 from tests.support.watching import counters
 from tests.support.written_kernels import written_kernels
 from tidal_vllm.engine import attention
@@ -72,6 +72,25 @@ def test_short_batches_run_dense_bit_by_bit(llm):
     with reconfigured(llm, **NARROW, kernels="triton"):
         assert generate(llm, prompts, logprobs=3) == wanted
         assert counters(llm)["sparse_steps"] == 0
+
+
+def test_an_engine_whose_every_decode_is_captured(llm):
+    """Exact where all blocks are kept; prompts' last tokens among the decodes."""
+    exact = {"token_budget": 2048, "min_sparse_len": 2048, "kernels": "reference"}
+    with reconfigured(llm, **NARROW | exact):
+        llm.reset_prefix_cache()
+        wanted = serve(llm, ARRIVALS, logprobs=2)
+        decoded = counters(llm)
+    all_kept = {"token_budget": 2048, "min_sparse_len": 2046}
+    with captured(llm, [1, 2, 3, 4], **NARROW | all_kept):
+        llm.reset_prefix_cache()
+        found = serve(llm, ARRIVALS, logprobs=2)
+        counted = counters(llm)
+    assert decoded["sparse_steps"] == 0 < decoded["dense_steps"]
+    assert counted["sparse_steps"] > 10  # batches of decodes alone
+    assert counted["dense_steps"] > 5  # decodes beside prompts: not captured
+    assert counted["decode_tokens"] >= decoded["decode_tokens"]
+    assert [a.token_ids for a in found] == [a.token_ids for a in wanted]
 
 
 class TestWorkspace:

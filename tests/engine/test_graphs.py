@@ -10,9 +10,8 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from tests.support.asking import serve
 from tests.support.engines import builders, impls, reconfigured, scheduler
-from tests.support.models import NARROW, random_arrivals
+from tests.support.models import NARROW
 from tests.support.replay import (
     Graph,
     captured,
@@ -25,11 +24,6 @@ from tests.support.watching import counters
 from tests.support.written_kernels import written_kernels
 from tidal_vllm.engine.metadata import TidalMetadataBuilder
 from tidal_vllm.engine.torch_dense import ReferenceBackend
-
-ARRIVALS = random_arrivals(
-    *((0, 200, 12), (0, 7, 20), (2, 333, 9)),
-    *((5, 60, 14), (6, 481, 6), (9, 65, 8)),
-)
 
 
 @pytest.fixture(scope="module")
@@ -84,25 +78,6 @@ def graphs(llm):
         randomize_kv(llm)
         yield llm
     llm.reset_prefix_cache()
-
-
-def test_an_engine_whose_every_decode_is_captured(llm):
-    """Exact where all blocks are kept; prompts' last tokens among the decodes."""
-    exact = {"token_budget": 2048, "min_sparse_len": 2048, "kernels": "reference"}
-    with reconfigured(llm, **NARROW | exact):
-        llm.reset_prefix_cache()
-        wanted = serve(llm, ARRIVALS, logprobs=2)
-        decoded = counters(llm)
-    all_kept = {"token_budget": 2048, "min_sparse_len": 2046}
-    with captured(llm, [1, 2, 3, 4], **NARROW | all_kept):
-        llm.reset_prefix_cache()
-        found = serve(llm, ARRIVALS, logprobs=2)
-        counted = counters(llm)
-    assert decoded["sparse_steps"] == 0 < decoded["dense_steps"]
-    assert counted["sparse_steps"] > 10  # batches of decodes alone
-    assert counted["dense_steps"] > 5  # decodes beside prompts: not captured
-    assert counted["decode_tokens"] >= decoded["decode_tokens"]
-    assert [a.token_ids for a in found] == [a.token_ids for a in wanted]
 
 
 class TestReplay:
