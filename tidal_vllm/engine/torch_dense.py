@@ -33,9 +33,6 @@ class ReferenceMetadata(AttentionMetadata):
 class ReferenceBuilder(AttentionMetadataBuilder[ReferenceMetadata]):
     """Takes the batch as it is."""
 
-    def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-
     def build(
         self,
         common_prefix_len: int,
