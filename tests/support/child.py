@@ -31,7 +31,7 @@ def run(job: dict) -> dict:
         ray.init(num_cpus=slots, num_gpus=slots, include_dashboard=False)
     config = EngineArgs(**job["kwargs"]).create_engine_config()
     if job.get("async"):
-        from tidal_vllm.engine.backend import ASYNC_SCHEDULER
+        from tidal_vllm.names import ASYNC_SCHEDULER
 
         config.scheduler_config.async_scheduling = True
         config.scheduler_config.scheduler_cls = ASYNC_SCHEDULER

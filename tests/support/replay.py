@@ -1,11 +1,19 @@
 """Batches as vLLM describes them, and CUDA graphs played without one."""
 
+import copy
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
+from vllm import LLM
+from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from tests.support.engines import builders, runner
+from tests.support.engines import builders, reconfigured, runner
 
 
 def common_metadata(query_lens, lens, prefilling=None, **fields):
@@ -86,3 +94,38 @@ def run_layers(llm, batch, query):
 def random_table(num_rows):
     generator = torch.Generator().manual_seed(2)
     return torch.randint(1, 60, (num_rows, 128), generator=generator).int()
+
+
+@contextmanager
+def captured(
+    llm: LLM, sizes: list[int], drafts: int | None = None, **settings: Any
+) -> Iterator[LLM]:
+    """The engine, with `written_kernels`, as if it had captured some decodes.
+
+    Args:
+        sizes: Numbers of tokens of the captured batches.
+        drafts: Tokens of a draft that a request verifies; None: no speculation.
+        settings: TIDAL's.
+    """
+    speculation = drafts and SimpleNamespace(
+        num_speculative_tokens=drafts, parallel_drafting=False
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner(llm).vllm_config, "speculative_config", speculation)
+        changed = reconfigured(llm, **settings, kernels="triton")
+        stack = ExitStack()
+        stack.enter_context(changed)
+    with stack:
+        (builder,) = builders(llm)
+        config = copy.copy(builder.vllm_config.compilation_config)
+        config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+        config.cudagraph_capture_sizes = sizes
+        builder.vllm_config.compilation_config = config
+        yield llm
+
+
+def randomize_kv(llm: LLM) -> None:
+    """Random keys and values in the whole KV cache, the same in every call."""
+    layers = runner(llm).vllm_config.compilation_config.static_forward_context
+    for layer in layers.values():
+        layer.kv_cache.normal_(generator=torch.Generator().manual_seed(1))
