@@ -161,7 +161,7 @@ def test_refused_at_start_up(drifting, kwargs, message):
     "kwargs", [NATIVE, {"kv_transfer_config": CONNECTOR}], ids=["offloading", "any"]
 )
 def test_a_method_that_follows_keys_takes_them_from_no_connector(drifting, kwargs):
-    tidal = {"method": "quest", "token_budget": 32, "publish_polluted": True}
+    tidal = {"method": "quest", "token_budget": 64, "publish_polluted": True}
     with pytest.raises(ValueError, match="'quest' has not seen written; allowed None"):
         configure(drifting, tidal, **kwargs)
 
