@@ -113,6 +113,7 @@ def select_blocks(args: DecodeArgs, seq_lens: torch.Tensor, rule: Rule) -> None:
 
 
 def _wanted_block_lse(args: DecodeArgs) -> torch.Tensor | None:
+    """The block_lse to write; None where nothing is selected."""
     return None if args.select_block_size is None else args.workspace.block_lse
 
 

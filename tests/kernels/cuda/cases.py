@@ -1,16 +1,15 @@
 """Named cases of the decode ops, and how results are judged."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from tests.kernels.reference import exact
-from tests.kernels.reference.cases import Batch, make_batch, without_values
+from tests.kernels.reference.cases import FP8, Batch, make_batch, without_values
+from tests.kernels.reference.naive import Positions
 
-FP8 = torch.float8_e4m3fn
 K_SCALE, V_SCALE = 0.75, 1.5
 
 
@@ -37,25 +36,22 @@ class Case:
     splits: int = 4
     sharpness: float = 1.0
 
-    @property
-    def scales(self) -> dict[str, float]:
-        on = self.fp8
-        return {"k_scale": K_SCALE if on else 1.0, "v_scale": V_SCALE if on else 1.0}
-
     def make(self, seed: int = 0) -> Batch:
-        group = self.num_heads // self.num_kv_heads
-        batch = make_batch(
+        """A random batch of this shape."""
+        return make_batch(
             self.lens,
             num_kv_heads=self.num_kv_heads,
-            group=group,
+            group=self.num_heads // self.num_kv_heads,
             head_size=self.head_size,
             block_size=self.block_size,
             layout=self.layout,
             dtype=FP8 if self.fp8 else self.dtype,
+            query_dtype=self.dtype,
+            k_scale=K_SCALE if self.fp8 else 1.0,
+            v_scale=V_SCALE if self.fp8 else 1.0,
             sharpness=self.sharpness,
             seed=seed,
         )
-        return replace(batch, query=batch.query.to(self.dtype))
 
 
 # Lengths at and around each boundary: a tile (16 tokens), the tiles of four warps (64),
@@ -153,6 +149,11 @@ def run(
         assert (tensors[name][left_out] == KEPT).all(), f"{name}: row not left out"
 
 
+def scales_of(batch: Batch) -> dict[str, float]:
+    names = ("scale", "k_scale", "v_scale")
+    return {name: getattr(batch, name) for name in names}
+
+
 def room_for_block_lse(batch: Batch, case: Case) -> torch.Tensor:
     most = -(-max(0, *case.lens) // case.select_block_size)
     return torch.full((*batch.query.shape[:2], most + 3), math.nan)
@@ -165,7 +166,7 @@ def run_dense(kernels, batch: Batch, case: Case, scores: bool = True) -> dict:
         tensors["block_lse"] = room_for_block_lse(batch, case)
         outputs.append("block_lse")
         numbers["select_block_size"] = case.select_block_size
-    numbers |= {"scale": batch.scale, **case.scales}
+    numbers |= scales_of(batch)
     run(kernels, "dense_decode", tensors, tuple(outputs), **numbers)
     return tensors
 
@@ -186,9 +187,8 @@ def run_score(kernels, batch: Batch, case: Case, poison: bool = True) -> dict:
         "score_blocks",
         tensors,
         ("lse", "block_lse"),
-        scale=batch.scale,
         select_block_size=case.select_block_size,
-        **case.scales,
+        **scales_of(batch),
     )
     return tensors
 
@@ -204,26 +204,18 @@ def run_sparse(
         "sparse_decode",
         tensors,
         ("output", "lse"),
-        scale=batch.scale,
         select_block_size=case.select_block_size,
-        **case.scales,
+        **scales_of(batch),
     )
     return tensors
 
 
 def exact_of(
-    batch: Batch,
-    case: Case,
-    positions: Callable[[int, int], list[int]] | None = None,
+    batch: Batch, case: Case, positions: Positions | None = None
 ) -> exact.Exact:
     """The result in float64; its error allows for weights in the query's dtype."""
-    scales = case.scales.values()
-    kv = (
-        [rows.double() * scale for rows in of_batch]
-        for of_batch, scale in zip((batch.keys, batch.values), scales, strict=True)
-    )
-    size, weights = case.select_block_size, torch.finfo(case.dtype).eps / 2
-    return exact.decode(batch.query, *kv, batch.scale, positions, size, weights)
+    weights = torch.finfo(case.dtype).eps / 2
+    return batch.exact(positions, case.select_block_size, weights)
 
 
 def assert_output(got: dict, wanted: exact.Exact, batch: Batch) -> None:
@@ -277,9 +269,7 @@ def make_sets(
     return blocks, lens
 
 
-def positions_of(
-    case: Case, blocks: torch.Tensor, lens: torch.Tensor
-) -> Callable[[int, int], list[int]]:
+def positions_of(case: Case, blocks: torch.Tensor, lens: torch.Tensor) -> Positions:
     """A function of (row, head): the positions that the head attends to."""
     size, num_sets = case.select_block_size, blocks.shape[1]
 
