@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -45,7 +46,7 @@ _SHAPE = {
 }
 
 
-def build_random_model(folder: Path, family: str, **fields) -> Path:
+def build_random_model(folder: Path, family: str, **fields: Any) -> Path:
     """A random model with 3 heads per KV head.
 
     Args:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +14,15 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from tests.support.engines import builders, reconfigured, runner
+from tidal_vllm.engine.metadata import TidalMetadata
 
 
-def common_metadata(query_lens, lens, prefilling=None, **fields):
+def common_metadata(
+    query_lens: Sequence[int],
+    lens: Sequence[int],
+    prefilling: Sequence[bool] | None = None,
+    **fields: Any,
+) -> CommonAttentionMetadata:
     """A batch as vLLM describes it; rows without query tokens are padding."""
     starts = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0).int()
     seq_lens = torch.tensor(lens, dtype=torch.int32)
@@ -44,7 +50,7 @@ class Graph:
     not; metadata made at capture refers to the tensors.
     """
 
-    def __init__(self, llm, num_reqs: int, query_len: int = 1) -> None:
+    def __init__(self, llm: LLM, num_reqs: int, query_len: int = 1) -> None:
         self.llm, (self.builder,) = llm, builders(llm)
         self.query_len = query_len
         self.starts = torch.zeros(num_reqs + 1, dtype=torch.int32)
@@ -54,7 +60,7 @@ class Graph:
             self._common([query_len] * num_reqs)
         )
 
-    def _common(self, lens):
+    def _common(self, lens: Sequence[int]) -> CommonAttentionMetadata:
         query_lens = [self.query_len * int(length > 0) for length in lens]
         self.starts[1:] = torch.tensor(query_lens).cumsum(0)
         self.lens.copy_(torch.tensor(lens, dtype=torch.int32))
@@ -68,7 +74,9 @@ class Graph:
             block_table_tensor=self.table,
         )
 
-    def replay(self, lens, table, query):
+    def replay(
+        self, lens: Sequence[int], table: torch.Tensor, query: torch.Tensor
+    ) -> torch.Tensor:
         """Outputs of all layers, `[num_layers, num_tokens, num_heads, head_size]`.
 
         Args:
@@ -80,7 +88,8 @@ class Graph:
         return run_layers(self.llm, self.captured, query)
 
 
-def run_layers(llm, batch, query):
+def run_layers(llm: LLM, batch: TidalMetadata, query: torch.Tensor) -> torch.Tensor:
+    """Outputs of all layers, shaped as `Graph.replay` gives them."""
     layers = runner(llm).vllm_config.compilation_config.static_forward_context
     outputs = []
     for layer in layers.values():
@@ -91,7 +100,8 @@ def run_layers(llm, batch, query):
     return torch.stack(outputs)
 
 
-def random_table(num_rows):
+def random_table(num_rows: int) -> torch.Tensor:
+    """A block table of 128 blocks a row; block 0 is in none."""
     generator = torch.Generator().manual_seed(2)
     return torch.randint(1, 60, (num_rows, 128), generator=generator).int()
 
