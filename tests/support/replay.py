@@ -14,7 +14,7 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from tests.support.engines import builders, reconfigured, runner
-from tidal_vllm.engine.metadata import TidalMetadata
+from tidal_vllm.engine.batch import TidalMetadata
 
 
 def common_metadata(

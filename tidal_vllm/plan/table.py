@@ -9,6 +9,7 @@ from tidal_vllm.plan.lengths import format_length, shown_lengths
 from tidal_vllm.plan.roles import LayerPlan, Role, format_layers
 from tidal_vllm.plan.rule import SelectionRule
 from tidal_vllm.plan.steps import kv_read_share
+from tidal_vllm.registry import METHODS
 
 WIDTH = 80
 
@@ -63,7 +64,7 @@ def _budget_rows(
     alone = plan.num_full_layers < plan.num_layers
     whose = ", of the full-attention layers" if alone else ""
     return [
-        ("method", config.method),
+        ("method", _method_text(config)),
         ("budget", budget),
         ("forced", f"{sink}{recent}, within the budget"),
         ("sparse above", threshold),
@@ -79,6 +80,11 @@ def _shares(plan: LayerPlan, config: TidalConfig, max_model_len: int) -> str:
         for length in shown_lengths(max_model_len)
     ]
     return ", ".join(shares).replace("% at", "% of dense at", 1)
+
+
+def _method_text(config: TidalConfig) -> str:
+    alone = METHODS[config.method].reference_only
+    return config.method + (", on the PyTorch reference ops alone" if alone else "")
 
 
 def _selection_text(config: TidalConfig) -> str:
