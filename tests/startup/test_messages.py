@@ -51,6 +51,9 @@ def tables() -> Iterator[tuple[str, str]]:
     yield "table: many layers, a preset", table(plan, LONG_NAME, **many)
     plan = plan_layers(TidalConfig(), 18, None, full_layers=(2, 5, 8, 11, 14, 17))
     yield "table: one layer of three has full attention", table(plan, "org/third")
+    quest = {"preset": "quest"}
+    plan = plan_layers(TidalConfig(**quest), 36, None)
+    yield "table: every layer chooses", table(plan, "org/quest", **quest)
 
 
 def refusals(refusal: Callable[..., str], folder: Path) -> Iterator[tuple[str, str]]:

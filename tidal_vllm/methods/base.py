@@ -32,11 +32,6 @@ class Method:
         self.kernels, self.rule = kernels, rule
         self.attends_to_chosen = attends_to_chosen
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the method holds on the device, beside the engine's selections."""
-        return 0
-
     def keys_written(
         self, layer_name: str, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:

@@ -35,10 +35,6 @@ class Quest(Method):
         """By layer: `[num_kv_blocks * blocks of a KV block, num_kv_heads, 2,
         head_size]`, the lowest and the highest of a selection block's keys."""
 
-    @property
-    def nbytes(self) -> int:
-        return sum(bounds.nbytes for bounds in self.bounds.values())
-
     def keys_written(
         self, layer_name: str, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:

@@ -83,8 +83,13 @@ def _shares(plan: LayerPlan, config: TidalConfig, max_model_len: int) -> str:
 
 
 def _method_text(config: TidalConfig) -> str:
-    alone = METHODS[config.method].reference_only
-    return config.method + (", on the PyTorch reference ops alone" if alone else "")
+    entry, text = METHODS[config.method], config.method
+    if entry.reference_only:
+        text += ", on the PyTorch reference ops alone"
+    if entry.scored == "key bounds":  # two vectors for the keys and values of a block
+        share = 1 / config.select_block_size
+        text += f"; the bounds of its keys take {share:.1%} of the KV cache beside it"
+    return text
 
 
 def _selection_text(config: TidalConfig) -> str:
