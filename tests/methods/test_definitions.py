@@ -5,24 +5,14 @@ import math
 import pytest
 import torch
 
+from tests.kernels.reference.cases import rule_of
 from tidal_vllm.kernels import DecodeArgs, choose
 from tidal_vllm.methods.lessismore import merge_rankings
 from tidal_vllm.methods.quest import Quest, share_scores, upper_bounds
 from tidal_vllm.methods.sliding_window import SlidingWindow
-from tidal_vllm.plan.rule import SelectionRule
 
 KV_BLOCK, SIZE, NUM_KV_HEADS, HEAD_SIZE = 8, 4, 2, 3
 CPU = choose("cpu", head_size=HEAD_SIZE, dtype=torch.float32)
-
-
-def rule_of(budget, size, sinks=0, recent=1, threshold=0):
-    return SelectionRule(
-        token_budget=budget,
-        select_block_size=size,
-        sink_tokens=sinks,
-        recent_tokens=recent,
-        sparse_threshold=threshold,
-    )
 
 
 def random(*shape, seed=0):
