@@ -14,7 +14,14 @@ from functools import partial
 
 from benchmarks.kernels import timing
 from benchmarks.kernels.baselines import dense_baselines
-from benchmarks.kernels.paged_case import Case, Decoder, Shape, kernels_here, rule_of
+from benchmarks.kernels.paged_case import (
+    Case,
+    Decoder,
+    Shape,
+    kernels_here,
+    rule_of,
+    shape_of,
+)
 
 TARGET = 1.05
 SMOKE = [(2, 96)]
@@ -60,9 +67,7 @@ def main() -> int:
     parser.add_argument("--flashinfer", action="store_true")
     args = parser.parse_args()
     bench = timing.start("dense_decode", args)
-    shape = Shape(dtype=args.dtype)
-    if args.smoke:
-        shape = Shape(4, 2, 32, dtype=args.dtype)
+    shape = shape_of(args)
     for batch, context in SMOKE if args.smoke else SIZES:
         run(bench, shape, batch, context, args)
     return 0

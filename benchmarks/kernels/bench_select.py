@@ -13,12 +13,12 @@ from functools import partial
 import torch
 
 from benchmarks.kernels import timing
-from benchmarks.kernels.paged_case import Shape, kernels_here, rule_of
+from benchmarks.kernels.paged_case import Shape, kernels_here, rule_of, shape_of
 from tidal_vllm import kernels as ops
 from tidal_vllm.kernels import reference
 from tidal_vllm.plan.rule import num_sets
 
-# Rows, context, budget, selection block, target in us (issue: H200, scope sequence).
+# Rows, context, budget, selection block; target in us, on an H200, scope sequence.
 SMOKE = [(2, 96, 32, 8, None)]
 SIZES = [
     (16, 65536, 4096, 16, 15),
@@ -54,7 +54,7 @@ def run(bench, shape: Shape, rows, context, budget, size, target, args) -> None:
     for name, call in _rivals(pooled, lens // size, kept).items():
         try:
             bench.add(about, name, bench.time_us(call), pooled.nbytes)
-        except Exception as error:  # not on this machine
+        except Exception as error:  # this rival does not run on this machine
             bench.skip(about, name, error)
     for kernels in kernels_here(bench, shape, args.kernels):
         for scope in args.scopes:
@@ -132,7 +132,7 @@ def main() -> int:
     parser.add_argument("--scopes", nargs="+", default=["sequence", "kv_head"])
     args = parser.parse_args()
     bench = timing.start("select_blocks", args)
-    shape = Shape(4, 2, 32, dtype=args.dtype) if args.smoke else Shape()
+    shape = shape_of(args)
     for size in SMOKE if args.smoke else SIZES:
         run(bench, shape, *size, args)
     return 0

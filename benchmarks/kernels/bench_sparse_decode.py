@@ -11,7 +11,14 @@ import sys
 
 from benchmarks.kernels import timing
 from benchmarks.kernels.baselines import flash_attn
-from benchmarks.kernels.paged_case import Case, Decoder, Shape, kernels_here, rule_of
+from benchmarks.kernels.paged_case import (
+    Case,
+    Decoder,
+    Shape,
+    kernels_here,
+    rule_of,
+    shape_of,
+)
 
 TARGETS = {"share_of_copy": 0.8, "ratio_to_dense": 0.11}
 SMOKE = [(2, 96, 32)]
@@ -61,9 +68,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     bench = timing.start("sparse_decode", args)
-    shape = Shape(dtype=args.dtype)
-    if args.smoke:
-        shape = Shape(4, 2, 32, dtype=args.dtype)
+    shape = shape_of(args)
     case = None
     for batch, context, budget in SMOKE if args.smoke else SIZES:
         if case is None or (case.batch, case.context) != (batch, context):

@@ -21,13 +21,20 @@ import torch
 
 from benchmarks.kernels import timing
 from benchmarks.kernels.baselines import flash_attn, triton_attn
-from benchmarks.kernels.paged_case import Case, Decoder, Shape, kernels_here, rule_of
+from benchmarks.kernels.paged_case import (
+    Case,
+    Decoder,
+    Shape,
+    kernels_here,
+    rule_of,
+    shape_of,
+)
 from tidal_vllm.config import SELECT_ATTENDS, TidalConfig
 from tidal_vllm.plan.roles import LayerPlan, Role
 from tidal_vllm.plan.steps import kv_read_share
 
-# Of dense, by reselect_interval. NOTE: with 2 DENSE layers and 10 % the bytes alone
-# bound the second at 5.9.
+# Speed-up over dense to reach, by reselect_interval. NOTE: with 2 DENSE layers and 10 %
+# of the context as budget, the bytes alone bound the second at 5.9.
 TARGETS = {1: 4.5, 4: 8.0}
 NUM_LAYERS = 32
 SMOKE = [(1, 96, 48)]
@@ -40,7 +47,7 @@ SIZES = [
 
 
 def roles(num_layers: int) -> list[Role]:
-    """As in the packaged profile of Llama 3.1 8B: 0 and 1, then 2 and 13."""
+    """Roles as in the packaged profile of Llama 3.1 8B: DENSE 0 and 1, SELECT 2, 13."""
     selecting = {2, 13}
     return [
         Role.DENSE if i < 2 else Role.SELECT if i in selecting else Role.SPARSE
@@ -121,14 +128,14 @@ def run(bench, shape, batch: int, context: int, budget: int, args) -> None:
 
 @dataclass
 class Stack:
-    """Layers by role; they take turns on the cases."""
+    """A model's attention layers by role, which take turns on the cases."""
 
     roles: tuple[Role, ...]
     dense_of: list[Callable[[], object]]
     decoders: list[Decoder]
 
     def decode(self, interval: int, attends: str) -> None:
-        """The steps for which one choice holds."""
+        """Decode as many steps as one selection holds for."""
         for step in range(interval):
             for layer, role in enumerate(self.roles):
                 turn = layer % len(self.decoders)
@@ -140,7 +147,7 @@ class Stack:
                     self.decoders[turn].sparse()
 
     def _select(self, decoder: Decoder, chooses: bool, interval, attends) -> None:
-        """All kernels in every step, as in a captured graph; lengths say whose."""
+        """Run every op, as a captured graph does; the lengths say for which rows."""
         lens = None if chooses else decoder.nobody
         if attends == "chosen":
             decoder.score(lens)
@@ -160,10 +167,9 @@ def main() -> int:
     parser.add_argument("--intervals", type=int, nargs="+", default=list(TARGETS))
     args = parser.parse_args()
     bench = timing.start("stack", args)
-    shape = Shape(dtype=args.dtype)
+    shape = shape_of(args)
     if args.smoke:
-        shape, args.layers, args.caches = Shape(4, 2, 32, dtype=args.dtype), 4, 2
-        args.intervals = [1, 2]
+        args.layers, args.caches, args.intervals = 4, 2, [1, 2]
     for size in SMOKE if args.smoke else SIZES:
         run(bench, shape, *size, args)
     return 0

@@ -1,5 +1,6 @@
 """Decoding sequences over a shuffled paged KV cache, and what is right for them."""
 
+import argparse
 import copy
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,7 @@ from tidal_vllm.validators import TidalConfigError
 
 @dataclass
 class Shape:
-    """The model's part of a case; Llama 3.1 8B by default."""
+    """The shape of a model's attention; that of Llama 3.1 8B by default."""
 
     num_heads: int = 32
     num_kv_heads: int = 8
@@ -26,6 +27,12 @@ class Shape:
     def token_bytes(self) -> int:
         """Bytes of one token's K and V in one layer."""
         return self.num_kv_heads * 2 * self.head_size * 2
+
+
+def shape_of(args: argparse.Namespace) -> Shape:
+    """The shape that a script measures; a tiny one with `--smoke`."""
+    tiny = (4, 2, 32) if args.smoke else ()
+    return Shape(*tiny, dtype=args.dtype)
 
 
 @dataclass
@@ -44,7 +51,7 @@ class Case:
     def make(
         cls, shape: Shape, batch: int, context: int, device: torch.device
     ) -> "Case":
-        """In layout LBNHC, vLLM's default; the last block of a row is not full."""
+        """A case in layout LBNHC, vLLM's default, whose last blocks are not full."""
         dtype, size = getattr(torch, shape.dtype), shape.block_size
         per_row = -(-context // size)
         num_blocks = batch * per_row + 1  # block 0 is vLLM's null block
@@ -94,7 +101,7 @@ class Case:
         }
 
     def rows(self) -> list[int]:
-        """Those that are checked: the oracle takes its time."""
+        """The rows that are checked; the oracle takes too long for all of them."""
         return sorted({0, self.batch // 2, self.batch - 1})
 
     def check_dense(self, output: torch.Tensor) -> None:
@@ -134,7 +141,7 @@ class Case:
 
 
 def _require_close(output: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Within twice the rounding of the output's dtype, and a little."""
+    """Raise unless an output is within twice the rounding of its dtype, and 2e-3."""
     assert not output.isnan().any(), "NaN in the output"
     rounding = (wanted.to(output.dtype).float() - wanted).abs().max()
     error = (output.float() - wanted).abs().max()
@@ -157,9 +164,10 @@ def rule_of(
 
 @dataclass
 class Decoder:
-    """Our ops on one case, with the buffers that they need.
+    """The decode ops on one case, with the buffers that they need.
 
-    The ops take other lengths than the case's, to leave rows out.
+    Each op takes lengths of its own, `lens`, which leave rows out where negative. By
+    default these are the lengths of the case.
     """
 
     case: Case
@@ -240,7 +248,7 @@ class Decoder:
         self.case.check_sparse(self.args.output, self.args)
 
     def _check_selection(self) -> None:
-        """The sets are exactly the reference's, given the same block_lse."""
+        """Raise unless the sets are the reference's, given the same block_lse."""
         args, lens = self.args, self.case.seq_lens
         longest = self.rule.num_blocks(int(lens.max()))
         block_lse = args.workspace.block_lse[: self.case.batch, :, :longest]
@@ -271,7 +279,7 @@ def _require_same_sets(
     block_lse: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
-    """Equal but for blocks whose masses differ by rounding only."""
+    """Raise unless sets are equal, but for blocks whose masses differ by rounding."""
     num_sets, num_heads = found.shape[1], block_lse.shape[1]
     for row, set_id in (found != wanted).any(-1).nonzero().tolist():
         first, end = (i * num_heads // num_sets for i in (set_id, set_id + 1))
@@ -285,7 +293,7 @@ def _require_same_sets(
 def kernels_here(
     bench: Bench, shape: Shape, asked: list[str] | None
 ) -> list[ops.Kernels]:
-    """Our implementations that run on this machine; says why others do not."""
+    """The implementations that run on this machine; prints why others do not."""
     found = []
     for name in asked or ["cuda", "triton"]:
         try:

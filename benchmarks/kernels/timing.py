@@ -138,7 +138,7 @@ def _capture(call: Callable[[], object]) -> Callable[[], None]:
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """What all scripts understand."""
+    """A parser of the arguments that all scripts understand."""
     made = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )

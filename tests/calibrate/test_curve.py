@@ -1,10 +1,11 @@
-"""Which setting is recommended, and what is said where none can be."""
+"""Which settings are tried, which is recommended, and what is said where none is."""
 
 import types
 
 import pytest
 
 from tidal_vllm.calibrate.curve import knee, recommend
+from tidal_vllm.calibrate.grid import settings_grid
 from tidal_vllm.calibrate.result import CurvePoint, Measured, NotCalibrated
 from tidal_vllm.config import TidalConfig
 
@@ -25,6 +26,20 @@ def job(target: float | None = None, max_loss: float = 0.1) -> types.SimpleNames
     return types.SimpleNamespace(
         target_agreement=target, max_loss=max_loss, config=MAIN
     )
+
+
+def test_one_thing_changes_along_the_grid():
+    main = TidalConfig(token_budget=512)
+    grid = settings_grid(main, longest=2000, kv_block_size=16)
+    assert grid[0] == main and len(set(grid)) == len(grid)
+    assert {c.token_budget for c in grid} == {128, 256, 512, 1024}
+    assert {c.select_block_size for c in grid} == {4, 16}
+    assert len({c.scope for c in grid}) == 3
+    for other in grid[1:]:
+        fields = ("token_budget", "select_block_size", "scope")
+        assert sum(getattr(other, f) != getattr(main, f) for f in fields) == 1
+    short = settings_grid(main, longest=600, kv_block_size=16)
+    assert max(c.token_budget for c in short) == 512
 
 
 def test_knee():

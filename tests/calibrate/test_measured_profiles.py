@@ -212,6 +212,13 @@ def test_what_the_user_says_wins():
     assert (config.token_budget, config.scope) == (4096, "query_head")
 
 
+def test_a_method_by_which_every_layer_chooses_takes_neither():
+    write()
+    found = startup({"method": "oracle"})
+    assert found.plan.source == "method 'oracle'"
+    assert (found.config.token_budget, found.config.scope) == (4096, "sequence")
+
+
 def test_an_interval_no_output_can_reach_is_left_out():
     write(correction_interval=64)
     assert startup({}).config.correction_interval == 64

@@ -4,11 +4,10 @@ import pytest
 
 from tests.support.asking import generate, serve, tokens
 from tests.support.engines import reconfigured, runner
-from tests.support.models import ROLES, random_prompt
+from tests.support.models import NARROW, random_prompt
 from tests.support.watching import counters
 from tidal_vllm.planted import make_prompt
 
-SETTINGS = ROLES | {"token_budget": 64, "select_block_size": 8}
 # Above and below the budget, growing over it, at block edges; unlike durations, so
 # that rows are swapped and the batch is compacted as requests end.
 LENGTHS = (300, 7, 63, 700, 16, 150, 64, 33, 420)
@@ -19,7 +18,7 @@ STEPS = (0, 0, 0, 2, 3, 3, 9, 10, 18)
 @pytest.fixture(scope="module")
 def llm(engine, random_llama):
     # Fewer rows than requests.
-    return engine(random_llama, tidal=SETTINGS, max_num_seqs=3)
+    return engine(random_llama, tidal=NARROW, max_num_seqs=3)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +29,7 @@ def prompts():
 @pytest.fixture(scope="module", params=["sequence", "kv_head", "query_head"])
 def alone(request, llm, prompts):
     """The answers under one scope, which stays in force for the test."""
-    with reconfigured(llm, **SETTINGS, scope=request.param):
+    with reconfigured(llm, **NARROW, scope=request.param):
         yield [
             tokens(generate(llm, [prompt], max_tokens))[0]
             for prompt, max_tokens in zip(prompts, MAX_TOKENS, strict=True)

@@ -7,9 +7,22 @@ import torch
 from vllm.config import CUDAGraphMode
 
 from tests.support.asking import generate, serve, tokens
-from tests.support.engines import builders, reconfigured, runner
-from tests.support.models import MAX_LEN, ROLES, random_prompt
-from tests.support.replay import Graph, common_metadata, random_table, run_layers
+from tests.support.engines import reconfigured, runner
+from tests.support.models import (
+    MAX_LEN,
+    NARROW,
+    ROLES,
+    random_arrivals,
+    random_prompt,
+)
+from tests.support.replay import (
+    Graph,
+    captured,
+    common_metadata,
+    random_table,
+    randomize_kv,
+    run_layers,
+)
 from tests.support.spy import spying
 from tests.support.watching import counters, watched
 from tests.support.written_kernels import written_kernels
@@ -19,18 +32,14 @@ from tidal_vllm.planted import make_prompt
 
 pytestmark = pytest.mark.extended
 
-BUDGET, SIZE = 64, 8
-SETTINGS = ROLES | {"token_budget": BUDGET, "select_block_size": SIZE}
-EXACT = SETTINGS | {"token_budget": MAX_LEN, "min_sparse_len": 0}
+BUDGET, SIZE = NARROW["token_budget"], NARROW["select_block_size"]
+EXACT = NARROW | {"token_budget": MAX_LEN, "min_sparse_len": 0}
 ATTENDS = ["everything", "chosen"]
 # Requests that come and go: rows are filled, moved and left.
-ARRIVALS = [
-    (step, random_prompt(length, seed=length), max_tokens)
-    for step, length, max_tokens in [
-        *((0, 100, 30), (0, 140, 7), (1, 90, 17), (3, 300, 21)),
-        *((9, 72, 9), (14, 257, 12), (15, 110, 20), (30, 95, 11)),
-    ]
-]
+ARRIVALS = random_arrivals(
+    *((0, 100, 30), (0, 140, 7), (1, 90, 17), (3, 300, 21)),
+    *((9, 72, 9), (14, 257, 12), (15, 110, 20), (30, 95, 11)),
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +79,7 @@ def following(llm, interval):
 @pytest.mark.parametrize("interval", [2, 4])
 def test_requests_keep_their_own_choices_only(llm, interval):
     with (
-        reconfigured(llm, **SETTINGS, reselect_interval=interval),
+        reconfigured(llm, **NARROW, reselect_interval=interval),
         following(llm, interval) as seen,
     ):
         serve(llm, ARRIVALS)
@@ -99,7 +108,7 @@ def test_preempted_requests_answer_as_before(engine, random_llama, attends):
 def test_what_select_layers_read(llm, attends):
     """Everything of rows that choose, the kept set of others; keys alone to score."""
     settings = {"reselect_interval": 4, "select_attends": attends}
-    with reconfigured(llm, **SETTINGS, **settings):
+    with reconfigured(llm, **NARROW, **settings):
         llm.reset_prefix_cache()
         unseen = tokens(serve(llm, ARRIVALS))
         llm.reset_prefix_cache()
@@ -168,7 +177,7 @@ class TestPlanted:
 @pytest.mark.parametrize("attends", ATTENDS)
 def test_kernels_give_the_answers_of_the_reference(llm, monkeypatch, attends, limit):
     """Bit by bit, and also where the workspace holds one sequence at a time."""
-    settings = SETTINGS | {"reselect_interval": 4, "select_attends": attends}
+    settings = NARROW | {"reselect_interval": 4, "select_attends": attends}
     with reconfigured(llm, **settings, kernels="reference"):
         llm.reset_prefix_cache()
         wanted = serve(llm, ARRIVALS, logprobs=3)
@@ -185,20 +194,9 @@ class TestReplay:
     @pytest.fixture(params=ATTENDS)
     def graphs(self, llm, request):
         settings = {"reselect_interval": 3, "select_attends": request.param}
-        with (
-            written_kernels(),
-            reconfigured(llm, **SETTINGS, **settings, kernels="triton"),
-        ):
-            (builder,) = builders(llm)
-            compilation = builder.vllm_config.compilation_config
-            kept = compilation.cudagraph_mode, compilation.cudagraph_capture_sizes
-            compilation.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
-            compilation.cudagraph_capture_sizes = [4]
-            layers = runner(llm).vllm_config.compilation_config.static_forward_context
-            for layer in layers.values():
-                layer.kv_cache.normal_(generator=torch.Generator().manual_seed(1))
+        with written_kernels(), captured(llm, [4], **NARROW, **settings):
+            randomize_kv(llm)
             yield llm
-            compilation.cudagraph_mode, compilation.cudagraph_capture_sizes = kept
         llm.reset_prefix_cache()
 
     def test_each_replay_decides_for_itself(self, graphs):

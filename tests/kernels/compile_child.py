@@ -20,10 +20,10 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from tests.kernels.reference.cases import rule_of
 from tidal_vllm.kernels import DecodeArgs, Workspace
 from tidal_vllm.kernels.triton import attend, ops, select
 from tidal_vllm.kernels.triton.tiling import DeviceLimits
-from tidal_vllm.plan.rule import SelectionRule
 
 BF16, FP16, FP32, FP8 = (
     torch.bfloat16,
@@ -51,13 +51,7 @@ LIMITS = {
     "sm_90": DeviceLimits(132, 5, True),
     "gfx942": DeviceLimits(304, 2, False),
 }
-RULE = SelectionRule(
-    token_budget=4096,
-    select_block_size=16,
-    sink_tokens=4,
-    recent_tokens=1024,
-    sparse_threshold=4096,
-)
+RULE = rule_of(4096, 16, sinks=4, recent=1024)
 
 
 class AbsentDriver:

@@ -18,6 +18,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def run(job: dict) -> dict:
@@ -31,7 +32,7 @@ def run(job: dict) -> dict:
         ray.init(num_cpus=slots, num_gpus=slots, include_dashboard=False)
     config = EngineArgs(**job["kwargs"]).create_engine_config()
     if job.get("async"):
-        from tidal_vllm.engine.backend import ASYNC_SCHEDULER
+        from tidal_vllm.names import ASYNC_SCHEDULER
 
         config.scheduler_config.async_scheduling = True
         config.scheduler_config.scheduler_cls = ASYNC_SCHEDULER
@@ -66,7 +67,7 @@ def run(job: dict) -> dict:
 class Look:
     """At the scheduler of an engine whose core is in this process."""
 
-    def __init__(self, engine, exact_up_to: int | None) -> None:
+    def __init__(self, engine: Any, exact_up_to: int | None) -> None:
         self._scheduler = scheduler = engine.engine_core.engine_core.scheduler
         if exact_up_to is not None:
             scheduler.selection_rule = dataclasses.replace(
@@ -77,7 +78,7 @@ class Look:
         self._schedule, self._ahead = scheduler.schedule, []
         scheduler.schedule = self._spied
 
-    def _spied(self, *args, **kwargs):
+    def _spied(self, *args: Any, **kwargs: Any) -> Any:
         running = self._scheduler.running
         self._ahead.append(max((r.num_output_placeholders for r in running), default=0))
         return self._schedule(*args, **kwargs)

@@ -4,6 +4,7 @@ import json
 import select
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 from urllib.parse import urlsplit
 
 from tests.support.server import Server, wait_until
@@ -20,8 +21,10 @@ class Clients:
         prompt: Text of the requests; their answers fill the model's context.
     """
 
-    def __init__(self, server: Server, model: str, prompt: str, max_tokens: int):
-        def ask(stream: bool):
+    def __init__(
+        self, server: Server, model: str, prompt: str, max_tokens: int
+    ) -> None:
+        def ask(stream: bool) -> Any:
             return server.client.completions.create(
                 model=model,
                 prompt=prompt,

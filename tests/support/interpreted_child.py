@@ -9,6 +9,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ def arrivals() -> list[tuple[int, list[int], int]]:
     return list(zip((*STEPS, 5), prompts, (*MAX_TOKENS, 4), strict=True))
 
 
-def start(engines, folder: Path, **tidal):
+def start(engines: Any, folder: Path, **tidal: Any) -> Any:
     return engines(
         folder,
         tidal=SETTINGS | tidal,
@@ -51,7 +52,7 @@ def start(engines, folder: Path, **tidal):
     )
 
 
-def answers(llm, requests: int = 4) -> dict:
+def answers(llm: Any, requests: int = 4) -> dict:
     from tests.support.asking import serve
     from tests.support.engines import impls, runner, scheduler
     from tests.support.watching import counters
@@ -71,7 +72,7 @@ def answers(llm, requests: int = 4) -> dict:
     }
 
 
-def replays(llm) -> dict:
+def replays(llm: Any) -> dict:
     """A replayed step of four rows, the last of them padding, and the same eagerly."""
     from tests.support.engines import impls, reconfigured, runner
     from tests.support.replay import Graph, common_metadata, random_table, run_layers
@@ -84,7 +85,7 @@ def replays(llm) -> dict:
     query = torch.randn(4, impl.num_heads, impl.head_size, generator=generator)
     query, table, lens = query.half(), random_table(4), [200, 40, 33, 0]
 
-    def eager(graph) -> torch.Tensor:
+    def eager(graph: Graph) -> torch.Tensor:
         real = common_metadata([1, 1, 1], lens[:3], block_table_tensor=table[:3])
         batch = graph.builder.build(0, real)
         assert batch.sparse

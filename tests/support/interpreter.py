@@ -4,6 +4,8 @@ As it comes, it goes through all of `triton.language` at each launch and each ti
 one function calls another, which takes longer than what our kernels compute.
 """
 
+from collections.abc import Callable
+
 from triton.runtime import interpreter
 
 
@@ -16,7 +18,7 @@ def patch_once() -> None:
     """Call it in a process that was started with TRITON_INTERPRET=1."""
     patch, patched = interpreter._patch_lang, set()
 
-    def patch_lang(fn) -> _StaysPatched:
+    def patch_lang(fn: Callable) -> _StaysPatched:
         # What is patched depends on the names that a kernel's file knows.
         if fn.__module__ not in patched:
             patch(fn)

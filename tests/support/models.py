@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,8 @@ NUM_LAYERS = 6
 MAX_LEN = 2048
 # Where the random models select in the tests that do not say otherwise.
 ROLES = {"dense_layers": [0], "select_layers": [1, 3]}
+# Their sparse layers see little: 8 blocks of 8 tokens.
+NARROW = ROLES | {"token_budget": 64, "select_block_size": 8}
 
 # What an LFM2 says besides: vLLM's reads more fields than transformers' has.
 LFM2 = {
@@ -43,7 +46,7 @@ _SHAPE = {
 }
 
 
-def build_random_model(folder: Path, family: str, **fields) -> Path:
+def build_random_model(folder: Path, family: str, **fields: Any) -> Path:
     """A random model with 3 heads per KV head.
 
     Args:
@@ -80,6 +83,21 @@ def random_prompt(num_tokens: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     shape = (num_tokens,)
     return torch.randint(8, VOCAB_SIZE, shape, generator=generator).tolist()
+
+
+def random_arrivals(
+    *requests: tuple[int, int, int],
+) -> list[tuple[int, list[int], int]]:
+    """What `asking.serve` takes, with a random prompt for each request.
+
+    Args:
+        requests: The engine's step before which a request arrives, the tokens of its
+            prompt, and how many tokens it wants.
+    """
+    return [
+        (step, random_prompt(num_tokens, seed=num_tokens), max_tokens)
+        for step, num_tokens, max_tokens in requests
+    ]
 
 
 def hybrid_layers(spec: PlantedSpec, idle_after: Collection[int]) -> list[int]:

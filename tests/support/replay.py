@@ -1,14 +1,28 @@
 """Batches as vLLM describes them, and CUDA graphs played without one."""
 
+import copy
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
+from vllm import LLM
+from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from tests.support.engines import builders, runner
+from tests.support.engines import builders, reconfigured, runner
+from tidal_vllm.engine.metadata import TidalMetadata
 
 
-def common_metadata(query_lens, lens, prefilling=None, **fields):
+def common_metadata(
+    query_lens: Sequence[int],
+    lens: Sequence[int],
+    prefilling: Sequence[bool] | None = None,
+    **fields: Any,
+) -> CommonAttentionMetadata:
     """A batch as vLLM describes it; rows without query tokens are padding."""
     starts = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0).int()
     seq_lens = torch.tensor(lens, dtype=torch.int32)
@@ -36,7 +50,7 @@ class Graph:
     not; metadata made at capture refers to the tensors.
     """
 
-    def __init__(self, llm, num_reqs: int, query_len: int = 1) -> None:
+    def __init__(self, llm: LLM, num_reqs: int, query_len: int = 1) -> None:
         self.llm, (self.builder,) = llm, builders(llm)
         self.query_len = query_len
         self.starts = torch.zeros(num_reqs + 1, dtype=torch.int32)
@@ -46,7 +60,7 @@ class Graph:
             self._common([query_len] * num_reqs)
         )
 
-    def _common(self, lens):
+    def _common(self, lens: Sequence[int]) -> CommonAttentionMetadata:
         query_lens = [self.query_len * int(length > 0) for length in lens]
         self.starts[1:] = torch.tensor(query_lens).cumsum(0)
         self.lens.copy_(torch.tensor(lens, dtype=torch.int32))
@@ -60,7 +74,9 @@ class Graph:
             block_table_tensor=self.table,
         )
 
-    def replay(self, lens, table, query):
+    def replay(
+        self, lens: Sequence[int], table: torch.Tensor, query: torch.Tensor
+    ) -> torch.Tensor:
         """Outputs of all layers, `[num_layers, num_tokens, num_heads, head_size]`.
 
         Args:
@@ -72,7 +88,8 @@ class Graph:
         return run_layers(self.llm, self.captured, query)
 
 
-def run_layers(llm, batch, query):
+def run_layers(llm: LLM, batch: TidalMetadata, query: torch.Tensor) -> torch.Tensor:
+    """Outputs of all layers, shaped as `Graph.replay` gives them."""
     layers = runner(llm).vllm_config.compilation_config.static_forward_context
     outputs = []
     for layer in layers.values():
@@ -83,6 +100,42 @@ def run_layers(llm, batch, query):
     return torch.stack(outputs)
 
 
-def random_table(num_rows):
+def random_table(num_rows: int) -> torch.Tensor:
+    """A block table of 128 blocks a row; block 0 is in none."""
     generator = torch.Generator().manual_seed(2)
     return torch.randint(1, 60, (num_rows, 128), generator=generator).int()
+
+
+@contextmanager
+def captured(
+    llm: LLM, sizes: list[int], drafts: int | None = None, **settings: Any
+) -> Iterator[LLM]:
+    """The engine, with `written_kernels`, as if it had captured some decodes.
+
+    Args:
+        sizes: Numbers of tokens of the captured batches.
+        drafts: Tokens of a draft that a request verifies; None: no speculation.
+        settings: TIDAL's.
+    """
+    speculation = drafts and SimpleNamespace(
+        num_speculative_tokens=drafts, parallel_drafting=False
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner(llm).vllm_config, "speculative_config", speculation)
+        changed = reconfigured(llm, **settings, kernels="triton")
+        stack = ExitStack()
+        stack.enter_context(changed)
+    with stack:
+        (builder,) = builders(llm)
+        config = copy.copy(builder.vllm_config.compilation_config)
+        config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+        config.cudagraph_capture_sizes = sizes
+        builder.vllm_config.compilation_config = config
+        yield llm
+
+
+def randomize_kv(llm: LLM) -> None:
+    """Random keys and values in the whole KV cache, the same in every call."""
+    layers = runner(llm).vllm_config.compilation_config.static_forward_context
+    for layer in layers.values():
+        layer.kv_cache.normal_(generator=torch.Generator().manual_seed(1))

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ def arrivals() -> list[tuple[int, list[int], int]]:
     return [(step, one, MAX_TOKENS) for step, one in zip(STEPS, prompts, strict=True)]
 
 
-def run(model: Path, speculation: dict | None, **engine) -> dict:
+def run(model: Path, speculation: dict | None, **engine: Any) -> dict:
     from tests.support.asking import generate, serve
     from tests.support.engines import Engines, scheduler
     from tests.support.watching import counters, watched

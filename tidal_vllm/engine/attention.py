@@ -77,15 +77,15 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
         self.state: SparseState | None = None
         if sliding_window is None:
             self.state = self._find_state(config) or self.make_state(config)
-        follows_keys = METHODS[startup.config.method].follows_keys
-        self.follows_keys = follows_keys and self.state is not None
+        self.follows_keys = METHODS[startup.config.method].follows_keys
 
     def _find_state(self, vllm_config: VllmConfig) -> SparseState | None:
         """The state of a layer that was made before, if the state fits this layer."""
         for layer in vllm_config.compilation_config.static_forward_context.values():
             other = getattr(layer, "impl", None)
-            fits = isinstance(other, TidalImpl) and other._kind == self._kind
-            if fits and other.state is not None:
+            if not isinstance(other, TidalImpl) or other._kind != self._kind:
+                continue
+            if other.state is not None:
                 return other.state
         return None
 
@@ -127,7 +127,7 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
     ) -> None:
         """Write this step's K and V into the slots that the scheduler gave them."""
         self.dense.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        if self.follows_keys:
+        if self.state is not None and self.follows_keys:
             self.state.method.keys_written(layer.layer_name, kv_cache, slot_mapping)
 
     def forward(
@@ -200,6 +200,7 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
     ) -> None:
         """A SELECT layer chooses, then both attend to what is chosen."""
         state = self.state
+        assert state is not None  # the batch is sparse, and this layer's role too
         topk_blocks, topk_lens = part.topk[batch.selection_index[layer.layer_name]]
         args = DecodeArgs(
             query[part.rows],

@@ -1,9 +1,12 @@
 """The attention backend class that vLLM selects, and what it can run."""
 
+from typing import Any
+
 import torch
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, AttentionType, MultipleOf
 from vllm.v1.attention.selector import AttentionSelectorConfig
+from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from tidal_vllm.engine.attention import TidalImpl
@@ -63,7 +66,7 @@ class TidalBackend(AttentionBackend):
 
     @classmethod
     def get_supported_kernel_block_sizes(
-        cls, kv_cache_spec=None
+        cls, kv_cache_spec: KVCacheSpec | None = None
     ) -> list[int | MultipleOf]:
         if current_platform.is_cuda():  # it may be the dense backend
             from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
@@ -95,7 +98,7 @@ class TidalBackend(AttentionBackend):
         return tuple(dict.fromkeys(order))
 
     @classmethod
-    def validate_configuration(cls, **asked) -> list[str]:
+    def validate_configuration(cls, **asked: Any) -> list[str]:
         """Say why a layer cannot run here; an empty list means that it can.
 
         Takes vLLM's selector fields as keywords. Each reason names the field,

@@ -97,7 +97,7 @@ def rows_from(common: CommonAttentionMetadata, first: int) -> CommonAttentionMet
     """The batch without its first rows, as a batch of its own."""
     start = int(common.query_start_loc_cpu[first])
 
-    def tail(rows):
+    def tail(rows: torch.Tensor | None) -> torch.Tensor | None:
         return None if rows is None else rows[first:]
 
     return common.replace(

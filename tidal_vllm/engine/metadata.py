@@ -21,6 +21,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 
+from tidal_vllm.config import TidalConfig
 from tidal_vllm.engine.batch import (
     DecodePart,
     TidalMetadata,
@@ -177,7 +178,7 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
                 "at most; allowed cudagraph_mode FULL_DECODE_ONLY, FULL_AND_PIECEWISE, "
                 "PIECEWISE or NONE"
             )
-        if sparse and self.state.reuse is not None:
+        if self.state is not None and self.state.reuse is not None:
             self.state.reuse.choose_anew(common.seq_lens[: common.num_reqs])
         dense = self.dense_builder.build_for_cudagraph_capture(common)
         num_decodes, num_rows = common.num_reqs, common.num_actual_tokens
@@ -201,14 +202,15 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         """What happens once per step, however many KV cache groups there are."""
         self.counters.count_step(self.rule, decode_lens, sparse)
         self.num_steps += 1
-        if sparse and self.state.reuse is not None:
-            self.state.reuse.advance(
+        state = self.state if sparse else None
+        if state is not None and state.reuse is not None:
+            state.reuse.advance(
                 self.num_steps,
                 common.seq_lens[:num_decodes],
                 common.block_table_tensor,
                 self.kv_cache_spec.block_size,
                 self.rule.select_block_size,
-                self.state.selection,
+                state.selection,
             )
 
     def _metadata(
@@ -221,6 +223,7 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         prefills: AttentionMetadata | None,
     ) -> TidalMetadata:
         seq_lens, block_table = common.seq_lens, common.block_table_tensor
+        parts: list[DecodePart] = []
         if sparse and self.query_rows is not None:
             seq_lens, block_table = self.query_rows.fill(
                 num_rows,
@@ -228,6 +231,8 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
                 seq_lens[:num_decodes],
                 block_table[:num_decodes],
             )
+        if sparse and self.state is not None:
+            parts = _parts_of(self.state, num_rows, seq_lens, block_table)
         return TidalMetadata(
             num_decodes=num_decodes,
             num_decode_tokens=num_rows,
@@ -237,36 +242,11 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
             dense=dense,
             prefills=prefills,
             sparse=sparse,
-            parts=self._parts(num_rows, seq_lens, block_table) if sparse else [],
+            parts=parts,
             roles=self.roles,
             selection_index=self.selection_index,
             rule=self.rule,
         )
-
-    def _parts(
-        self, num_rows: int, seq_lens: torch.Tensor, block_table: torch.Tensor
-    ) -> list[DecodePart]:
-        state, selection = self.state, self.state.selection
-        select_lens, lens_after_select = seq_lens, None
-        if state.reuse is not None:
-            select_lens = state.reuse.select_lens
-            lens_after_select = state.reuse.reuse_lens
-        if state.method.attends_to_chosen:
-            lens_after_select = seq_lens
-        parts = []
-        for first in range(0, num_rows, state.max_part_rows):
-            rows = slice(first, min(first + state.max_part_rows, num_rows))
-            topk = zip(selection.topk_blocks, selection.topk_lens, strict=True)
-            part = DecodePart(
-                rows,
-                block_table[rows],
-                seq_lens[rows],
-                select_lens[rows],
-                None if lens_after_select is None else lens_after_select[rows],
-                [(blocks[rows], lens[rows]) for blocks, lens in topk],
-            )
-            parts.append(part)
-        return parts
 
     def _roles_of(self, impls: dict[str, Any]) -> dict[str, Role]:
         """The role of each layer of this worker, once they are what they should be."""
@@ -285,7 +265,9 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         check_full_layers(self.plan, range(*stage), full)
         return roles | {name: self.plan.roles[i] for name, i in indices.items()}
 
-    def _print_plan(self, config, dense_backend: type[AttentionBackend]) -> None:
+    def _print_plan(
+        self, config: TidalConfig, dense_backend: type[AttentionBackend]
+    ) -> None:
         from vllm.distributed.parallel_state import is_global_first_rank
 
         if is_global_first_rank():
@@ -299,18 +281,48 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
                 logger.warning("%s", self.state.kernels.advice)
 
 
+def _parts_of(
+    state: SparseState,
+    num_rows: int,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+) -> list[DecodePart]:
+    """The step's decode rows in parts that fit into the workspace."""
+    selection, select_lens = state.selection, seq_lens
+    lens_after_select: torch.Tensor | None = None
+    if state.reuse is not None:
+        select_lens = state.reuse.select_lens
+        lens_after_select = state.reuse.reuse_lens
+    if state.method.attends_to_chosen:
+        lens_after_select = seq_lens
+    parts = []
+    for first in range(0, num_rows, state.max_part_rows):
+        rows = slice(first, min(first + state.max_part_rows, num_rows))
+        topk = zip(selection.topk_blocks, selection.topk_lens, strict=True)
+        part = DecodePart(
+            rows,
+            block_table[rows],
+            seq_lens[rows],
+            select_lens[rows],
+            None if lens_after_select is None else lens_after_select[rows],
+            [(blocks[rows], lens[rows]) for blocks, lens in topk],
+        )
+        parts.append(part)
+    return parts
+
+
 def _require_one_state(impls: dict[str, Any]) -> None:
     """SPARSE layers need the selection of SELECT layers: one for all of a worker."""
-    first = next(iter(impls), None)
-    for name, impl in impls.items():
-        if impl.state is not impls[first].state:
+    names = list(impls)
+    for name in names:
+        if impls[name].state is not impls[names[0]].state:
             shapes = [
                 f"{i.num_heads} query and {i.num_kv_heads} KV heads of {i.head_size}"
-                for i in (impls[first], impl)
+                for i in (impls[names[0]], impls[name])
             ]
             raise ValueError(
-                f"{first} has {shapes[0]}, {name} {shapes[1]}: sparse decoding needs "
-                "full-attention layers of one shape; allowed for other models "
+                f"{names[0]} has {shapes[0]}, {name} {shapes[1]}: sparse decoding "
+                "needs full-attention layers of one shape; allowed for other models "
                 "tidal.select_layers = []"
             )
 

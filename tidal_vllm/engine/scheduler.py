@@ -9,12 +9,13 @@ of its coordinator, on the instances of this scheduler.
 
 import time
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import max_decode_query_len
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import (
@@ -23,6 +24,7 @@ from vllm.v1.core.sched.output import (
     SchedulerOutput,
 )
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
 from tidal_vllm.engine.metrics import CorrectionCounters
@@ -39,14 +41,21 @@ from tidal_vllm.plan.resolve import resolve
 logger = init_logger("vllm.tidal.scheduler")
 
 
-class CorrectionMixin:
+if TYPE_CHECKING:
+    # The mixin stands before one of vLLM's schedulers, whose attributes it uses.
+    _Base: TypeAlias = Scheduler
+else:
+    _Base = object
+
+
+class CorrectionMixin(_Base):
     """What `TidalScheduler` and `TidalAsyncScheduler` add to vLLM's schedulers.
 
     Each request has a clean position: the tokens before it have dense KV. Polluted
     are those from there to `num_computed_tokens`.
     """
 
-    def __init__(self, vllm_config: VllmConfig, *args, **kwargs) -> None:
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         startup = resolve(vllm_config)
         # Again, and before vLLM makes what would break a promise.
         check_promises(vllm_config, startup)
@@ -70,7 +79,7 @@ class CorrectionMixin:
         if sparse and not startup.config.publish_polluted:
             self._publish_clean_blocks_only()
 
-    def schedule(self, *args, **kwargs) -> SchedulerOutput:
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         if self.correction_interval is not None:
             self._start_corrections()
         output = super().schedule(*args, **kwargs)
@@ -93,7 +102,7 @@ class CorrectionMixin:
             for request in self.running
         )
 
-    def make_stats(self, *args, **kwargs):
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
         if stats is not None and self.correction_interval is not None:
             self._log_counters()
@@ -188,11 +197,11 @@ class CorrectionMixin:
         clean = self._clean_positions.get(request.request_id, start)
         return clean_position_after(clean, start, query_len, polluted)
 
-    def _preempt_request(self, request: Request, *args, **kwargs) -> None:
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         self._forget(request)  # its blocks are freed: it comes back as a prefill
         super()._preempt_request(request, *args, **kwargs)
 
-    def _free_request(self, request: Request, *args, **kwargs):
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._forget(request)
         return super()._free_request(request, *args, **kwargs)
 
@@ -206,7 +215,8 @@ class CorrectionMixin:
         clean = self.clean_position(session)
         if self.correction_interval is not None and clean < session.num_computed_tokens:
             self._rewind(session)
-            self._to_announce.discard(session.request_id)  # it is new anyway
+            # The next turn of a session is announced as a new request by vLLM itself.
+            self._to_announce.discard(session.request_id)
 
     def _publish_clean_blocks_only(self) -> None:
         """Let the prefix cache have a request's blocks up to its clean position.
@@ -227,8 +237,8 @@ class CorrectionMixin:
             *,
             num_external_computed_tokens: int = 0,
             delay_cache_blocks: bool = False,
-            **kwargs,
-        ):
+            **kwargs: Any,
+        ) -> KVCacheBlocks | None:
             blocks = allocate(
                 request,
                 num_new_tokens,

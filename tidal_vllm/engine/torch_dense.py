@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from vllm.config import VllmConfig
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -11,6 +12,7 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from tidal_vllm.engine.batch import count_decodes
 from tidal_vllm.kernels import DecodeArgs, reference
@@ -33,7 +35,13 @@ class ReferenceMetadata(AttentionMetadata):
 class ReferenceBuilder(AttentionMetadataBuilder[ReferenceMetadata]):
     """Takes the batch as it is."""
 
-    def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def build(

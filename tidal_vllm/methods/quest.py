@@ -2,9 +2,10 @@
 
 import torch
 
-from tidal_vllm.kernels import DecodeArgs
+from tidal_vllm.kernels import DecodeArgs, Kernels
 from tidal_vllm.kernels.reference import top_blocks
 from tidal_vllm.methods.base import Method
+from tidal_vllm.plan.rule import SelectionRule
 
 
 class Quest(Method):
@@ -26,8 +27,10 @@ class Quest(Method):
     is of an earlier owner, or of a draft that was not accepted.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, kernels: Kernels, rule: SelectionRule, attends_to_chosen: bool
+    ) -> None:
+        super().__init__(kernels, rule, attends_to_chosen)
         self.bounds: dict[str, torch.Tensor] = {}
         """By layer: `[num_kv_blocks * blocks of a KV block, num_kv_heads, 2,
         head_size]`, the lowest and the highest of a selection block's keys."""

@@ -94,18 +94,17 @@ def choose_corrections(
     """
     left = token_budget
     waiting = sum(demand.plain > 0 for demand in demands)
-    chosen = []
+    chosen: list[bool] = []
     for demand in demands:
         waiting -= demand.plain > 0
         room = min(left - waiting, chunk_limit)
-        wanted = demand.corrected
-        starts = False
+        wanted, starts, granted = demand.corrected, False, demand.plain
         if wanted is not None:
             fits = wanted <= room
             # NOTE: a chunk of a single token would be taken for a decode.
             too_long = wanted > min(token_budget - len(demands) + 1, chunk_limit)
             starts = fits or (too_long and not any(chosen) and min(left, room) > 1)
+            granted = wanted if starts else demand.plain
         chosen.append(starts)
-        granted = wanted if starts else demand.plain
         left -= min(granted, chunk_limit, left)
     return chosen

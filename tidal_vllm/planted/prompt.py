@@ -44,7 +44,7 @@ def make_prompt(
         depth: Where the needle lies, 0 (start) to 1 (end). With several hops the links
             of hop k are scattered around ``(depth + k / hops) mod 1``, so that the
             hops of one word lie far apart.
-        seed: Of the words and places.
+        seed: Seed of the words and places.
         chain_len: Words in the answer, at least 1.
 
     Raises:

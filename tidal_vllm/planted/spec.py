@@ -43,8 +43,8 @@ class PlantedSpec:
     ======================  =====================================================
 
     The right SELECT layers are ``select_layers``; ``dense_layers`` come before them.
-    Later ones of a hop are no substitute: the layer ``hop_layers[k]`` (k > 0) would
-    still attend to the blocks of the hop before, and miss. Earlier ones cannot know
+    Later layers of a hop are no substitute: the layer ``hop_layers[k]`` (k > 0) would
+    still attend to the blocks of the hop before, and miss. Earlier layers cannot know
     the alias. More SELECT layers than these do no harm.
 
     NOTE: keys and values depend on the tokens alone, not on what sparse layers found:
@@ -54,14 +54,14 @@ class PlantedSpec:
         hops: Look-ups per answered word, 1..4.
         num_layers: 4..32; at least ``hops + 3`` for several hops.
         num_heads: Query heads, a multiple of ``num_kv_heads``.
-        num_kv_heads: KV heads. Each stores keys and values under its own signs, so
-            that a head that reads another's KV fails.
+        num_kv_heads: KV heads. Each KV head stores keys and values under its own signs,
+            so that a query head that reads another KV head's cache fails.
         vocab_size: Words and the 5 special tokens, 64..16384.
         max_position_embeddings: Longest sequence, tokens.
         hop_layers: The layer at which each hop starts; left empty, an even spread.
             Starts with 2, rises, and its second entry is at least 4.
-        dtype: Of the saved weights: float32, bfloat16 or float16.
-        seed: Of the codes, signs and words.
+        dtype: Type of the saved weights: float32, bfloat16 or float16.
+        seed: Seed of the codes, signs and words.
 
     Raises:
         ValueError: A value is out of range or contradicts another.
@@ -118,14 +118,17 @@ class PlantedSpec:
 
     @property
     def head_size(self) -> int:
+        """Size of each head, in elements."""
         return HEAD_SIZE
 
     @property
     def dense_layers(self) -> tuple[int, ...]:
+        """The layers before the first hop."""
         return (0, 1)
 
     @property
     def select_layers(self) -> tuple[int, ...]:
+        """The layers that have to select: the first layer of each hop."""
         return self.hop_layers
 
     @property
@@ -138,6 +141,7 @@ class PlantedSpec:
 
     @property
     def output_layers(self) -> range:
+        """The layers that write the answer."""
         return range(max(3, self.hop_layers[-1]), self.num_layers)
 
     @property

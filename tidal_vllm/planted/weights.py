@@ -1,4 +1,4 @@
-"""The planted model's tensors.
+"""The tensors of the planted model.
 
 The residual stream is cut into subspaces of CODE_SIZE: the current token's code, the
 previous token's, the answer's, one per alias; then a flag of separator tokens and a

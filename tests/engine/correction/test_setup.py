@@ -157,6 +157,15 @@ def test_refused_at_start_up(drifting, kwargs, message):
         scheduler_class(drifting, CORRECTING, **kwargs)
 
 
+@pytest.mark.parametrize(
+    "kwargs", [NATIVE, {"kv_transfer_config": CONNECTOR}], ids=["offloading", "any"]
+)
+def test_a_method_that_follows_keys_takes_them_from_no_connector(drifting, kwargs):
+    tidal = {"method": "quest", "token_budget": 64, "publish_polluted": True}
+    with pytest.raises(ValueError, match="'quest' has not seen written; allowed None"):
+        configure(drifting, tidal, **kwargs)
+
+
 def test_offloading_is_respected_where_it_does_no_harm(drifting):
     tidal = SPARSE | {"publish_polluted": True}
     config = configure(drifting, tidal, **NATIVE)

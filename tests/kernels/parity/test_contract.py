@@ -7,18 +7,11 @@ import pytest
 import torch
 
 from tests.kernels.harness import make_output, make_workspace
-from tests.kernels.reference.cases import make_batch
+from tests.kernels.reference.cases import make_batch, rule_of
 from tidal_vllm.kernels import DecodeArgs, Workspace, choose
-from tidal_vllm.plan.rule import SelectionRule
 
 FLOAT, INT = torch.float32, torch.int32
-RULE = SelectionRule(
-    token_budget=32,
-    select_block_size=16,
-    sink_tokens=4,
-    recent_tokens=8,
-    sparse_threshold=32,
-)
+RULE = rule_of(32, 16, sinks=4, recent=8)
 
 
 @pytest.fixture

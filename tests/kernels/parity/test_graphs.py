@@ -7,16 +7,10 @@ import pytest
 import torch
 
 from tests.kernels.harness import batch_on
+from tests.kernels.reference.cases import rule_of
 from tidal_vllm.kernels import DecodeArgs, choose
-from tidal_vllm.plan.rule import SelectionRule
 
-RULE = SelectionRule(
-    token_budget=512,
-    select_block_size=16,
-    sink_tokens=4,
-    recent_tokens=64,
-    sparse_threshold=512,
-)
+RULE = rule_of(512, 16, sinks=4, recent=64)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

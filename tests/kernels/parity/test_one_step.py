@@ -12,23 +12,16 @@ from tests.kernels.harness import (
     batch_on,
     exact_of,
 )
-from tests.kernels.reference.cases import Batch, Sets
+from tests.kernels.reference.cases import Batch, Sets, rule_of
 from tidal_vllm.kernels import DecodeArgs, Kernels, choose, workspace
-from tidal_vllm.plan.rule import SelectionRule
 from tidal_vllm.validators import TidalConfigError
 
-RULE = SelectionRule(
-    token_budget=96,
-    select_block_size=16,
-    sink_tokens=4,
-    recent_tokens=20,
-    sparse_threshold=96,
-)
+RULE = rule_of(96, 16, sinks=4, recent=20)
 DTYPE = torch.bfloat16
 
 
 @pytest.fixture(params=["auto", "triton"])
-def chosen(request, device):
+def engine_kernels(request, device):
     if device.type == "cpu" and request.param == "auto":
         pytest.skip("auto is the reference on a CPU")
     return choose(device, requested=request.param, head_size=64, dtype=DTYPE)
@@ -53,9 +46,9 @@ def decode_args(kernels: Kernels, batch: Batch, max_blocks: int = 20) -> DecodeA
     )
 
 
-def test_one_step(chosen, device):
+def test_one_step(engine_kernels, device):
     batch = batch_on(device, (300, 0, 90), num_kv_heads=2, group=2, head_size=64)
-    args, ops = decode_args(chosen, batch), chosen.ops
+    args, ops = decode_args(engine_kernels, batch), engine_kernels.ops
 
     ops.dense_decode(args, batch.seq_lens)
     assert_attends(args.output, exact_of(batch))
@@ -73,22 +66,22 @@ def test_one_step(chosen, device):
 
 def sets_of(args: DecodeArgs) -> Sets:
     num_rows = len(args.query)
-    chosen = zip(args.topk_blocks[:num_rows], args.topk_lens[:num_rows], strict=True)
+    rows = zip(args.topk_blocks[:num_rows], args.topk_lens[:num_rows], strict=True)
     return [
         [blocks[:n].tolist() for blocks, n in zip(row, lens.tolist(), strict=True)]
-        for row, lens in chosen
+        for row, lens in rows
     ]
 
 
 @pytest.mark.extended
-def test_rows_that_choose_beside_rows_that_keep_their_choice(chosen, device):
+def test_rows_that_choose_beside_rows_that_keep_their_choice(engine_kernels, device):
     """As a SELECT layer that attends to what it has chosen; two steps of it."""
     lens = (300, 90, 0, 170)
     batch = batch_on(device, lens, num_kv_heads=2, group=2, head_size=64)
     plain = choose("cpu", requested="reference", head_size=64, dtype=DTYPE)
     on_cpu = batch.to("cpu")
     on_cpu = replace(on_cpu, query=on_cpu.query.float())
-    found = steps_of_a_select_layer(chosen, batch)
+    found = steps_of_a_select_layer(engine_kernels, batch)
     wanted = steps_of_a_select_layer(plain, on_cpu)
     for (output, sets), (_, wanted_sets) in zip(found, wanted, strict=True):
         assert sets == wanted_sets

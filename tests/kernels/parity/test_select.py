@@ -7,19 +7,8 @@ import torch
 
 from tests.kernels.harness import KEPT, batch_on, dense, select, selection_args
 from tests.kernels.reference import naive
+from tests.kernels.reference.cases import rule_of
 from tidal_vllm.kernels import reference
-from tidal_vllm.plan.rule import SelectionRule
-
-
-def rule(budget, size=1, sinks=0, recent=1, threshold=None) -> SelectionRule:
-    threshold = budget if threshold is None else threshold
-    return SelectionRule(
-        token_budget=budget,
-        select_block_size=size,
-        sink_tokens=sinks,
-        recent_tokens=recent,
-        sparse_threshold=threshold,
-    )
 
 
 def chosen_on(kernels, device, scores, lens, rule, num_sets=1):
@@ -76,14 +65,14 @@ def expected(masses, lens, rule):
 extended = pytest.mark.extended
 # With the number of sets.
 RULES = {
-    "tokens": (rule(32, sinks=4, recent=8), 2),
-    "sinks in two blocks": (rule(160, 16, sinks=20, recent=1), 1),
-    "blocks of 16": (rule(160, 16, sinks=4, recent=40), 4),
-    "blocks of 3": (rule(30, 3, sinks=4, recent=7), 1),
-    "forced fill the budget": (rule(48, 16, sinks=4, recent=12), 2),
-    "one block": (rule(16, 16), 1),
-    "threshold above the budget": (rule(64, 16, sinks=4, threshold=300), 1),
-    "threshold below the budget": (rule(64, 16, sinks=4, threshold=10), 1),
+    "tokens": (rule_of(32, sinks=4, recent=8), 2),
+    "sinks in two blocks": (rule_of(160, 16, sinks=20, recent=1), 1),
+    "blocks of 16": (rule_of(160, 16, sinks=4, recent=40), 4),
+    "blocks of 3": (rule_of(30, 3, sinks=4, recent=7), 1),
+    "forced fill the budget": (rule_of(48, 16, sinks=4, recent=12), 2),
+    "one block": (rule_of(16, 16), 1),
+    "threshold above the budget": (rule_of(64, 16, sinks=4, threshold=300), 1),
+    "threshold below the budget": (rule_of(64, 16, sinks=4, threshold=10), 1),
 }
 
 
@@ -102,10 +91,10 @@ class TestExactSets:
 
     @pytest.mark.parametrize("most", [1, 3], ids=["zeros", "three values"])
     def test_ties_go_to_the_smaller_index(self, kernels, device, most):
-        chosen = rule(48, sinks=2, recent=5)
-        masses = random_masses([200, 131], 2, 200, chosen, most)
-        found = chosen_on(kernels, device, scores_of(masses, 2), [200, 131], chosen, 2)
-        assert found == expected(masses, [200, 131], chosen)
+        rule = rule_of(48, sinks=2, recent=5)
+        masses = random_masses([200, 131], 2, 200, rule, most)
+        found = chosen_on(kernels, device, scores_of(masses, 2), [200, 131], rule, 2)
+        assert found == expected(masses, [200, 131], rule)
 
     @extended
     @pytest.mark.parametrize(
@@ -114,78 +103,78 @@ class TestExactSets:
     def test_more_blocks_than_a_tile(self, kernels, device, monkeypatch, seq_len, most):
         """The same in several tiles, by making them small where that can be done."""
         small_tiles(monkeypatch, device)
-        chosen = rule(40, sinks=3, recent=6)
-        masses = random_masses([seq_len] * 2, 1, seq_len, chosen, most)
-        found = chosen_on(kernels, device, scores_of(masses, 3), [seq_len] * 2, chosen)
-        assert found == expected(masses, [seq_len] * 2, chosen)
+        rule = rule_of(40, sinks=3, recent=6)
+        masses = random_masses([seq_len] * 2, 1, seq_len, rule, most)
+        found = chosen_on(kernels, device, scores_of(masses, 3), [seq_len] * 2, rule)
+        assert found == expected(masses, [seq_len] * 2, rule)
 
     @extended
     def test_a_million_tokens(self, kernels, device):
-        lens, chosen = [2**20, 2**20 - 5], rule(4096, 16, sinks=4, recent=1024)
-        masses = random_masses(lens, 1, 2**16, chosen, most=3000)
-        found = chosen_on(kernels, device, scores_of(masses, 1), lens, chosen)
-        assert found == expected(masses, lens, chosen)
+        lens, rule = [2**20, 2**20 - 5], rule_of(4096, 16, sinks=4, recent=1024)
+        masses = random_masses(lens, 1, 2**16, rule, most=3000)
+        found = chosen_on(kernels, device, scores_of(masses, 1), lens, rule)
+        assert found == expected(masses, lens, rule)
 
     @extended
     def test_a_set_keeps_many_tiles_of_blocks(self, kernels, device, monkeypatch):
         small_tiles(monkeypatch, device)
-        lens, chosen = [700, 900], rule(300, threshold=800)
-        masses = random_masses(lens, 1, 900, chosen)
-        found = chosen_on(kernels, device, scores_of(masses, 1), lens, chosen)
-        assert found == expected(masses, lens, chosen)
+        lens, rule = [700, 900], rule_of(300, threshold=800)
+        masses = random_masses(lens, 1, 900, rule)
+        found = chosen_on(kernels, device, scores_of(masses, 1), lens, rule)
+        assert found == expected(masses, lens, rule)
 
     def test_tiny_and_huge_masses_keep_their_order(self, kernels, device):
-        chosen = rule(4)
+        rule = rule_of(4)
         block_lse = torch.tensor([-1e30, -60.0, -70.0, -50.0, 80.0, 70.0, -math.inf, 0])
         scores = block_lse[None, None], torch.zeros(1, 1)
-        found = chosen_on(kernels, device, scores, [8], chosen)
+        found = chosen_on(kernels, device, scores, [8], rule)
         assert found == [[[3, 4, 5, 7]]]
 
     def test_masses_too_large_for_a_float_are_equal(self, kernels, device):
-        chosen = rule(3)
+        rule = rule_of(3)
         block_lse = torch.tensor([1.0, 100.0, 200.0, math.inf, 80.0, 0.0])
         scores = block_lse[None, None], torch.zeros(1, 1)
-        found = chosen_on(kernels, device, scores, [6], chosen)
+        found = chosen_on(kernels, device, scores, [6], rule)
         assert found == [[[1, 2, 5]]]
 
     def test_a_nan_weighs_nothing(self, kernels, device):
-        chosen = rule(3)
+        rule = rule_of(3)
         block_lse = torch.zeros(1, 2, 8)
         block_lse[0, :, 2] = 1.0
         block_lse[0, 1, :2] = math.nan
         scores = block_lse, torch.zeros(1, 2)
-        found = chosen_on(kernels, device, scores, [8], chosen)
+        found = chosen_on(kernels, device, scores, [8], rule)
         assert found == [[[2, 3, 7]]]
 
     def test_heads_weigh_alike_after_their_softmax(self, kernels, device):
         """Block 1 has the larger scores, block 0 the larger share of its heads."""
-        chosen = rule(2)
+        rule = rule_of(2)
         block_lse = torch.tensor(
             [[[0.0, -9.0, -9.0], [0.0, -9.0, -9.0], [50, 90, 0.0]]]
         )
         lse = torch.tensor([[0.1, 0.1, 90.0]])
-        found = chosen_on(kernels, device, (block_lse, lse), [3], chosen)
+        found = chosen_on(kernels, device, (block_lse, lse), [3], rule)
         assert found == [[[0, 2]]]
 
     def test_all_rows_left_out(self, kernels, device):
         scores = torch.zeros(2, 2, 5), torch.zeros(2, 2)
-        assert chosen_on(kernels, device, scores, [-1, -5], rule(4)) == [None, None]
+        assert chosen_on(kernels, device, scores, [-1, -5], rule_of(4)) == [None, None]
 
     def test_an_empty_batch(self, kernels, device):
         scores = torch.zeros(0, 2, 5), torch.zeros(0, 2)
-        assert chosen_on(kernels, device, scores, [], rule(4)) == []
+        assert chosen_on(kernels, device, scores, [], rule_of(4)) == []
 
     def test_what_has_no_room_is_left_out(self, kernels, device):
         """The config rules it out; memory behind the buffer stays as it is."""
         if kernels.__name__.endswith(".cuda"):
             pytest.skip("a precondition there")
-        chosen = rule(8)
-        masses = random_masses([20, 6], 1, 20, chosen)
+        rule = rule_of(8)
+        masses = random_masses([20, 6], 1, 20, rule)
         scores = [tensor.to(device) for tensor in scores_of(masses, 1)]
         args = selection_args(*scores, max_blocks=9)
         whole, args.topk_blocks = args.topk_blocks, args.topk_blocks[..., :4]
         lens = torch.tensor([20, 6], dtype=torch.int32, device=device)
-        kernels.select_blocks(args, lens, chosen)
+        kernels.select_blocks(args, lens, rule)
         assert args.topk_lens[:2].flatten().tolist() == [4, 4]
         assert (whole[..., 4:] == KEPT).all()
         assert whole[1, 0, :4].tolist() == [0, 1, 2, 3]
@@ -201,13 +190,13 @@ def small_tiles(monkeypatch, device) -> None:
 
 @extended
 class TestAfterDenseDecode:
-    CHOSEN = rule(96, 16, sinks=4, recent=20)
+    RULE = rule_of(96, 16, sinks=4, recent=20)
 
     def test_captures_what_the_reference_captures(self, kernels, device):
         lens = (400, 0, 96, 333)
         batch = batch_on(device, lens, num_kv_heads=2, group=3, head_size=64)
         _, lse, block_lse = dense(kernels, batch, 16)
-        given = (lens, self.CHOSEN, 2)
+        given = (lens, self.RULE, 2)
         found = chosen_on(kernels, device, (block_lse, lse), *given)
         block_lse, lse = block_lse.cpu(), lse.cpu()
         wanted = select(reference, block_lse, lse, *given)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.kernels.reference import exact
 from tests.kernels.reference.naive import Positions
 from tidal_vllm.kernels import DecodeArgs
+from tidal_vllm.plan.rule import SelectionRule
 
 # Deterministic: the same examples in every run, on every machine.
 law = settings(
@@ -208,6 +209,19 @@ def as_tensors(sets: Sets, spare: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
         for i, chosen in enumerate(of_row):
             blocks[row, i, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
     return blocks, lens
+
+
+def rule_of(
+    budget: int, size: int = 1, sinks: int = 0, recent: int = 1, threshold: int = 0
+) -> SelectionRule:
+    """A rule in tokens: the budget, a selection block, sinks, recent, threshold."""
+    return SelectionRule(
+        token_budget=budget,
+        select_block_size=size,
+        sink_tokens=sinks,
+        recent_tokens=recent,
+        sparse_threshold=threshold,
+    )
 
 
 def make_batch(

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,19 +12,8 @@ from hypothesis import strategies as st
 from tests.kernels import harness
 from tests.kernels.harness import selection_args
 from tests.kernels.reference import naive
-from tests.kernels.reference.cases import law, make_batch
+from tests.kernels.reference.cases import law, make_batch, rule_of
 from tidal_vllm.kernels import reference
-from tidal_vllm.plan.rule import SelectionRule
-
-
-def rule_of(budget, size, sinks=0, recent=1, threshold=0):
-    return SimpleNamespace(
-        token_budget=budget,
-        select_block_size=size,
-        sink_tokens=sinks,
-        recent_tokens=recent,
-        sparse_threshold=threshold,
-    )
 
 
 def forced_at_most(rule):
@@ -58,8 +47,11 @@ def rules(draw, max_budget_blocks=6):
         threshold=draw(st.sampled_from((0, budget, 2 * budget))),
     )
     while forced_at_most(rule) > budget // size:
-        rule.sink_tokens = rule.sink_tokens // 2
-        rule.recent_tokens = max(rule.recent_tokens // 2, 1)
+        rule = replace(
+            rule,
+            sink_tokens=rule.sink_tokens // 2,
+            recent_tokens=max(rule.recent_tokens // 2, 1),
+        )
     return rule
 
 
@@ -94,16 +86,15 @@ def test_it_means_what_the_loops_say(problem):
 @given(problems())
 def test_ascending_without_duplicates_within_budget_forced_included(problem):
     rule, seq_lens, num_sets, mass = problem
-    policy = SelectionRule(**vars(rule))
     chosen = run(mass, seq_lens, rule, num_sets)
     for seq_len, of_row in zip(seq_lens, chosen, strict=True):
         for blocks in of_row:
             assert blocks == sorted(set(blocks))
-            assert len(blocks) == policy.num_kept_blocks(seq_len)
-            assert all(0 <= b < policy.num_blocks(seq_len) for b in blocks)
-            if seq_len > policy.keep_all_len:
+            assert len(blocks) == rule.num_kept_blocks(seq_len)
+            assert all(0 <= b < rule.num_blocks(seq_len) for b in blocks)
+            if seq_len > rule.keep_all_len:
                 assert len(blocks) * rule.select_block_size <= rule.token_budget
-            assert {*policy.forced_blocks(seq_len)} <= {*blocks}
+            assert {*rule.forced_blocks(seq_len)} <= {*blocks}
             if seq_len:
                 assert (seq_len - 1) // rule.select_block_size in blocks
 
@@ -112,12 +103,11 @@ def test_ascending_without_duplicates_within_budget_forced_included(problem):
 @given(problems(max_blocks=9))
 def test_no_set_with_the_forced_blocks_holds_more_mass(problem):
     rule, seq_lens, num_sets, mass = problem
-    policy = SelectionRule(**vars(rule))
     chosen = run(mass, seq_lens, rule, num_sets)
     for row, seq_len in enumerate(seq_lens):
-        forced = policy.forced_blocks(seq_len)
-        others = [b for b in range(policy.num_blocks(seq_len)) if b not in forced]
-        free = policy.num_kept_blocks(seq_len) - len(forced)
+        forced = rule.forced_blocks(seq_len)
+        others = [b for b in range(rule.num_blocks(seq_len)) if b not in forced]
+        free = rule.num_kept_blocks(seq_len) - len(forced)
         for i in range(num_sets):
             weights = mass[row, i].double()
             best = max(
