@@ -55,7 +55,7 @@ TensorView view(const Tensor& t) {
   return result;
 }
 
-// Writes a schema, argument by argument. Written tensors get an alias set of their own.
+// Writes a schema, argument by argument. Each written tensor has a letter of its own.
 class Schema {
  public:
   void operator()(const char* name, const TensorView&) { add("Tensor", name); }
@@ -88,7 +88,9 @@ class Schema {
 // Takes the arguments of a call from PyTorch's stack, and keeps their tensors alive.
 class Call {
  public:
-  explicit Call(StableIValue* stack) : next_(stack) {}
+  Call(StableIValue* stack, uint64_t num_arguments) : next_(stack) {
+    tensors_.reserve(num_arguments);
+  }
 
   void operator()(const char*, TensorView& to) { to = view(keep(take<Tensor>())); }
   template <class View>
@@ -113,11 +115,11 @@ class Call {
   std::vector<Tensor> tensors_;
 };
 
-// An op as PyTorch calls it; none returns anything.
+// An op as PyTorch calls it. The ops return nothing.
 template <class Arguments, void (*op)(const Arguments&)>
-void boxed(StableIValue* stack, uint64_t, uint64_t) {
+void boxed(StableIValue* stack, uint64_t num_arguments, uint64_t) {
   Arguments arguments;
-  Call call(stack);
+  Call call(stack, num_arguments);
   for_each_argument(arguments, call);
   op(arguments);
 }
@@ -139,7 +141,7 @@ STABLE_TORCH_LIBRARY(tidal, m) {
   m.def(schema_of<SelectArguments>("select_blocks").c_str());
 }
 
-// For all devices: the checks then name a tensor that is on a wrong one.
+// These serve tensors of any device, so that the checks can name one on a wrong device.
 STABLE_TORCH_LIBRARY_IMPL(tidal, CompositeExplicitAutograd, m) {
   m.impl("dense_decode", &boxed<AttendArguments, tidal::dense_decode>);
   m.impl("score_blocks", &boxed<AttendArguments, tidal::score_blocks>);
