@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tests.kernels.reference import naive
+from tests.kernels.reference.cases import make_batch
 from tests.kernels.reference.exact import EXP, FEW, UNIT, assert_within
-from tidal_vllm.kernels import DecodeArgs, Workspace, reference
+from tidal_vllm.kernels import Workspace, reference
 from tidal_vllm.plan.rule import SelectionRule
 
 
@@ -64,13 +65,8 @@ def check(kernels, mass, seq_lens, rule, **how):
     expected = torch.full_like(blocks, 7)
     expected_lens = torch.full_like(lens, 7)
     num_sets = tensors["topk_blocks"].shape[1]
-    unused = torch.empty(0)
-    args = DecodeArgs(
-        query=unused,
-        kv_cache=unused,
-        block_table=unused,
-        output=unused,
-        scale=1.0,
+    batch = make_batch([0] * mass.shape[0], num_kv_heads=1, group=mass.shape[1])
+    args = batch.args(
         workspace=Workspace(lse=tensors["lse"], block_lse=tensors["block_lse"]),
         topk_blocks=expected[..., : tensors["topk_blocks"].shape[2]],
         topk_lens=expected_lens[:, :num_sets],
