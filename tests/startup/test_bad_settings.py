@@ -17,12 +17,12 @@ SETTINGS = {
     "unknown_key": (
         {"token_bugdet": 512},
         "tidal.token_bugdet = 512: unknown key; did you mean 'token_budget'?",
-        "the keys are preset, token_budget, select_block_size",
+        "the keys are preset, method, token_budget, select_block_size",
     ),
     "settings_no_object": (
         [512],
         "tidal = [512]: must be a JSON object",
-        "keys among preset, token_budget",
+        "keys among preset, method, token_budget",
     ),
     "budget_a_string": (
         {"token_budget": "512"},
