@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tidal_vllm.names import TOLD
+
 ROOT = Path(__file__).parents[2]
 TIDAL_VLLM = Path(sys.executable).with_name("tidal-vllm")
 TIMEOUT = 550  # seconds
@@ -37,7 +39,7 @@ def run(
         text=True,
         timeout=TIMEOUT,
         check=False,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path)} | env,
+        env=_without_notes() | {"PYTHONPATH": os.pathsep.join(path)} | env,
     )
 
 
@@ -48,9 +50,14 @@ def run_python(
     return run([sys.executable, "-c", code, *arguments], **kwargs)
 
 
+def _without_notes() -> dict[str, str]:
+    """This process's environment without what its own engines have warned of."""
+    return {name: value for name, value in os.environ.items() if name != TOLD}
+
+
 def child_environment(**more: str) -> dict[str, str]:
     """The environment of a child that runs an engine as users do."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
+    inherited = {k: v for k, v in _without_notes().items() if k[:5] != "VLLM_"}
     return inherited | {"VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"} | more
 
 

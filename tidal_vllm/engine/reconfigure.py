@@ -32,9 +32,14 @@ def reconfigure(model_runner: Any, settings: dict[str, Any]) -> Callable[[], Non
     """
     config = copy.copy(model_runner.vllm_config)
     config.additional_config = {"tidal": settings}
-    for one in (model_runner.vllm_config, config):
-        _require_no_followed_keys(resolve(one).config.method)
     impls = _full_attention(config)
+    method = resolve(config).config.method
+    if METHODS[method].follows_keys or impls[0].follows_keys:
+        allowed = (
+            "a method that keeps something of every key that is written stays as the "
+            "engine was started: must be another one, before and after"
+        )
+        raise TidalConfigError("tidal.method", method, allowed)
     groups = [
         group
         for groups in model_runner.attn_groups
@@ -67,16 +72,6 @@ def reconfigure(model_runner: Any, settings: dict[str, Any]) -> Callable[[], Non
         undo()
         raise
     return undo
-
-
-def _require_no_followed_keys(method: str) -> None:
-    """Refuse a method that would miss keys which are written before it, or after it."""
-    if METHODS[method].follows_keys:
-        allowed = (
-            "keeps something of every key that is written, so it stays as the engine "
-            "was started: must be another method, before and after"
-        )
-        raise TidalConfigError("tidal.method", method, allowed)
 
 
 def _full_attention(vllm_config: Any) -> list[TidalImpl]:

@@ -17,7 +17,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 from tidal_vllm.engine.backend import TidalBackend
 from tidal_vllm.engine.state import choose_implementations
 from tidal_vllm.engine.support import ON_CPU, kv_block_size, supported_here
-from tidal_vllm.names import ASYNC_SCHEDULER, NAME, SYNC_SCHEDULER
+from tidal_vllm.names import ASYNC_SCHEDULER, NAME, SYNC_SCHEDULER, TOLD
 from tidal_vllm.plan.promises import check_promises, needs_scheduler
 from tidal_vllm.plan.resolve import Startup, has_settings, is_selected, resolve
 from tidal_vllm.plan.roles import LayerPlan
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.tidal.backend")
 
-TOLD = "TIDAL_VLLM_TOLD"  # warnings, and the process that gave each
 # Of a model's config: what vLLM builds a model's layers for, where it is there.
 _REFUSED_FIELDS = {
     "dual_chunk_attention_config": "dual chunk attention (Qwen2.5-1M)",
