@@ -26,7 +26,7 @@ SCOPES = ("sequence", "kv_head", "query_head")
 SELECT_ATTENDS = ("everything", "chosen")
 KERNELS = ("auto", "cuda", "triton", "reference")
 
-# What a preset stands for: a method of choosing blocks, and the knobs of its paper.
+# What a preset stands for: a method of choosing blocks, and knobs.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
         "method": "tidaldecode",
@@ -36,58 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sink_tokens": 4,
         "recent_fraction": 0.25,
     },
-    # TidalDecode, arXiv 2410.05076: every query head keeps its own top-k tokens;
-    # nothing is forced (the authors' code has attention_sink=0), except that the
-    # current token must attend to itself. 4096 is the larger of the paper's two
-    # LongBench budgets.
-    "tidaldecode": {
-        "method": "tidaldecode",
-        "token_budget": 4096,
-        "select_block_size": 1,
-        "scope": "query_head",
-        "sink_tokens": 0,
-        "recent_fraction": 0.0,
-    },
-    # LessIsMore, arXiv 2508.07101: one selection for all heads, r = 0.25 of the budget
-    # for the newest tokens and "four tokens as attention sinks in all experiments" (v2,
-    # section 4.1). Its budgets are 1K to 8K.
-    "lessismore": {
-        "method": "lessismore",
-        "token_budget": 4096,
-        "select_block_size": 1,
-        "scope": "sequence",
-        "sink_tokens": 4,
-        "recent_fraction": 0.25,
-    },
-    # Quest, arXiv 2406.10774: every query head keeps its own top pages of 16 tokens, in
-    # all layers but the first two. 4096 is the largest budget of its figures.
-    "quest": {
-        "method": "quest",
-        "token_budget": 4096,
-        "select_block_size": 16,
-        "scope": "query_head",
-        "sink_tokens": 0,
-        "recent_fraction": 0.0,
-    },
-    # StreamingLLM, arXiv 2309.17453: four sinks and a window of the newest tokens.
-    "sliding_window": {
-        "method": "sliding_window",
-        "token_budget": 4096,
-        "select_block_size": 16,
-        "scope": "sequence",
-        "sink_tokens": 4,
-        "recent_fraction": 0.25,
-    },
-    # What exact scores in every layer would give: a bound for the other methods.
-    "oracle": {
-        "method": "oracle",
-        "token_budget": 4096,
-        "select_block_size": 1,
-        "scope": "query_head",
-        "sink_tokens": 0,
-        "recent_fraction": 0.0,
-    },
-}
+} | {name: {"method": name} | entry.preset for name, entry in METHODS.items()}
 
 
 class _FromPreset:

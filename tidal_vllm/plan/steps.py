@@ -27,18 +27,13 @@ def kv_read_share(plan: LayerPlan, config: TidalConfig, seq_len: int) -> float:
         return 1.0
     kept, interval = rule.kept_tokens(seq_len), config.reselect_interval
     if config.select_attends == "chosen":
-        selecting = _scored_tokens(config, seq_len) / interval + kept
+        share = METHODS[config.method].scoring_reads(rule.select_block_size)
+        selecting = seq_len * share / interval + kept
     else:
         selecting = (seq_len + (interval - 1) * kept) / interval
     read = {Role.DENSE: seq_len, Role.SELECT: selecting, Role.SPARSE: kept}
     total = sum(plan.count(role) * tokens for role, tokens in read.items())
     return total / (plan.num_full_layers * seq_len)
-
-
-def _scored_tokens(config: TidalConfig, seq_len: int) -> float:
-    """What a SELECT layer reads to score all blocks, in tokens of K and V."""
-    per_token = {"keys": 0.5, "key bounds": 1 / config.select_block_size, "nothing": 0}
-    return seq_len * per_token[METHODS[config.method].scored]
 
 
 def selection_indices(

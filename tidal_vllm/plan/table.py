@@ -86,9 +86,8 @@ def _method_text(config: TidalConfig) -> str:
     entry, text = METHODS[config.method], config.method
     if entry.reference_only:
         text += ", on the PyTorch reference ops alone"
-    if entry.scored == "key bounds":  # two vectors for the keys and values of a block
-        share = 1 / config.select_block_size
-        text += f"; the bounds of its keys take {share:.1%} of the KV cache beside it"
+    if share := entry.keeps_beside(config.select_block_size):
+        text += f"; it takes {share:.1%} of the KV cache's memory beside it"
     return text
 
 
