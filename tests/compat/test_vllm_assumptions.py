@@ -188,7 +188,7 @@ class TestMetadata:
         }
 
     def test_rows_can_be_split_off(self):
-        """Fields that `dense.rows_from` does not know would keep the whole batch's."""
+        """A field that `requests_from` does not know would stay the whole batch's."""
         split = {
             *("query_start_loc", "query_start_loc_cpu", "seq_lens", "num_reqs"),
             *("num_actual_tokens", "block_table_tensor", "slot_mapping", "positions"),

@@ -6,7 +6,7 @@ import pytest
 from vllm.config import CUDAGraphMode
 
 from tests.support.replay import common_metadata
-from tidal_vllm.engine.batch import count_decodes, is_captured, rows_from
+from tidal_vllm.engine.batch import count_decodes, is_captured, requests_from
 
 
 @pytest.mark.parametrize(
@@ -43,10 +43,10 @@ def test_count_decodes_with_drafts(query_lens, prefilling, decodes):
     assert count_decodes(batch, max_decode_query_len=3) == decodes
 
 
-def test_rows_from():
+def test_requests_from():
     prefilling = [False, False, True, True]
     whole = common_metadata([1, 1, 5, 3], [10, 20, 5, 30], prefilling)
-    rest = rows_from(whole, 2)
+    rest = requests_from(whole, 2)
     assert rest.query_start_loc.tolist() == [0, 5, 8]
     assert rest.query_start_loc_cpu.tolist() == [0, 5, 8]
     assert rest.seq_lens.tolist() == [5, 30]

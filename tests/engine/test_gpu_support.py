@@ -15,7 +15,7 @@ from tests.support.models import ROLES
 from tests.support.replay import common_metadata
 from tidal_vllm.engine import backend, dense, support
 from tidal_vllm.engine.backend import TidalBackend
-from tidal_vllm.engine.batch import rows_from
+from tidal_vllm.engine.batch import requests_from
 from tidal_vllm.engine.torch_dense import ReferenceBackend
 from tidal_vllm.kernels import choose
 
@@ -147,7 +147,7 @@ def test_vllms_builders_take_our_batches(engine, random_llama, name):
     made = (ours.kv_cache_spec, ours.layer_names, ours.vllm_config, ours.device)
     builder = backend_cls.get_builder_cls()(*made)
     whole = common_metadata([1, 1, 5, 3], [100, 200, 5, 33])
-    for first, batch in ((0, whole), (2, rows_from(whole, 2))):
+    for first, batch in ((0, whole), (2, requests_from(whole, 2))):
         found = builder.build(0, batch, False)
         assert found.num_actual_tokens == 10 - first
         assert (

@@ -136,9 +136,9 @@ class TestReplay:
         """The graph is fixed, so the builder must not claim otherwise."""
         (builder,) = builders(graphs)
         batch = common_metadata([1, 1], [100, 90], [False, True])
-        assert builder.build(0, batch).num_prefills == 0
+        assert builder.build(0, batch).prefills is None
         batch = common_metadata([1, 1, 1], [100, 90, 90], [False, False, True])
-        assert builder.build(0, batch).num_prefills == 1
+        assert builder.build(0, batch).num_decodes == batch.num_reqs - 1
 
     @pytest.mark.parametrize("tails_decode", [False, True])
     def test_the_prefix_cache_does_not_get_such_a_token(

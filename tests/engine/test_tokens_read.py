@@ -77,7 +77,7 @@ def test_sparse_layers_read_the_budget_and_others_everything(
         lens = step.decode_lens
         read["decode_tokens"] += len(lens)
         read["context_tokens"] += sum(lens)
-        if step.metadata.num_prefills:
+        if step.num_prefills:
             assert layers(step.of("dense_extend")) == ALL_LAYERS
         if not step.metadata.sparse:
             read["dense_steps"] += bool(lens)
@@ -145,7 +145,7 @@ def test_prefill_beside_sparse_decodes(llm):
     with reconfigured(llm, **ROLES, token_budget=BUDGET), spying() as steps:
         llm.reset_prefix_cache()
         serve(llm, [(0, prompts[0], 12), (4, prompts[1], 4)])
-    mixed = [s for s in steps if s.metadata.num_prefills and s.metadata.num_decodes]
+    mixed = [s for s in steps if s.num_prefills and s.metadata.num_decodes]
     assert len(mixed) == 3
     for step in mixed:
         check_sparse_step(step, "sequence", 16)

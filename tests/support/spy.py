@@ -38,6 +38,10 @@ class Step:
     calls: list[Call] = field(default_factory=list)
 
     @property
+    def num_prefills(self) -> int:
+        return len(self.seq_lens) - self.metadata.num_decodes
+
+    @property
     def decode_lens(self) -> list[int]:
         return self.seq_lens[: self.metadata.num_decodes]
 

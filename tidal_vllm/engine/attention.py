@@ -57,16 +57,16 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
             config, head_size, kv_cache_dtype, sliding_window is not None
         )
         self.dense = self.dense_backend.get_impl_cls()(
-            num_heads,
-            head_size,
-            scale,
-            self.num_kv_heads,
-            None,
-            sliding_window,
-            kv_cache_dtype,
-            None,
-            attn_type,
-            None,
+            num_heads=num_heads,
+            head_size=head_size,
+            scale=scale,
+            num_kv_heads=self.num_kv_heads,
+            alibi_slopes=None,
+            sliding_window=sliding_window,
+            kv_cache_dtype=kv_cache_dtype,
+            logits_soft_cap=None,
+            attn_type=attn_type,
+            kv_sharing_target_layer_name=None,
         )
         # FlashAttention reads queries of the cache's dtype, the decode ops 16-bit ones.
         self.quantizes_query = (
@@ -91,7 +91,7 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
 
     @property
     def _kind(self) -> tuple[int, int, int, bool]:
-        """Layers of one kind share a state; those of a draft model, dense, do not."""
+        """What layers that share a state have in common; a draft model's are dense."""
         return (*self._shape, self.kernels is not None)
 
     @property
@@ -198,22 +198,22 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
         kv_cache: torch.Tensor,
         output: torch.Tensor,
     ) -> None:
-        """A SELECT layer chooses, then both attend to what is chosen."""
+        """Let a SELECT layer choose; then attend to the chosen blocks."""
         state = self.state
         assert state is not None  # the batch is sparse, and this layer's role too
         topk_blocks, topk_lens = part.topk[batch.selection_index[layer.layer_name]]
         args = DecodeArgs(
-            query[part.rows],
-            kv_cache,
-            part.block_table,
-            output[part.rows],
-            self.scale,
-            state.workspace,
-            batch.rule.select_block_size,
-            topk_blocks,
-            topk_lens,
-            layer._k_scale_float,
-            layer._v_scale_float,
+            query=query[part.rows],
+            kv_cache=kv_cache,
+            block_table=part.block_table,
+            output=output[part.rows],
+            scale=self.scale,
+            workspace=state.workspace,
+            select_block_size=batch.rule.select_block_size,
+            topk_blocks=topk_blocks,
+            topk_lens=topk_lens,
+            k_scale=layer._k_scale_float,
+            v_scale=layer._v_scale_float,
         )
         attending_lens = part.seq_lens
         if role is Role.SELECT:
@@ -223,7 +223,7 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
             state.kernels.ops.sparse_decode(args, attending_lens)
 
 
-# What vLLM's models pass for an argument that they lack, where it is not None.
+# Values that vLLM's models pass for a feature that they do not use, where not None.
 _ABSENT = {"chunk_lookback": -1}
 
 

@@ -25,10 +25,10 @@ class DecodePart:
     seq_lens: torch.Tensor
     """Tokens of the row's sequence, up to the row's own."""
     select_lens: torch.Tensor
-    """The same, for rows for which SELECT layers choose in this step."""
+    """As seq_lens; -1 for a row that keeps its selection in this step."""
     lens_after_select: torch.Tensor | None
-    """The same, for rows for which a SELECT layer attends to chosen blocks once it has
-    chosen; None where it attended to everything for all of them."""
+    """As seq_lens; -1 for a row whose SELECT layer has attended to everything while it
+    chose. None where that is so for all rows."""
     topk: list[tuple[torch.Tensor, torch.Tensor]]
     """`topk_blocks` `[num_rows, num_sets, max_blocks]` and `topk_lens` `[num_rows,
     num_sets]` of each of the engine's selections."""
@@ -44,16 +44,16 @@ class TidalMetadata(AttentionMetadata):
     num_decode_tokens: int
     """Their query tokens, each a row of the decode ops: one per request, and one for
     each token of a draft that it verifies. Rows of padding are among them."""
-    num_prefills: int
     seq_lens: torch.Tensor
     """`[>= num_decode_tokens]` int32, tokens of the sequence up to a row's; 0 for
     padding."""
     block_table: torch.Tensor
     """`[>= num_decode_tokens, max_blocks_per_seq]` int32, of each row's sequence."""
     dense: AttentionMetadata
-    """The dense backend's, of the whole batch."""
+    """The dense backend's metadata of the whole batch."""
     prefills: AttentionMetadata | None
-    """The dense backend's, of the rows behind the decodes; None unless sparse."""
+    """The dense backend's metadata of the requests behind the decodes; None in a step
+    that is not sparse, and where all requests decode."""
     sparse: bool
     """Whether SELECT and SPARSE layers act as such in this step. Otherwise every
     layer takes the dense path."""
@@ -70,13 +70,13 @@ class TidalMetadata(AttentionMetadata):
 def count_decodes(
     common: CommonAttentionMetadata, max_decode_query_len: int = 1
 ) -> int:
-    """Rows at the front of a batch that decode: few query tokens, their prompt done.
+    """Requests at the front of a batch that decode: their prompt is done.
 
     Args:
         max_decode_query_len: Query tokens that a decode may have; more than one are
             drafts to verify.
 
-    Rows that pad a CUDA graph have no query token; they count as decodes, behind
+    Requests that pad a CUDA graph have no query token; they count as decodes, behind
     which nothing follows. A prompt's last token may come as a chunk of its own. It is
     prefill all the same: dense, so that its KV is what a dense model writes.
     """
@@ -93,8 +93,10 @@ def count_decodes(
     return int(is_prefill.int().argmax())
 
 
-def rows_from(common: CommonAttentionMetadata, first: int) -> CommonAttentionMetadata:
-    """The batch without its first rows, as a batch of its own."""
+def requests_from(
+    common: CommonAttentionMetadata, first: int
+) -> CommonAttentionMetadata:
+    """The batch without its first requests, as a batch of its own."""
     start = int(common.query_start_loc_cpu[first])
 
     def tail(rows: torch.Tensor | None) -> torch.Tensor | None:

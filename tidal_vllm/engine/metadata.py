@@ -27,7 +27,7 @@ from tidal_vllm.engine.batch import (
     TidalMetadata,
     count_decodes,
     is_captured,
-    rows_from,
+    requests_from,
 )
 from tidal_vllm.engine.metrics import DecodeCounters
 from tidal_vllm.engine.query_rows import QueryRows, row_lens
@@ -68,21 +68,21 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         impls = _tidal_impls(vllm_config)
         roles = self._roles_of(impls)
         self.roles = {name: roles[name] for name in layer_names}
-        choosing = [n for n, r in roles.items() if r in (Role.SELECT, Role.SPARSE)]
-        choosing_here = [name for name in choosing if name in self.roles]
-        _require_one_state({n: impls[n] for n in choosing})
+        selective = [n for n, r in roles.items() if r in (Role.SELECT, Role.SPARSE)]
+        selective_here = [name for name in selective if name in self.roles]
+        _require_one_state({name: impls[name] for name in selective})
         # Of the group with the first SELECT layer, or with the first layer of all.
-        self.is_primary = next(iter(choosing or impls)) in self.roles
+        self.is_primary = next(iter(selective or impls)) in self.roles
         self.counters = DecodeCounters()
         self.num_steps = 0
         self.state: SparseState | None = None
         self.selection_index: dict[str, int] = {}
-        if choosing_here:
+        if selective_here:
             startup.config.check_kv_block_size(kv_cache_spec.block_size)
-            self.state = impls[choosing_here[0]].state
+            self.state = impls[selective_here[0]].state
             self.selection_index = {
                 name: self.state.selection_index[extract_layer_index(name)]
-                for name in choosing_here
+                for name in selective_here
             }
         self.max_decode_query_len = max_decode_query_len(vllm_config)
         if self.plan.sparse:
@@ -162,7 +162,7 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         dense = self.dense_builder.build(common_prefix_len, common, fast_build)
         prefills = None
         if sparse and num_decodes < common.num_reqs:
-            rest = rows_from(common, num_decodes)
+            rest = requests_from(common, num_decodes)
             prefills = self.prefill_builder.build(common_prefix_len, rest, fast_build)
         return self._metadata(common, num_decodes, num_rows, sparse, dense, prefills)
 
@@ -178,7 +178,7 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
                 "at most; allowed cudagraph_mode FULL_DECODE_ONLY, FULL_AND_PIECEWISE, "
                 "PIECEWISE or NONE"
             )
-        if self.state is not None and self.state.reuse is not None:
+        if self.state is not None:
             self.state.reuse.choose_anew(common.seq_lens[: common.num_reqs])
         dense = self.dense_builder.build_for_cudagraph_capture(common)
         num_decodes, num_rows = common.num_reqs, common.num_actual_tokens
@@ -202,15 +202,14 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         """What happens once per step, however many KV cache groups there are."""
         self.counters.count_step(self.rule, decode_lens, sparse)
         self.num_steps += 1
-        state = self.state if sparse else None
-        if state is not None and state.reuse is not None:
-            state.reuse.advance(
+        if sparse and self.state is not None:
+            self.state.reuse.advance(
                 self.num_steps,
                 common.seq_lens[:num_decodes],
                 common.block_table_tensor,
                 self.kv_cache_spec.block_size,
                 self.rule.select_block_size,
-                state.selection,
+                self.state.selection,
             )
 
     def _metadata(
@@ -236,7 +235,6 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         return TidalMetadata(
             num_decodes=num_decodes,
             num_decode_tokens=num_rows,
-            num_prefills=common.num_reqs - num_decodes,
             seq_lens=seq_lens,
             block_table=block_table,
             dense=dense,
@@ -249,7 +247,7 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         )
 
     def _roles_of(self, impls: dict[str, Any]) -> dict[str, Role]:
-        """The role of each layer of this worker, once they are what they should be."""
+        """The role of each layer of this worker, once they are those of the plan."""
         roles = dict.fromkeys(impls, Role.DENSE)
         # A draft model's layers know their own configuration: none of them is sparse.
         indices = {
@@ -288,24 +286,22 @@ def _parts_of(
     block_table: torch.Tensor,
 ) -> list[DecodePart]:
     """The step's decode rows in parts that fit into the workspace."""
-    selection, select_lens = state.selection, seq_lens
-    lens_after_select: torch.Tensor | None = None
-    if state.reuse is not None:
-        select_lens = state.reuse.select_lens
-        lens_after_select = state.reuse.reuse_lens
+    selection = state.selection
+    select_lens, lens_after_select = state.reuse.split(seq_lens)
     if state.method.attends_to_chosen:
         lens_after_select = seq_lens
     parts = []
     for first in range(0, num_rows, state.max_part_rows):
         rows = slice(first, min(first + state.max_part_rows, num_rows))
         topk = zip(selection.topk_blocks, selection.topk_lens, strict=True)
+        after = None if lens_after_select is None else lens_after_select[rows]
         part = DecodePart(
-            rows,
-            block_table[rows],
-            seq_lens[rows],
-            select_lens[rows],
-            None if lens_after_select is None else lens_after_select[rows],
-            [(blocks[rows], lens[rows]) for blocks, lens in topk],
+            rows=rows,
+            block_table=block_table[rows],
+            seq_lens=seq_lens[rows],
+            select_lens=select_lens[rows],
+            lens_after_select=after,
+            topk=[(blocks[rows], lens[rows]) for blocks, lens in topk],
         )
         parts.append(part)
     return parts

@@ -1,4 +1,8 @@
-"""For how many decode steps a row keeps its selection (`reselect_interval`)."""
+"""For how many decode steps a row keeps its selection (`reselect_interval`).
+
+`EveryStep` is the default, `Reuse` what an interval above 1 makes of it. The metadata
+builder calls both in the same way.
+"""
 
 from dataclasses import dataclass
 
@@ -7,8 +11,30 @@ import torch
 from tidal_vllm.engine.selection import Selection
 
 
+class EveryStep:
+    """SELECT layers choose for all rows in every step."""
+
+    def choose_anew(self, seq_lens: torch.Tensor) -> None:
+        """Nothing is kept from the step before."""
+
+    def advance(
+        self,
+        step: int,
+        seq_lens: torch.Tensor,
+        block_table: torch.Tensor,
+        block_size: int,
+        select_block_size: int,
+        selection: Selection,
+    ) -> None:
+        """Nothing is kept for the next step."""
+
+    def split(self, seq_lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """All rows choose, and none reuses its selection."""
+        return seq_lens, None
+
+
 @dataclass(frozen=True)
-class Reuse:
+class Reuse(EveryStep):
     """Which rows keep the last step's selection, decided on the device.
 
     A row keeps its selection while it holds the sequence that it held in the step
@@ -41,6 +67,10 @@ class Reuse:
         small, large = torch.int32, torch.int64
         buffers = [filled(dtype) for dtype in (small, small, small, large, large)]
         return cls(interval, *buffers)
+
+    def split(self, seq_lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The lengths of rows that choose, and of rows that reuse their selection."""
+        return self.select_lens, self.reuse_lens
 
     def choose_anew(self, seq_lens: torch.Tensor) -> None:
         """Let all of the first rows choose, whatever they hold."""

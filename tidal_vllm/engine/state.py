@@ -9,7 +9,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.engine.dense import choose_dense_backend
-from tidal_vllm.engine.reuse import Reuse
+from tidal_vllm.engine.reuse import EveryStep, Reuse
 from tidal_vllm.engine.selection import Selection
 from tidal_vllm.kernels import Kernels, Workspace, choose
 from tidal_vllm.methods.base import Method, create_method
@@ -37,8 +37,8 @@ class SparseState:
     selection: Selection
     method: Method
     """Fills the selection in SELECT layers."""
-    reuse: Reuse | None
-    """None where SELECT layers choose in every step."""
+    reuse: EveryStep
+    """Says in each step which rows choose; a `Reuse` where selections hold longer."""
     selection_index: dict[int, int]
     """Index in `selection` of what a layer writes or reads, by the layer's index."""
     max_part_rows: int
@@ -85,14 +85,15 @@ class SparseState:
             min(config.max_blocks, max_blocks),
             device,
         )
+        keeps = interval > 1
         return cls(
-            kernels,
-            workspace(part_rows, device),
-            selection,
-            create_method(config, rule, kernels),
-            Reuse.allocate(interval, max_rows, device) if interval > 1 else None,
-            indices,
-            part_rows,
+            kernels=kernels,
+            workspace=workspace(part_rows, device),
+            selection=selection,
+            method=create_method(config, rule, kernels),
+            reuse=Reuse.allocate(interval, max_rows, device) if keeps else EveryStep(),
+            selection_index=indices,
+            max_part_rows=part_rows,
         )
 
     def __str__(self) -> str:

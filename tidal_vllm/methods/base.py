@@ -13,11 +13,16 @@ from tidal_vllm.registry import METHODS
 class Method:
     """Chooses the blocks that a set keeps; one object serves all layers of a worker.
 
-    A method fills `args.topk_blocks` and `args.topk_lens` for a SELECT layer. What it
-    fills them by, its masses of blocks, is its own; the ops are common: scoring blocks
-    by attention mass, taking the top blocks of given masses, attending to them. Which
+    A method fills `args.topk_blocks` and `args.topk_lens` for a SELECT layer. Each
+    method has a mass of its own for a block; the ops are common: scoring blocks by
+    attention mass, taking the top blocks of given masses, attending to them. Which
     layers choose, and what is known of a method before there are tensors, stands in
     `tidal_vllm.registry.METHODS`.
+
+    The selection and the workspace are the engine's, at fixed addresses. Buffers in
+    proportion to the KV cache a method makes when the first keys of a layer are
+    written: how many blocks the cache has is unknown before. vLLM's memory profiling
+    does not count them, so the start-up log says what they take.
 
     Args:
         kernels: The decode ops of this engine.

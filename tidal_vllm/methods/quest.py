@@ -21,10 +21,10 @@ class Quest(Method):
     ranked by its bounds alone, as in the paper.
 
     The bounds belong to physical blocks, as the KV does: they are right for whatever
-    sequence holds a block, after preemption, re-use and prefix-cache hits. Written are
-    those of a block of which keys were written, from its first key to the last one
-    written: within a sequence keys are written in order, so what stands behind that one
-    is of an earlier owner, or of a draft that was not accepted.
+    sequence holds a block, after preemption, re-use and prefix-cache hits. After each
+    write the bounds of every touched block are computed again, over its slots up to
+    the last one written. Later slots hold keys of an earlier owner or of a rejected
+    draft, since a sequence writes its keys in order.
     """
 
     def __init__(

@@ -15,10 +15,10 @@ def check_pipeline_stage(plan: LayerPlan, first_layer: int, end_layer: int) -> N
     ``[first_layer, end_layer)`` that is SELECT or SPARSE must be a SELECT layer.
     """
     stage = range(first_layer, end_layer)
-    choosing = (Role.SELECT, Role.SPARSE)
+    selective = (Role.SELECT, Role.SPARSE)
     if not plan.sparse:
         return
-    first = next((i for i in stage if plan.roles[i] in choosing), None)
+    first = next((i for i in stage if plan.roles[i] in selective), None)
     if first is None or plan.roles[first] is Role.SELECT:
         return
     select = plan.layers(Role.SELECT)
