@@ -35,6 +35,9 @@ class Leftovers:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", usual)
         cache = Path(usual, f"torchinductor_{os.environ.get('USER') or os.getuid()}")
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+        # One of vLLM 0.33's dependencies makes its cache where it is imported.
+        for name in ("CUTE_DSL_CACHE_DIR", "CUTE_EXPERIMENTAL_DSL_CACHE_DIR"):
+            os.environ.setdefault(name, str(cache.with_name("cutlass_python_cache")))
         tempfile.tempdir = None
         self._shared: set[Path] = set()
         self._ended = threading.Event()
