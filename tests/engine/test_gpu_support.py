@@ -13,11 +13,13 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from tests.support.engines import builders
 from tests.support.models import ROLES
 from tests.support.replay import common_metadata
-from tidal_vllm.engine import backend, dense, support
+from tidal_vllm.config import TidalConfig
+from tidal_vllm.engine import backend, dense, state, support
 from tidal_vllm.engine.backend import TidalBackend
 from tidal_vllm.engine.batch import requests_from
 from tidal_vllm.engine.torch_dense import ReferenceBackend
 from tidal_vllm.kernels import choose
+from tidal_vllm.validators import TidalConfigError
 
 
 def pretend(monkeypatch, device_type, capability=None, has_flash=True):
@@ -69,6 +71,29 @@ class TestDenseBackend:
             "no dense attention backend covers this set-up: FLASH_ATTN: head_size not "
             "supported; TRITON_ATTN: head_size not supported"
         )
+
+
+class TestMethods:
+    """Methods that run on the reference ops alone, on a GPU."""
+
+    def kernels(self, monkeypatch, method, **more):
+        monkeypatch.setattr(
+            state, "current_platform", SimpleNamespace(device_type="cuda")
+        )
+        given = {"head_size": 128, "dtype": torch.bfloat16, "kv_cache_dtype": "auto"}
+        return state._kernels_of(TidalConfig(method=method), **given | more)
+
+    @pytest.mark.parametrize("method", ["lessismore", "quest", "sliding_window"])
+    def test_are_slow_and_say_so(self, monkeypatch, method):
+        found = self.kernels(monkeypatch, method)
+        assert (found.name, found.capturable) == ("reference", False)
+        assert f"tidal.method = {method!r} runs on the PyTorch" in found.advice
+
+    def test_refuse_an_fp8_cache_by_the_key_that_matters(self, monkeypatch):
+        with pytest.raises(TidalConfigError) as caught:
+            self.kernels(monkeypatch, "quest", kv_cache_dtype="fp8")
+        assert (caught.value.key, caught.value.value) == ("tidal.method", "quest")
+        assert "kv_cache_dtype = fp8" in caught.value.allowed
 
 
 class TestSupport:

@@ -25,24 +25,26 @@ class TestMergedRankings:
     def test_first_choices_of_all_heads_then_second_ones(
         self, seed, num_sets, num_heads
     ):
-        """Ties, NaN and -inf among them."""
+        """Ties, NaN and -inf among them; a head without a score lists nothing."""
         rule, seq_len = rule_of(24, 2, sinks=3, recent=5), 41
         scores = random(num_sets, num_heads, 21, seed=seed).mul(2).round()
         scores[0, 0, 7], scores[-1, -1, 9] = math.nan, -math.inf
-        forced, room = rule.forced_blocks(seq_len), 12 - len(rule.forced_blocks(41))
+        if seed % 2:
+            scores[0, -1] = math.nan
+        forced = rule.forced_blocks(seq_len)
+        room = 12 - len(forced)
         assert len(forced) == 5
         found = merge_rankings(scores, seq_len, rule)
-        for of_set, mass in zip(scores.tolist(), found, strict=True):
+        for of_set, mass in zip(scores.tolist(), found.tolist(), strict=True):
             lists = []
             for head in of_set:
-                weight = [-math.inf if math.isnan(x) else x for x in head]
-                free = [b for b in range(21) if b not in forced]
-                lists.append(sorted(free, key=lambda b, w=weight: -w[b])[:room])
-            merged = list(dict.fromkeys(b for r in zip(*lists, strict=True) for b in r))
-            assert (
-                mass.argsort(descending=True, stable=True).tolist()[:room]
-                == (merged[:room])
-            )
+                free = [b for b in range(21) if b not in forced and head[b] > -math.inf]
+                ranked = sorted(free, key=lambda b, head=head: -head[b])[:room]
+                lists.append(ranked + [None] * (room - len(ranked)))
+            places = [b for rank in zip(*lists, strict=True) for b in rank]
+            for block, weight in enumerate(mass):
+                listed = block in places
+                assert weight == (-places.index(block) if listed else -math.inf)
 
     def test_a_budget_that_is_forced_has_no_room(self):
         rule = rule_of(8, 2, sinks=2, recent=5)
@@ -70,10 +72,14 @@ class TestBounds:
     def test_heads_of_a_set_weigh_alike(self):
         """By the sum of their softmax; far below the best, the order stays."""
         scores = random(4, 30, seed=3) * torch.tensor([1.0, 40.0, 3.0, 0.1])[:, None]
-        found = share_scores(scores, num_sets=2)
-        wanted = scores.double().softmax(1).view(2, 2, 30).sum(1).log()
+        forced = torch.tensor([0, 29])
+        found = share_scores(scores, 2, forced)[:, 1:29]
+        wanted = scores[:, 1:29].double().softmax(1).view(2, 2, 28).sum(1).log()
         torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-4)
-        assert torch.equal(share_scores(1e4 * scores, 4), 1e4 * scores)
+        alone = share_scores(1e4 * scores, 4, forced)
+        assert torch.equal(alone[:, 1:29], 1e4 * scores[:, 1:29])
+        scores[1, 29] = 1e6  # a draft's key in the newest block
+        assert torch.equal(share_scores(scores, 2, forced)[:, 1:29], found)
 
 
 class TestBoundsOfWrittenKeys:
@@ -110,6 +116,17 @@ class TestBoundsOfWrittenKeys:
                 bounds = quest.bounds["layer"][physical * 2 + inside // SIZE]
                 assert torch.equal(bounds[:, 0], keys.amin(1))
                 assert torch.equal(bounds[:, 1], keys.amax(1))
+
+
+def test_bounds_follow_a_kv_cache_of_another_size():
+    """vLLM replaces a small KV cache, in which nothing was written, by the real one."""
+    quest = Quest(CPU, rule_of(8, SIZE), attends_to_chosen=True)
+    cache = random(6, NUM_KV_HEADS, KV_BLOCK, 2 * HEAD_SIZE)
+    quest.keys_written("layer", cache[:1], torch.tensor([-1, -1]))
+    quest.keys_written("layer", cache[:1], torch.tensor([0]))
+    quest.keys_written("layer", cache, torch.tensor([5 * KV_BLOCK]))
+    key = cache[5, :, :1, :HEAD_SIZE]
+    assert torch.equal(quest.bounds["layer"][10], key.expand(-1, 2, -1))
 
 
 def test_a_sliding_window_keeps_sinks_and_the_newest():

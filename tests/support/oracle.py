@@ -153,7 +153,9 @@ class Oracle:
             low, high = keys.amin(1), keys.amax(1)
             products = torch.maximum(step.query * low, step.query * high)
             found.append(products.double().sum(-1))
-        return torch.stack(found, 1).softmax(1).sum(0)
+        scores = torch.stack(found, 1)
+        scores[:, forced] = -torch.inf
+        return scores.softmax(1).sum(0)
 
     def _by_age(self, step: "Step", block: torch.Tensor, forced: list[int]):
         return torch.arange(int(block[-1]) + 1).double()

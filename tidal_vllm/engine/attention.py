@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionImpl,
@@ -127,8 +128,11 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
     ) -> None:
         """Write this step's K and V into the slots that the scheduler gave them."""
         self.dense.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        if self.state is not None and self.follows_keys:
-            self.state.method.keys_written(layer.layer_name, kv_cache, slot_mapping)
+        state, name = self.state, layer.layer_name
+        if state is None or not self.follows_keys:
+            return
+        if extract_layer_index(name) in state.selection_index:  # not in DENSE layers
+            state.method.keys_written(name, kv_cache, slot_mapping)
 
     def forward(
         self,

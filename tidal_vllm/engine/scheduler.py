@@ -36,7 +36,8 @@ from tidal_vllm.plan.pollution import (
     pollutes,
 )
 from tidal_vllm.plan.promises import check_promises
-from tidal_vllm.plan.resolve import resolve
+from tidal_vllm.plan.resolve import Startup, resolve
+from tidal_vllm.registry import METHODS
 
 logger = init_logger("vllm.tidal.scheduler")
 
@@ -60,6 +61,7 @@ class CorrectionMixin(_Base):
         # Again, and before vLLM makes what would break a promise.
         check_promises(vllm_config, startup)
         super().__init__(vllm_config, *args, **kwargs)
+        self._require_keys_to_be_written(startup)
         self.layer_plan, self.selection_rule = startup.plan, startup.rule
         sparse = self.layer_plan.sparse
         self.correction_interval = (
@@ -78,6 +80,19 @@ class CorrectionMixin(_Base):
         self._last_log = (time.monotonic(), replace(self.correction_counters))
         if sparse and not startup.config.publish_polluted:
             self._publish_clean_blocks_only()
+
+    def _require_keys_to_be_written(self, startup: Startup) -> None:
+        """Refuse prefix-cache hits of a part of a block: vLLM serves them by a copy."""
+        method, cache = startup.config.method, self.vllm_config.cache_config
+        follows = startup.plan.sparse and METHODS[method].follows_keys
+        if follows and self.kv_cache_manager.coordinator.enable_partial_hash_hits:
+            raise ValueError(
+                f"prefix_match_unit = {cache.prefix_match_unit} with mamba_cache_mode "
+                f"= {cache.mamba_cache_mode}: vLLM copies KV blocks of which a part is "
+                f"found in the prefix cache, and tidal.method = {method!r} has not "
+                "seen their keys written; allowed: another method, or "
+                "--no-enable-prefix-caching"
+            )
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         if self.correction_interval is not None:

@@ -1,9 +1,10 @@
 """What the SELECT and SPARSE layers of an engine share, and what runs the layers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, max_decode_query_len
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
@@ -12,6 +13,7 @@ from tidal_vllm.engine.dense import choose_dense_backend
 from tidal_vllm.engine.reuse import EveryStep, Reuse
 from tidal_vllm.engine.selection import Selection
 from tidal_vllm.kernels import Kernels, Workspace, choose
+from tidal_vllm.kernels.interface import FP8_CACHES
 from tidal_vllm.methods.base import Method, create_method
 from tidal_vllm.plan.resolve import Startup, resolve
 from tidal_vllm.plan.rule import num_sets
@@ -127,19 +129,10 @@ def choose_implementations(
     Raises:
         ValueError: Nothing covers the layer; says why.
     """
-    from vllm.platforms import current_platform
-
     startup, dtype = resolve(vllm_config), vllm_config.model_config.dtype
     kernels = None
     if startup.plan.sparse:
-        kernels = choose(
-            current_platform.device_type,
-            requested=_requested_kernels(startup.config),
-            head_size=head_size,
-            dtype=dtype,
-            kv_cache_dtype=kv_cache_dtype,
-            select_block_size=startup.config.select_block_size,
-        )
+        kernels = _kernels_of(startup.config, head_size, dtype, kv_cache_dtype)
     asked = AttentionSelectorConfig(
         head_size,
         dtype,
@@ -150,18 +143,31 @@ def choose_implementations(
     return kernels, choose_dense_backend(asked, kernels)
 
 
-def _requested_kernels(config: TidalConfig) -> str:
-    """What the configuration asks for, as far as its method leaves a choice.
-
-    Raises:
-        TidalConfigError: The method runs on other kernels only.
-    """
-    if not METHODS[config.method].reference_only:
-        return config.kernels
-    if config.kernels not in ("auto", "reference"):
+def _kernels_of(
+    config: TidalConfig, head_size: int, dtype: torch.dtype, kv_cache_dtype: str
+) -> Kernels:
+    """The kernels that the configuration asks for, as far as its method has them."""
+    device_type = current_platform.device_type
+    alone = METHODS[config.method].reference_only
+    if alone and kv_cache_dtype in FP8_CACHES:
         allowed = (
-            f"method {config.method!r} runs on the reference ops alone: must be 'auto' "
-            "or 'reference'"
+            "runs on the reference ops alone, which do not read kv_cache_dtype = "
+            f"{kv_cache_dtype}: must be another method, or kv_cache_dtype be 'auto'"
         )
-        raise TidalConfigError("tidal.kernels", config.kernels, allowed)
-    return "reference"
+        raise TidalConfigError("tidal.method", config.method, allowed)
+    kernels = choose(
+        device_type,
+        requested="reference" if alone else config.kernels,
+        head_size=head_size,
+        dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
+        select_block_size=config.select_block_size,
+    )
+    if not alone or device_type == "cpu":
+        return kernels
+    advice = (
+        f"tidal.method = {config.method!r} runs on the PyTorch reference ops alone: "
+        "slow on a GPU, and without CUDA graphs. 'tidaldecode' and 'oracle' run on "
+        "kernels"
+    )
+    return replace(kernels, advice=advice)

@@ -53,9 +53,9 @@ def merge_rankings(
         return mass
     scores = scores.nan_to_num(nan=-math.inf).index_fill(2, forced, -math.inf)
     # Stable: of blocks with equal scores the one of the smaller index comes first.
-    ranked = scores.sort(dim=2, descending=True, stable=True).indices[:, :, :room]
+    best, ranked = scores.sort(dim=2, descending=True, stable=True)
+    best, ranked = best[:, :, :room], ranked[:, :, :room]
     place = torch.arange(room * num_heads, device=scores.device, dtype=scores.dtype)
     place = place.view(room, num_heads).T.expand(num_sets, -1, -1)
-    return mass.scatter_reduce(
-        1, ranked.flatten(1), -place.flatten(1), "amax", include_self=True
-    )
+    votes = (-place).masked_fill(best == -math.inf, -math.inf)
+    return mass.scatter_reduce(1, ranked.flatten(1), votes.flatten(1), "amax")

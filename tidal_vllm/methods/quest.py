@@ -17,8 +17,8 @@ class Quest(Method):
         bound[head, block] = sum over d: max(q[d] * low[d], q[d] * high[d]),
 
     and the blocks of the highest bounds are kept. Heads that share a set add up their
-    softmax over the bounds, so that they weigh alike; a head with a set of its own is
-    ranked by its bounds alone, as in the paper.
+    softmax over the bounds of blocks that are not forced, so that they weigh alike; a
+    head with a set of its own is ranked by its bounds alone, as in the paper.
 
     The bounds belong to physical blocks, as the KV does: they are right for whatever
     sequence holds a block, after preemption, re-use and prefix-cache hits. After each
@@ -38,27 +38,31 @@ class Quest(Method):
     def keys_written(
         self, layer_name: str, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
-        bounds = self._bounds_of(layer_name, kv_cache)
-        size = self.rule.select_block_size
         slots = slot_mapping[slot_mapping >= 0]
+        if not len(slots):
+            return
+        bounds, size = self._bounds(layer_name, kv_cache), self.rule.select_block_size
         blocks, nth = (slots // size).unique(return_inverse=True)
         last = torch.zeros_like(blocks).scatter_reduce(0, nth, slots % size, "amax")
         per_block = kv_cache.shape[2] // size
         keys = kv_cache[..., : kv_cache.shape[3] // 2].unflatten(2, (per_block, size))
-        keys = keys[
-            blocks // per_block, :, blocks % per_block
-        ]  # [blocks, heads, size, D]
+        # [num_blocks, num_kv_heads, size, head_size]
+        keys = keys[blocks // per_block, :, blocks % per_block]
         beyond = torch.arange(size, device=slots.device) > last[:, None]
         beyond = beyond[:, None, :, None]
         bounds[blocks, :, 0] = keys.masked_fill(beyond, torch.inf).amin(2)
         bounds[blocks, :, 1] = keys.masked_fill(beyond, -torch.inf).amax(2)
 
-    def _bounds_of(self, layer_name: str, kv_cache: torch.Tensor) -> torch.Tensor:
-        """The bounds of a layer, made when its first keys are written."""
-        if layer_name not in self.bounds:
-            num_kv_blocks, num_kv_heads, block_size, width = kv_cache.shape
-            num_blocks = num_kv_blocks * (block_size // self.rule.select_block_size)
-            shape = (num_blocks, num_kv_heads, 2, width // 2)
+    def _bounds(self, layer_name: str, kv_cache: torch.Tensor) -> torch.Tensor:
+        """The bounds of a layer's KV cache, made when its first keys are written.
+
+        NOTE: while vLLM measures what CUDA graphs take, layers have a small KV cache,
+        and another one afterwards.
+        """
+        num_kv_blocks, num_kv_heads, block_size, width = kv_cache.shape
+        num_blocks = num_kv_blocks * (block_size // self.rule.select_block_size)
+        shape = (num_blocks, num_kv_heads, 2, width // 2)
+        if layer_name not in self.bounds or self.bounds[layer_name].shape != shape:
             self.bounds[layer_name] = kv_cache.new_zeros(shape)
         return self.bounds[layer_name]
 
@@ -69,14 +73,16 @@ class Quest(Method):
             (args.query.shape[0], num_sets, longest), dtype=torch.float32
         )
         per_block = args.kv_cache.shape[2] // rule.select_block_size
+        all_bounds = self._bounds(layer_name, args.kv_cache)
         for row, seq_len in enumerate(seq_lens.tolist()):
             if seq_len > rule.keep_all_len:
                 total = rule.num_blocks(seq_len)
                 nth = torch.arange(total, device=args.query.device)
                 physical = args.block_table[row, nth // per_block].long() * per_block
-                bounds = self.bounds[layer_name][physical + nth % per_block]
+                bounds = all_bounds[physical + nth % per_block]
                 scores = args.scale * upper_bounds(args.query[row], bounds)
-                mass[row, :, :total] = share_scores(scores, num_sets)
+                forced = torch.tensor(rule.forced_blocks(seq_len), device=nth.device)
+                mass[row, :, :total] = share_scores(scores, num_sets, forced)
         top_blocks(args, seq_lens, rule, mass)
 
 
@@ -97,9 +103,20 @@ def upper_bounds(query: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
     return found.flatten(0, 1)
 
 
-def share_scores(scores: torch.Tensor, num_sets: int) -> torch.Tensor:
-    """One weight per set and block, of `[num_heads, num_blocks]` scores."""
-    by_set = scores.unflatten(0, (num_sets, -1))
+def share_scores(
+    scores: torch.Tensor, num_sets: int, forced: torch.Tensor
+) -> torch.Tensor:
+    """One weight per set and block.
+
+    Args:
+        scores: `[num_heads, num_blocks]` fp32.
+        forced: Blocks that are kept anyway. They take no part in how the heads weigh:
+            the newest one may hold keys of drafts behind the row.
+
+    Returns:
+        `[num_sets, num_blocks]` fp32, -inf for forced blocks.
+    """
+    by_set = scores.index_fill(1, forced, -torch.inf).unflatten(0, (num_sets, -1))
     if by_set.shape[1] == 1:
         return by_set[:, 0]
     # In logarithms, so that blocks far below the best keep their order.

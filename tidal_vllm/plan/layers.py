@@ -93,11 +93,17 @@ def _plan_every_layer(
     config: TidalConfig, num_layers: int, full: Sequence[int]
 ) -> LayerPlan:
     """All layers choose, but for the DENSE ones."""
+    if config.select_layers == ():
+        source = "tidal.select_layers"
+        reason = f"no SELECT layer ({source}), so nothing chooses what to read"
+        return all_dense(num_layers, source, reason, full)
     for key in ("select_layers", "profile"):
         value = getattr(config, key)
         if value is not None:
             shown = list(value) if isinstance(value, tuple) else value
             allowed = f"with method {config.method!r} every layer chooses: must be null"
+            if key == "select_layers":
+                allowed += ", or [] (sparse decoding off)"
             raise TidalConfigError(f"tidal.{key}", shown, allowed)
     _check_layers("tidal.dense_layers", config.dense_layers, num_layers, full)
     dense, source = config.dense_layers, "tidal.dense_layers"
