@@ -82,3 +82,10 @@ def test_v2_takes_a_known_request_that_is_announced_again():
     made = parameters(NewRequestData.from_request)
     assert made[:3] == ["request", "block_ids", "prefill_token_ids"]
     assert "uses_mrope" in made
+
+
+def test_a_coordinator_says_whether_parts_of_blocks_are_found():
+    """scheduler.py refuses a method that would not see the copies of such blocks."""
+    from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
+
+    assert KVCacheCoordinator.enable_partial_hash_hits is False

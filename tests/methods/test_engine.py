@@ -5,7 +5,13 @@ import torch
 
 from tests.support.asking import generate, serve
 from tests.support.engines import reconfigured
-from tests.support.models import NUM_LAYERS, ROLES, random_prompt
+from tests.support.models import (
+    LFM2,
+    NUM_LAYERS,
+    ROLES,
+    build_random_model,
+    random_prompt,
+)
 from tests.support.oracle import Oracle
 from tests.support.watching import counters, watched
 from tidal_vllm.methods.quest import Quest
@@ -130,3 +136,21 @@ class TestRefusals:
             reconfigured(llm, **settings),
         ):
             pass
+
+    def test_quest_does_not_take_parts_of_blocks_from_the_prefix_cache(
+        self, engine, tmp_path
+    ):
+        """vLLM copies their blocks, which no layer sees."""
+        kinds = ["conv", "full_attention"] * 3
+        folder = build_random_model(
+            tmp_path / "lfm2", "lfm2", layer_types=kinds, **LFM2
+        )
+        with pytest.raises(ValueError, match="prefix_match_unit = 16 with mamba_cache"):
+            engine(
+                folder,
+                tidal={"method": "quest", "dense_layers": []} | SETTINGS,
+                enable_prefix_caching=True,
+                mamba_cache_mode="align",
+                block_size=64,
+                prefix_match_unit=16,
+            )
