@@ -33,6 +33,7 @@ from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.worker import cpu_worker as stock_cpu_worker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from tidal_vllm.calibrate.engine import _LOG_LEVEL, _SWITCHES
 from tidal_vllm.cpu import log_filters as cpu_log_filters
 from tidal_vllm.cpu import shutdown
 from tidal_vllm.cpu.worker import update_short_conv
@@ -74,11 +75,19 @@ class TestPlugin:
 
 
 class TestSetUp:
-    """engine/backend.py"""
+    """engine/setup_checks.py"""
 
     def test_the_scheduler_is_a_setting(self):
         config = SchedulerConfig.default_factory(scheduler_cls=ASYNC_SCHEDULER)
         assert config.get_scheduler_cls().__name__ == "TidalAsyncScheduler"
+
+
+class TestCommands:
+    """calibrate/engine.py, demo.py"""
+
+    @pytest.mark.parametrize("name", [*_SWITCHES, _LOG_LEVEL])
+    def test_vllm_reads_what_the_commands_set(self, name):
+        assert name in envs.environment_variables
 
 
 FILTERED = log_filters.OF_THE_SCHEDULER | cpu_log_filters.OF_THE_CPU_PLATFORM
@@ -219,6 +228,10 @@ class TestShutdown:
         assert "def _interrupt_init(*_)" in source
         assert "signal.signal(signal.SIGTERM, _interrupt_init)" in source
         assert signal.getsignal(signal.SIGTERM) is not shutdown._exit
+
+    def test_an_engines_process_has_a_name(self):
+        """By which `end_with_parent` knows it."""
+        assert 'else "EngineCore"' in inspect.getsource(engine_utils)
 
     def test_a_server_freezes_its_heap(self):
         """Once it does not, `gc.unfreeze` can go."""
