@@ -5,8 +5,8 @@ one, so a row's result never depends, not even in its last bit, on the batch aro
 Keys and values stream through a tile that stays in the processor's cache: each tile
 gives an unnormalised softmax part, and the parts are joined at the end. Slots outside a
 sequence's tokens are never used, whatever they hold. Each op reads seq_lens on the
-host, so none can be captured in a CUDA graph. The reference cannot read an fp8 cache:
-`k_scale` and `v_scale` must be 1.
+host, so none can be captured in a CUDA graph. Of an fp8 cache the reference reads
+nothing: `k_scale` and `v_scale` must be 1.
 """
 
 import math

@@ -126,7 +126,7 @@ def _extend(
     # As heads of a batch of KV heads: K and V are shared, not copied.
     output, lse = _attend(q, kv.expand(-1, q.shape[1], -1, -1), scale, causal=True)
 
-    # The context needs no mask, so a group's heads become one long query per KV head.
+    # As one long query per KV head, for the context masks nothing.
     long_q = q.flatten(1, 2)[None]
     output, lse = output.reshape(long_q.shape[1:]), lse.reshape(long_q.shape[1:3])
     context = ids[:, : ceil_div(position, runs.span)]
