@@ -33,7 +33,6 @@ from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.worker import cpu_worker as stock_cpu_worker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from tidal_vllm.calibrate.engine import _LOG_LEVEL, _SWITCHES
 from tidal_vllm.cpu import log_filters as cpu_log_filters
 from tidal_vllm.cpu import shutdown
 from tidal_vllm.cpu.worker import update_short_conv
@@ -81,13 +80,20 @@ class TestSetUp:
         config = SchedulerConfig.default_factory(scheduler_cls=ASYNC_SCHEDULER)
         assert config.get_scheduler_cls().__name__ == "TidalAsyncScheduler"
 
+    def test_the_engines_process_inherits_the_environment(self):
+        """In which it finds the warnings that were given."""
+        source = inspect.getsource(engine_utils.CoreEngineProcManager)
+        assert "context = get_mp_context()" in source
+        assert "context.Process(" in source
+
 
 class TestCommands:
     """calibrate/engine.py, demo.py"""
 
-    @pytest.mark.parametrize("name", [*_SWITCHES, _LOG_LEVEL])
-    def test_vllm_reads_what_the_commands_set(self, name):
-        assert name in envs.environment_variables
+    def test_vllm_reads_what_the_commands_set(self):
+        """An unknown variable would be ignored, with a warning."""
+        given = {"ENABLE_V1_MULTIPROCESSING", "USE_V2_MODEL_RUNNER", "LOGGING_LEVEL"}
+        assert {f"VLLM_{name}" for name in given} <= envs.environment_variables.keys()
 
 
 FILTERED = log_filters.OF_THE_SCHEDULER | cpu_log_filters.OF_THE_CPU_PLATFORM
