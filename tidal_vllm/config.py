@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tidal_vllm.registry import METHODS
@@ -22,7 +22,14 @@ from tidal_vllm.validators import (
     suggestion,
 )
 
-SCOPES = ("sequence", "kv_head", "query_head")
+# How many sets of blocks a scope keeps for one sequence on one rank, given the rank's
+# query heads and KV heads. Neighbouring query heads share a set.
+NUM_SETS: dict[str, Callable[[int, int], int]] = {
+    "sequence": lambda num_heads, num_kv_heads: 1,
+    "kv_head": lambda num_heads, num_kv_heads: num_kv_heads,
+    "query_head": lambda num_heads, num_kv_heads: num_heads,
+}
+SCOPES = tuple(NUM_SETS)
 SELECT_ATTENDS = ("everything", "chosen")
 KERNELS = ("auto", "cuda", "triton", "reference")
 

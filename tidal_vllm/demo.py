@@ -1,4 +1,7 @@
-"""`tidal-vllm demo`: one model, the same long prompts, dense and sparse in turn."""
+"""`tidal-vllm demo`: one model, the same long prompts, dense and sparse in turn.
+
+Changes vLLM at run time: the environment, where it does not say how much vLLM logs.
+"""
 
 import os
 import time

@@ -9,37 +9,38 @@ from types import SimpleNamespace
 
 import torch
 
-from benchmarks.kernels.paged_case import Case
+from benchmarks.kernels.decode_batch import DecodeBatch
 
 Call = Callable[[], torch.Tensor]
 
 
-def split_cache(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+def split_cache(decodes: DecodeBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V, each `[num_blocks, block_size, num_kv_heads, head_size]`, as views."""
-    return case.kv_cache.transpose(1, 2).split(case.shape.head_size, -1)
+    return decodes.kv_cache.transpose(1, 2).split(decodes.shape.head_size, -1)
 
 
-def flash_attn(case: Case) -> Call:
+def flash_attn(decodes: DecodeBatch) -> Call:
     """vLLM's FLASH_ATTN, with the ahead-of-time schedule of its metadata builder."""
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
     from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
-    version, shape = get_flash_attn_version(head_size=case.shape.head_size), case.shape
+    shape = decodes.shape
+    version = get_flash_attn_version(head_size=shape.head_size)
     if version is None:
         raise RuntimeError("vLLM's FlashAttention does not load here")
-    key, value = split_cache(case)
-    starts = torch.arange(case.batch + 1, dtype=torch.int32, device=key.device)
-    output, schedule = torch.empty_like(case.query), None
+    key, value = split_cache(decodes)
+    starts = torch.arange(decodes.num_rows + 1, dtype=torch.int32, device=key.device)
+    output, schedule = torch.empty_like(decodes.query), None
     if version == 3:
         schedule = get_scheduler_metadata(
-            batch_size=case.batch,
+            batch_size=decodes.num_rows,
             max_seqlen_q=1,
-            max_seqlen_k=case.context,
+            max_seqlen_k=decodes.context,
             num_heads_q=shape.num_heads,
             num_heads_kv=shape.num_kv_heads,
             headdim=shape.head_size,
-            cache_seqlens=case.seq_lens,
-            qkv_dtype=case.query.dtype,
+            cache_seqlens=decodes.seq_lens,
+            qkv_dtype=decodes.query.dtype,
             cu_seqlens_q=starts,
             page_size=shape.block_size,
             causal=True,
@@ -48,17 +49,17 @@ def flash_attn(case: Case) -> Call:
 
     def run() -> torch.Tensor:
         flash_attn_varlen_func(
-            q=case.query,
+            q=decodes.query,
             k=key,
             v=value,
             out=output,
             cu_seqlens_q=starts,
             max_seqlen_q=1,
-            seqused_k=case.seq_lens,
-            max_seqlen_k=case.context,
-            softmax_scale=case.scale,
+            seqused_k=decodes.seq_lens,
+            max_seqlen_k=decodes.context,
+            softmax_scale=decodes.scale,
             causal=True,
-            block_table=case.block_table,
+            block_table=decodes.block_table,
             scheduler_metadata=schedule,
             fa_version=version,
             num_splits=32 if version == 3 else 0,
@@ -68,32 +69,32 @@ def flash_attn(case: Case) -> Call:
     return run
 
 
-def triton_attn(case: Case) -> Call:
+def triton_attn(decodes: DecodeBatch) -> Call:
     """vLLM's TRITON_ATTN, as its impl calls it for a batch of decodes."""
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
-    key, value = split_cache(case)
-    shape, device = case.shape, key.device
-    starts = torch.arange(case.batch + 1, dtype=torch.int32, device=device)
-    output = torch.empty_like(case.query)
+    key, value = split_cache(decodes)
+    shape, device = decodes.shape, key.device
+    starts = torch.arange(decodes.num_rows + 1, dtype=torch.int32, device=device)
+    output = torch.empty_like(decodes.query)
     # What TritonAttentionMetadataBuilder allocates.
     threshold, segments = 128 // shape.num_kv_heads, 16
     parts = (threshold, shape.num_heads, segments)
 
     def run() -> torch.Tensor:
         unified_attention(
-            q=case.query,
+            q=decodes.query,
             k=key,
             v=value,
             out=output,
             cu_seqlens_q=starts,
             max_seqlen_q=1,
-            seqused_k=case.seq_lens,
-            max_seqlen_k=case.context,
-            softmax_scale=case.scale,
+            seqused_k=decodes.seq_lens,
+            max_seqlen_k=decodes.context,
+            softmax_scale=decodes.scale,
             causal=True,
             window_size=(-1, -1),
-            block_table=case.block_table,
+            block_table=decodes.block_table,
             softcap=0,
             q_descale=None,
             k_descale=ones,
@@ -106,7 +107,7 @@ def triton_attn(case: Case) -> Call:
         )
         return output
 
-    ones = torch.ones((), device=device).expand(case.batch, shape.num_kv_heads)
+    ones = torch.ones((), device=device).expand(decodes.num_rows, shape.num_kv_heads)
     scratch = SimpleNamespace(
         out=torch.empty(*parts, shape.head_size, device=device),
         top=torch.empty(parts, device=device),
@@ -115,59 +116,60 @@ def triton_attn(case: Case) -> Call:
     return run
 
 
-def xformers_split_k(case: Case) -> Call:
+def xformers_split_k(decodes: DecodeBatch) -> Call:
     """xformers' Triton split-K decode over pages."""
     from xformers.ops import fmha
 
     bias = fmha.attn_bias
-    shape, size = case.shape, case.shape.block_size
-    per_row = case.block_table.shape[1]
+    shape, size = decodes.shape, decodes.shape.block_size
+    per_row = decodes.block_table.shape[1]
     paged = bias.BlockDiagonalPaddedKeysMask.from_seqlens(
-        q_seqlen=[1] * case.batch,
-        kv_seqlen=case.seq_lens.tolist(),
+        q_seqlen=[1] * decodes.num_rows,
+        kv_seqlen=decodes.seq_lens.tolist(),
         kv_padding=per_row * size,
-    ).make_paged(case.block_table, size, bias.PagedBlockDiagonalPaddedKeysMask)
+    ).make_paged(decodes.block_table, size, bias.PagedBlockDiagonalPaddedKeysMask)
     groups = shape.num_heads // shape.num_kv_heads
     key, value = (
         part.reshape(1, -1, shape.num_kv_heads, 1, shape.head_size).expand(
             -1, -1, -1, groups, -1
         )
-        for part in split_cache(case)
+        for part in split_cache(decodes)
     )
-    query = case.query.view(1, case.batch, shape.num_kv_heads, groups, -1)
+    query = decodes.query.view(1, decodes.num_rows, shape.num_kv_heads, groups, -1)
 
     def run() -> torch.Tensor:
         output = fmha.memory_efficient_attention_forward(
-            *(query, key, value, paged), scale=case.scale, op=fmha.triton_splitk.FwOp
+            *(query, key, value, paged), scale=decodes.scale, op=fmha.triton_splitk.FwOp
         )
-        return output.view(case.query.shape)
+        return output.view(decodes.query.shape)
 
     return run
 
 
-def flashinfer(case: Case) -> Call:
+def flashinfer(decodes: DecodeBatch) -> Call:
     """FlashInfer's paged decode on tensor cores; compiles itself on first use."""
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
-    shape, device = case.shape, case.query.device
+    shape, device = decodes.shape, decodes.query.device
     buffer = torch.empty(256 << 20, dtype=torch.uint8, device=device)
     wrapper = BatchDecodeWithPagedKVCacheWrapper(buffer, "NHD", use_tensor_cores=True)
-    per_row = case.block_table.shape[1]
-    starts = torch.arange(case.batch + 1, dtype=torch.int32, device=device) * per_row
+    per_row = decodes.block_table.shape[1]
+    starts = torch.arange(decodes.num_rows + 1, dtype=torch.int32, device=device)
+    starts *= per_row
     wrapper.plan(
         starts,
-        case.block_table.flatten(),
-        (case.seq_lens - 1) % shape.block_size + 1,
+        decodes.block_table.flatten(),
+        (decodes.seq_lens - 1) % shape.block_size + 1,
         shape.num_heads,
         shape.num_kv_heads,
         shape.head_size,
         shape.block_size,
-        q_data_type=case.query.dtype,
-        kv_data_type=case.kv_cache.dtype,
-        sm_scale=case.scale,
+        q_data_type=decodes.query.dtype,
+        kv_data_type=decodes.kv_cache.dtype,
+        sm_scale=decodes.scale,
     )
-    key, value = split_cache(case)
-    return lambda: wrapper.run(case.query, (key, value))
+    key, value = split_cache(decodes)
+    return lambda: wrapper.run(decodes.query, (key, value))
 
 
 DENSE = {
@@ -177,7 +179,10 @@ DENSE = {
 }
 
 
-def dense_baselines(case: Case, with_flashinfer: bool = False) -> dict[str, Callable]:
+def dense_baselines(
+    decodes: DecodeBatch, with_flashinfer: bool = False
+) -> dict[str, Callable]:
     """Makers by name. FlashInfer only if asked: it may compile for minutes."""
     more = {"FlashInfer": flashinfer} if with_flashinfer else {}
-    return {name: lambda make=make: make(case) for name, make in (DENSE | more).items()}
+    makers = DENSE | more
+    return {name: lambda make=make: make(decodes) for name, make in makers.items()}

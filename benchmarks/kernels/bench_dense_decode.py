@@ -14,12 +14,12 @@ from functools import partial
 
 from benchmarks.kernels import timing
 from benchmarks.kernels.baselines import dense_baselines
-from benchmarks.kernels.paged_case import (
-    Case,
+from benchmarks.kernels.decode_batch import (
+    DecodeBatch,
     Decoder,
     Shape,
+    default_rule,
     kernels_here,
-    rule_of,
     shape_of,
 )
 
@@ -29,26 +29,26 @@ SIZES = [(16, 32768), (64, 32768), (16, 131072), (64, 131072), (1, 131072)]
 
 
 def run(bench: timing.Bench, shape: Shape, batch: int, context: int, args) -> None:
-    case = Case.make(shape, batch, context, bench.device)
-    about = case.describe()
+    decodes = DecodeBatch.make(shape, batch, context, bench.device)
+    about = decodes.describe()
     print(f"batch {batch}, context {context}", flush=True)
     best = {}
-    for name, make in dense_baselines(case, args.flashinfer).items():
+    for name, make in dense_baselines(decodes, args.flashinfer).items():
         try:
             call = make()
-            case.check_dense(call())
+            decodes.check_dense(call())
             times = bench.time_us(call)
         except Exception as error:  # a rival that fails costs its own line only
             bench.skip(about, name, error)
             continue
-        best[name] = bench.add(about, name, times, case.dense_bytes)["median_us"]
+        best[name] = bench.add(about, name, times, decodes.dense_bytes)["median_us"]
     for kernels in kernels_here(bench, shape, args.kernels):
-        decoder = Decoder(case, rule_of(min(4096, context // 2)), kernels)
+        decoder = Decoder(decodes, default_rule(min(4096, context // 2)), kernels)
         decoder.check()
         for keep_scores in (False, True):
             name = f"tidal {kernels.name}" + (" + block_lse" if keep_scores else "")
             times = bench.time_us(partial(decoder.dense, keep_scores))
-            record = bench.add(about, name, times, case.dense_bytes)
+            record = bench.add(about, name, times, decodes.dense_bytes)
             if keep_scores and "vllm FLASH_ATTN" in best:
                 ratio = record["median_us"] / best["vllm FLASH_ATTN"]
                 bench.note(
@@ -59,7 +59,7 @@ def run(bench: timing.Bench, shape: Shape, batch: int, context: int, args) -> No
                 )
         times = bench.time_us(decoder.score)
         name = f"score_blocks, tidal {kernels.name}"
-        bench.add(about, name, times, case.dense_bytes // 2)
+        bench.add(about, name, times, decodes.dense_bytes // 2)
 
 
 def main() -> int:

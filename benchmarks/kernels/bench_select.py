@@ -13,9 +13,8 @@ from functools import partial
 import torch
 
 from benchmarks.kernels import timing
-from benchmarks.kernels.paged_case import Shape, kernels_here, rule_of, shape_of
-from tidal_vllm import kernels as ops
-from tidal_vllm.kernels import reference
+from benchmarks.kernels.decode_batch import Shape, default_rule, kernels_here, shape_of
+from tidal_vllm.kernels import DecodeArgs, Workspace, reference
 from tidal_vllm.plan.rule import num_sets
 
 # Rows, context, budget, selection block; target in us, on an H200, scope sequence.
@@ -49,7 +48,7 @@ def run(bench, shape: Shape, rows, context, budget, size, target, args) -> None:
     print(f"{rows} rows of {context}, block {size}, budget {budget}", flush=True)
     block_lse, lse = make_scores(rows, shape.num_heads, context, size, bench.device)
     lens = torch.full((rows,), context, dtype=torch.int32, device=bench.device)
-    rule, kept = rule_of(budget, size), budget // size
+    rule, kept = default_rule(budget, size), budget // size
     pooled = (block_lse - lse[..., None]).exp().sum(1)
     for name, call in _rivals(pooled, lens // size, kept).items():
         try:
@@ -72,31 +71,31 @@ def run(bench, shape: Shape, rows, context, budget, size, target, args) -> None:
             found = _make_args(shape, workspace, rows, sets, kept, bench.device)
             select = partial(kernels.ops.select_blocks, found, lens, rule)
             select()
-            scores = ops.Workspace(lse=lse, block_lse=block_lse)
+            scores = Workspace(lse=lse, block_lse=block_lse)
             wanted = _make_args(shape, scores, rows, sets, kept, bench.device)
             reference.select_blocks(wanted, lens, rule)
             same = (found.topk_blocks == wanted.topk_blocks).float().mean().item()
             # Sums in another order: blocks at the edge may change places.
             assert same > 0.99, f"only {same:.1%} of the blocks are the reference's"
-            case = about | {"scope": scope, "target_us": target}
-            case |= {"same_as_reference": same}
+            record = about | {"scope": scope, "target_us": target}
+            record |= {"same_as_reference": same}
             num_bytes = block_lse.nbytes
             times = bench.time_us(select)
-            bench.add(case, f"tidal {kernels.name}, {scope}", times, num_bytes)
+            bench.add(record, f"tidal {kernels.name}, {scope}", times, num_bytes)
 
 
 def _make_args(
     shape: Shape,
-    workspace: ops.Workspace,
+    workspace: Workspace,
     rows: int,
     sets: int,
     kept: int,
     device: torch.device,
-) -> ops.DecodeArgs:
+) -> DecodeArgs:
     """Of a decode over one KV block, which nothing reads."""
     query = torch.zeros(rows, shape.num_heads, shape.head_size, device=device)
     cache = (1, shape.num_kv_heads, shape.block_size, 2 * shape.head_size)
-    return ops.DecodeArgs(
+    return DecodeArgs(
         query=query,
         kv_cache=torch.zeros(cache, device=device),
         block_table=torch.zeros(rows, 1, dtype=torch.int32, device=device),

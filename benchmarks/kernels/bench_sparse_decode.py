@@ -11,17 +11,19 @@ import sys
 
 from benchmarks.kernels import timing
 from benchmarks.kernels.baselines import flash_attn
-from benchmarks.kernels.paged_case import (
-    Case,
+from benchmarks.kernels.decode_batch import (
+    DecodeBatch,
     Decoder,
     Shape,
+    default_rule,
     kernels_here,
-    rule_of,
     shape_of,
 )
+from tidal_vllm.config import SCOPES
+from tidal_vllm.plan.rule import may_differ_in_group
 
 TARGETS = {"share_of_copy": 0.8, "ratio_to_dense": 0.11}
-SMOKE = [(2, 96, 32)]
+SMOKE = [(2, 96, 48)]
 # Batch, context, budget.
 SIZES = [
     *((16, 32768, 4096), (64, 32768, 4096), (64, 32768, 3264)),
@@ -30,25 +32,26 @@ SIZES = [
 ]
 
 
-def run(bench, shape: Shape, case: Case, budget: int, args) -> None:
-    about = case.describe() | {"token_budget": budget}
-    print(f"batch {case.batch}, context {case.context}, budget {budget}", flush=True)
+def run(bench, shape: Shape, decodes: DecodeBatch, budget: int, args) -> None:
+    about = decodes.describe() | {"token_budget": budget}
+    sizes = f"batch {decodes.num_rows}, context {decodes.context}, budget {budget}"
+    print(sizes, flush=True)
     dense = None
     try:
-        call = flash_attn(case)
-        case.check_dense(call())
+        call = flash_attn(decodes)
+        decodes.check_dense(call())
         times = bench.time_us(call)
-        dense = bench.add(about, "vllm FLASH_ATTN, dense", times, case.dense_bytes)
+        dense = bench.add(about, "vllm FLASH_ATTN, dense", times, decodes.dense_bytes)
     except Exception as error:  # not on this machine
         bench.skip(about, "vllm FLASH_ATTN, dense", error)
     for kernels in kernels_here(bench, shape, args.kernels):
         for scope in args.scopes:
-            decoder = Decoder(case, rule_of(budget), kernels, scope)
+            decoder = Decoder(decodes, default_rule(budget), kernels, scope)
             decoder.check()
             times = bench.time_us(decoder.sparse)
-            num_bytes = case.sparse_bytes(decoder.rule)
+            num_bytes = decodes.sparse_bytes(decoder.rule)
             name = f"tidal {kernels.name}, {scope}"
-            if scope == "query_head":
+            if may_differ_in_group(scope):
                 num_bytes = 0  # heads of a group may keep other tokens
             record = bench.add(about | {"scope": scope}, name, times, num_bytes)
             if dense is not None:
@@ -63,18 +66,16 @@ def run(bench, shape: Shape, case: Case, budget: int, args) -> None:
 
 def main() -> int:
     parser = timing.parser(__doc__)
-    parser.add_argument(
-        *("--scopes",), nargs="+", default=["sequence", "kv_head", "query_head"]
-    )
+    parser.add_argument(*("--scopes",), nargs="+", default=list(SCOPES))
     args = parser.parse_args()
     bench = timing.start("sparse_decode", args)
     shape = shape_of(args)
-    case = None
+    decodes = None
     for batch, context, budget in SMOKE if args.smoke else SIZES:
-        if case is None or (case.batch, case.context) != (batch, context):
-            case = None  # before the next one is made
-            case = Case.make(shape, batch, context, bench.device)
-        run(bench, shape, case, budget, args)
+        if decodes is None or (decodes.num_rows, decodes.context) != (batch, context):
+            decodes = None  # before the next one is made
+            decodes = DecodeBatch.make(shape, batch, context, bench.device)
+        run(bench, shape, decodes, budget, args)
     return 0
 
 

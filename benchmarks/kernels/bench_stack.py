@@ -21,12 +21,12 @@ import torch
 
 from benchmarks.kernels import timing
 from benchmarks.kernels.baselines import flash_attn, triton_attn
-from benchmarks.kernels.paged_case import (
-    Case,
+from benchmarks.kernels.decode_batch import (
+    DecodeBatch,
     Decoder,
     Shape,
+    default_rule,
     kernels_here,
-    rule_of,
     shape_of,
 )
 from tidal_vllm.config import SELECT_ATTENDS, TidalConfig
@@ -55,10 +55,12 @@ def roles(num_layers: int) -> list[Role]:
     ]
 
 
-def make_cases(shape: Shape, batch: int, context: int, bench, most: int) -> list[Case]:
-    """Cases of the same queries and block tables, each with a KV cache of its own."""
-    first = Case.make(shape, batch, context, bench.device)
-    cases, needed = [first], first.kv_cache.nbytes
+def make_batches(
+    shape: Shape, batch: int, context: int, bench: timing.Bench, most: int
+) -> list[DecodeBatch]:
+    """Batches of the same queries and block tables, each with a KV cache of its own."""
+    first = DecodeBatch.make(shape, batch, context, bench.device)
+    batches, needed = [first], first.kv_cache.nbytes
     for _ in range(1, min(most, NUM_LAYERS)):
         if bench.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info()
@@ -68,23 +70,23 @@ def make_cases(shape: Shape, batch: int, context: int, bench, most: int) -> list
         for part in cache.split(4096):
             part.normal_()
         fields = {**vars(first), "kv_cache": cache}
-        cases.append(Case(**fields))
-    return cases
+        batches.append(DecodeBatch(**fields))
+    return batches
 
 
 def run(bench, shape, batch: int, context: int, budget: int, args) -> None:
     print(f"batch {batch}, context {context}, budget {budget}", flush=True)
-    cases = make_cases(shape, batch, context, bench, args.caches)
-    about = cases[0].describe() | {
+    batches = make_batches(shape, batch, context, bench, args.caches)
+    about = batches[0].describe() | {
         "token_budget": budget,
         "num_layers": args.layers,
-        "kv_caches": len(cases),
+        "kv_caches": len(batches),
     }
     dense_of, dense_name = None, ""
     for name, make in (("FLASH_ATTN", flash_attn), ("TRITON_ATTN", triton_attn)):
         try:
-            calls = [make(case) for case in cases]
-            cases[0].check_dense(calls[0]())
+            calls = [make(decodes) for decodes in batches]
+            batches[0].check_dense(calls[0]())
         except Exception as error:  # not on this machine
             bench.skip(about, f"vllm {name}", error)
             continue
@@ -95,30 +97,30 @@ def run(bench, shape, batch: int, context: int, budget: int, args) -> None:
 
     def dense() -> None:
         for layer in range(args.layers):
-            dense_of[layer % len(cases)]()
+            dense_of[layer % len(batches)]()
 
     times = bench.time_us(dense)
-    num_bytes = args.layers * cases[0].dense_bytes
+    num_bytes = args.layers * batches[0].dense_bytes
     base = bench.add(about, f"vllm {dense_name}, all dense", times, num_bytes)
     plan = LayerPlan(tuple(roles(args.layers)), "benchmark")
     for kernels in kernels_here(bench, shape, args.kernels):
-        rule = rule_of(budget)
-        first = Decoder(cases[0], rule, kernels)
+        rule = default_rule(budget)
+        first = Decoder(batches[0], rule, kernels)
         first.check()
-        decoders = [first.over(case) for case in cases]
+        decoders = [first.over(decodes) for decodes in batches]
         stack = Stack(plan.roles, dense_of, decoders)
         for attends, interval in product(SELECT_ATTENDS, args.intervals):
             steps = partial(stack.decode, interval, attends)
             steps()
-            decoders[(args.layers - 1) % len(cases)].check_sparse()
+            decoders[(args.layers - 1) % len(batches)].check_sparse()
             settings = {"reselect_interval": interval, "select_attends": attends}
             config = TidalConfig(token_budget=budget, **settings)
-            share = kv_read_share(plan, config, int(cases[0].seq_lens[0]))
+            share = kv_read_share(plan, config, int(batches[0].seq_lens[0]))
             times = [t / interval for t in bench.time_us(steps)]
-            name, case = f"tidal {kernels.name}", about | settings
-            ours = bench.add(case, name, times, int(share * num_bytes))
+            name, setup = f"tidal {kernels.name}", about | settings
+            ours = bench.add(setup, name, times, int(share * num_bytes))
             bench.note(
-                case,
+                setup,
                 implementation=name,
                 speedup=round(base["median_us"] / ours["median_us"], 3),
                 speedup_by_bytes=round(1 / share, 3),
@@ -128,7 +130,7 @@ def run(bench, shape, batch: int, context: int, budget: int, args) -> None:
 
 @dataclass
 class Stack:
-    """A model's attention layers by role, which take turns on the cases."""
+    """A model's attention layers by role, which take turns on the batches."""
 
     roles: tuple[Role, ...]
     dense_of: list[Callable[[], object]]

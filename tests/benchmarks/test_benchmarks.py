@@ -12,9 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.kernels.paged_case import Case, Decoder, Shape, rule_of
-from tidal_vllm import kernels as ops
-from tidal_vllm.kernels import reference
+from benchmarks.kernels.decode_batch import DecodeBatch, Decoder, Shape, default_rule
+from tidal_vllm.kernels import DecodeArgs, choose, reference
 
 ROOT = Path(__file__).parents[2]
 # Runs several scripts in one process: modules and arguments, as JSON.
@@ -91,15 +90,13 @@ def test_engines_with_dummy_weights(tmp_path):
     assert not out.exists()
 
 
-def spoil_after(
-    decoder: Decoder, op: str, spoil: Callable[[ops.DecodeArgs], None]
-) -> None:
+def spoil_after(decoder: Decoder, op: str, spoil: Callable[[DecodeArgs], None]) -> None:
     """Spoil what an op of the decoder leaves, and not what the oracle's leaves."""
     names = ("dense_decode", "score_blocks", "select_blocks", "sparse_decode")
     found = {name: getattr(reference, name) for name in names}
     stock = found[op]
 
-    def spoilt(args: ops.DecodeArgs, *more) -> None:
+    def spoilt(args: DecodeArgs, *more) -> None:
         stock(args, *more)
         spoil(args)
 
@@ -113,16 +110,17 @@ class TestChecks:
     @pytest.fixture
     def decoder(self):
         torch.manual_seed(0)
-        case = Case.make(Shape(4, 2, 32, dtype="float32"), 2, 200, torch.device("cpu"))
-        kernels = ops.choose("cpu", head_size=32, dtype=torch.float32)
-        return Decoder(case, rule_of(64), kernels)
+        shape = Shape(4, 2, 32, dtype="float32")
+        decodes = DecodeBatch.make(shape, 2, 200, torch.device("cpu"))
+        kernels = choose("cpu", head_size=32, dtype=torch.float32)
+        return Decoder(decodes, default_rule(64), kernels)
 
     def test_the_reference_is_right(self, decoder):
         decoder.check()
 
     @pytest.mark.parametrize("op", ["dense_decode", "sparse_decode"])
     def test_a_wrong_output_is_found(self, decoder, op):
-        def spoil(args: ops.DecodeArgs) -> None:
+        def spoil(args: DecodeArgs) -> None:
             args.output[1, 3, 7] += 0.05
 
         spoil_after(decoder, op, spoil)
@@ -130,7 +128,7 @@ class TestChecks:
             decoder.check()
 
     def test_another_choice_is_found(self, decoder):
-        def spoil(args: ops.DecodeArgs) -> None:
+        def spoil(args: DecodeArgs) -> None:
             args.topk_blocks[0, 0] = torch.arange(4)
 
         spoil_after(decoder, "select_blocks", spoil)
@@ -138,7 +136,7 @@ class TestChecks:
             decoder.check()
 
     def test_a_wrong_block_lse_is_found(self, decoder):
-        def spoil(args: ops.DecodeArgs) -> None:
+        def spoil(args: DecodeArgs) -> None:
             if args.select_block_size is not None:
                 args.workspace.block_lse[0, 1, 3] += 0.5
 

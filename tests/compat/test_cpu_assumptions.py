@@ -23,7 +23,7 @@ pytestmark = pytest.mark.compat
 
 
 class TestCpuRefusals:
-    """cpu_refusals.py"""
+    """cpu/refusals.py"""
 
     def test_models_are_inspected_by_a_method_that_may_find_none(self):
         inspect_model = registry._ModelRegistry._try_inspect_model_cls
@@ -36,7 +36,7 @@ class TestCpuRefusals:
 
 
 class TestCpuLora:
-    """cpu_lora.py"""
+    """cpu/lora.py"""
 
     def test_the_wrapper_is_one_of_vllms(self):
         assert current_platform.get_punica_wrapper().endswith(".TidalPunicaWrapper")
@@ -67,7 +67,7 @@ class TestCpuLora:
 
 
 class TestCpuMoe:
-    """cpu_moe.py"""
+    """cpu/moe.py"""
 
     def test_experts_are_left_to_a_platform_from_outside(self):
         source = inspect.getsource(select_unquantized_moe_backend)

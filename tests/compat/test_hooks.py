@@ -74,11 +74,26 @@ class TestPlugin:
 
 
 class TestSetUp:
-    """engine/backend.py"""
+    """engine/setup_checks.py"""
 
     def test_the_scheduler_is_a_setting(self):
         config = SchedulerConfig.default_factory(scheduler_cls=ASYNC_SCHEDULER)
         assert config.get_scheduler_cls().__name__ == "TidalAsyncScheduler"
+
+    def test_the_engines_process_inherits_the_environment(self):
+        """In which it finds the warnings that were given."""
+        source = inspect.getsource(engine_utils.CoreEngineProcManager)
+        assert "context = get_mp_context()" in source
+        assert "context.Process(" in source
+
+
+class TestCommands:
+    """calibrate/engine.py, demo.py"""
+
+    def test_vllm_reads_what_the_commands_set(self):
+        """An unknown variable would be ignored, with a warning."""
+        given = {"ENABLE_V1_MULTIPROCESSING", "USE_V2_MODEL_RUNNER", "LOGGING_LEVEL"}
+        assert {f"VLLM_{name}" for name in given} <= envs.environment_variables.keys()
 
 
 FILTERED = log_filters.OF_THE_SCHEDULER | cpu_log_filters.OF_THE_CPU_PLATFORM
@@ -219,6 +234,10 @@ class TestShutdown:
         assert "def _interrupt_init(*_)" in source
         assert "signal.signal(signal.SIGTERM, _interrupt_init)" in source
         assert signal.getsignal(signal.SIGTERM) is not shutdown._exit
+
+    def test_an_engines_process_has_a_name(self):
+        """By which `end_with_parent` knows it."""
+        assert 'else "EngineCore"' in inspect.getsource(engine_utils)
 
     def test_a_server_freezes_its_heap(self):
         """Once it does not, `gc.unfreeze` can go."""

@@ -1,4 +1,4 @@
-"""What scheduler.py takes for granted inside vLLM; each breaks here first, and loudly.
+"""What engine/scheduler.py takes for granted inside vLLM; each breaks here first.
 
 A failure means: read the named place of the package again before raising the
 supported range of vLLM.

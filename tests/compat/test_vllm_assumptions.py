@@ -88,7 +88,7 @@ class TestRegistry:
 
 
 class TestBackend:
-    """backend.py"""
+    """engine/backend.py"""
 
     FINE = AttentionSelectorConfig(
         head_size=64, dtype=torch.float32, kv_cache_dtype="auto", block_size=16
@@ -169,7 +169,7 @@ class TestBackend:
 
 
 class TestMetadata:
-    """metadata.py"""
+    """engine/metadata.py"""
 
     def test_fields_of_the_common_metadata(self):
         fields = {field.name for field in dataclasses.fields(CommonAttentionMetadata)}
@@ -227,7 +227,7 @@ class TestMetadata:
 
 
 class TestDenseBackends:
-    """dense.py: what is composed with."""
+    """engine/dense.py: what is composed with."""
 
     @pytest.fixture(params=["FLASH_ATTN", "TRITON_ATTN"])
     def dense(self, request):
@@ -275,7 +275,7 @@ class TestDenseBackends:
 
 
 class TestGraphs:
-    """metadata.py: which batches a full CUDA graph is replayed for."""
+    """engine/batch.py: which batches a full CUDA graph is replayed for."""
 
     def test_modes(self):
         full = {

@@ -38,7 +38,7 @@ def llm(engine, random_llama):
 
 
 class TestPlatform:
-    """platform.py"""
+    """cpu/platform.py"""
 
     def test_ours_is_in_use(self):
         assert isinstance(current_platform, TidalCpuPlatform)
@@ -79,7 +79,7 @@ class TestPlatform:
 
 
 class TestCpuWorker:
-    """cpu_worker.py"""
+    """cpu/worker.py"""
 
     def test_the_worker_builds_its_runner_by_a_name_in_its_module(self, llm):
         source = inspect.getsource(stock_cpu_worker.CPUWorker.init_device)

@@ -122,8 +122,8 @@ def test_refuses_states_at_unknown_places():
         ([F, F], False, True, None),
         ([F, W], False, False, None),
         ([F, W], False, True, "--disable-hybrid-kv-cache-manager"),
-        ([F, S], True, False, "states cannot go back"),
-        ([F, F], True, True, "states cannot go back"),
+        ([F, S], True, False, "states cannot be rewound"),
+        ([F, F], True, True, "states cannot be rewound"),
     ],
 )
 def test_what_cannot_be_corrected(kinds, has_state, frees_blocks, words):

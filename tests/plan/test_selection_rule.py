@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.plan.layers import plan_layers
 from tidal_vllm.plan.roles import LayerPlan, Role, all_dense
-from tidal_vllm.plan.rule import SelectionRule, num_sets
+from tidal_vllm.plan.rule import SelectionRule, may_differ_in_group, num_sets
 from tidal_vllm.plan.steps import kv_read_share, runs_sparse
 from tidal_vllm.validators import TidalConfigError
 
@@ -103,10 +103,12 @@ def test_batch_is_sparse_above_the_threshold(seq_len, sparse):
 
 
 @pytest.mark.parametrize(
-    ("scope", "sets"), [("sequence", 1), ("kv_head", 8), ("query_head", 32)]
+    ("scope", "sets", "differ"),
+    [("sequence", 1, False), ("kv_head", 8, False), ("query_head", 32, True)],
 )
-def test_sets_per_sequence(scope, sets):
+def test_sets_per_sequence(scope, sets, differ):
     assert num_sets(scope, 32, 8) == sets
+    assert may_differ_in_group(scope) is differ
 
 
 N, K = 32768, 4096

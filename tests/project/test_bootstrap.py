@@ -103,7 +103,7 @@ def test_a_mistake_shows_usage_and_installs_nothing(arguments, mistake):
 @pytest.mark.parametrize(
     "arguments, folder, rest",
     [
-        (["test", "tests/unit", "-k", "x"], ".venv", ["tests/unit", "-k", "x"]),
+        (["test", "tests/plan", "-k", "x"], ".venv", ["tests/plan", "-k", "x"]),
         (["--vllm", "0.33.0", "--full", "demo"], ".venv-0.33.0", []),
         (["--vllm=0.32.0", "setup"], ".venv", []),
     ],

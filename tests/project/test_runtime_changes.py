@@ -10,6 +10,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "tidal_vllm"
 HEADING = "## Every run-time change to vLLM\n"
 MARK = "Changes vLLM at run time:"
+# Lists of vLLM's objects that the code of vLLM calls; they are set to lists.
+LISTS_OF_CODE = {"metadata_builders"}
 # Calls that change what other modules do.
 CALLS = {
     *("pickle", "Library", "addFilter", "filterwarnings", "register_kernels"),
@@ -67,7 +69,8 @@ def replaced(tree: ast.Module) -> set[str]:
             while isinstance(root, ast.Attribute):
                 root = root.value
             owner = getattr(root, "id", "")
-            if owner in imported or (is_code and owner != "self"):
+            foreign_code = is_code or target.attr in LISTS_OF_CODE
+            if owner in imported or (foreign_code and owner != "self"):
                 found.add(target.attr)
     return found
 
@@ -79,6 +82,27 @@ def called(tree: ast.Module) -> set[str]:
             asked = [node.func] if isinstance(node, ast.Call) else node.decorator_list
             names |= {getattr(a, "attr", getattr(a, "id", "")) for a in asked}
     return names & CALLS
+
+
+def environment_changes(tree: ast.Module) -> list[ast.expr]:
+    """Keys, or mappings of keys, that a module sets in `os.environ`."""
+    changes: list[ast.expr] = []
+    setters = ("os.environ.setdefault", "os.environ.update")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+            changes += [node.slice] * (ast.unparse(node.value) == "os.environ")
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in setters:
+            changes.append(node.args[0])
+    return changes
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_whatever_is_set_in_the_environment_is_listed(module):
+    tree = ast.parse(SOURCES[module].read_text())
+    for change in environment_changes(tree):
+        if isinstance(change, ast.Constant):
+            assert f"`{change.value}`" in LISTED.get(module, "")
+        assert "environment: " in LISTED.get(module, "")
 
 
 @pytest.mark.parametrize("module", SOURCES)

@@ -52,7 +52,9 @@ def test_refuses_a_layer_that_cannot_select(refusal, model):
 def test_states_cannot_be_corrected(refusal, configure, model):
     message = refusal({"correction_interval": 8}, model=model)
     assert "tidal.correction_interval = 8: a correction computes tokens" in message
-    assert "states cannot go back to where those begin: must be null" in message
+    assert (
+        "states cannot be rewound to the first of those tokens: must be null" in message
+    )
     configure({"correction_interval": None}, model=model)
 
 

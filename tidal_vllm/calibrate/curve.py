@@ -15,6 +15,7 @@ from tidal_vllm.config import TidalConfig
 from tidal_vllm.plan.layers import plan_layers
 from tidal_vllm.plan.pollution import MIN_REMAINING
 from tidal_vllm.plan.roles import Role
+from tidal_vllm.plan.rule import may_differ_in_group
 from tidal_vllm.plan.steps import kv_read_share
 
 INTERVALS = (4, 8, 16, 32)  # decode steps between corrections
@@ -134,7 +135,7 @@ def _read_share(job: Job, layers: tuple[int, ...], config: TidalConfig) -> float
     """
     plan = plan_layers(config, job.num_layers, None, layers)
     share = kv_read_share(plan, config, job.mean_len)
-    if config.scope != "query_head":
+    if not may_differ_in_group(config.scope):
         return share
     # The heads of a group may choose different tokens: at most all of them.
     full = 1 - plan.count(Role.SPARSE) / plan.num_full_layers

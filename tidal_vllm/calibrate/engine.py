@@ -1,4 +1,7 @@
-"""vLLM's engine for calibration: one request at a time, recorded or reconfigured."""
+"""vLLM's engine for calibration: one request at a time, recorded or reconfigured.
+
+Changes vLLM at run time: the environment, while a calibration runs.
+"""
 
 from __future__ import annotations
 

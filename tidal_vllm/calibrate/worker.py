@@ -1,9 +1,6 @@
 """Calibration inside vLLM's workers, wherever they run: methods for `collective_rpc`.
 
 vLLM adds this class to the worker's (`worker_extension_cls`).
-
-Changes vLLM at run time: the `metadata_builders` of the model runner's attention
-groups are made anew for each setting that is tried.
 """
 
 from __future__ import annotations

@@ -97,7 +97,8 @@ class TidalCpuPlatform(CpuPlatform):
         if vllm_config.model_config is not None:
             from tidal_vllm.engine.setup_checks import refuse_model
 
-            refuse_model(vllm_config.model_config)  # its dense attention is ours too
+            # This package also runs the model's dense attention.
+            refuse_model(vllm_config.model_config)
         refuse_what_needs_a_gpu(vllm_config)
         parallel = vllm_config.parallel_config
         executor = parallel.distributed_executor_backend

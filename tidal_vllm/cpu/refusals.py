@@ -33,7 +33,10 @@ def refuse_what_needs_a_gpu(vllm_config: "VllmConfig") -> None:
 
 
 def _refuse_speculation_without_triton(vllm_config: "VllmConfig") -> None:
-    """Its sampler would fail in the first step that has a draft to verify."""
+    """Refuse speculation without Triton.
+
+    vLLM's sampler of drafts would fail in its first step.
+    """
     from vllm.triton_utils import HAS_TRITON
 
     speculation = vllm_config.speculative_config
@@ -46,7 +49,10 @@ def _refuse_speculation_without_triton(vllm_config: "VllmConfig") -> None:
 
 
 def _refuse_what_has_no_pytorch_code(model_config: "ModelConfig") -> None:
-    """It would fail in the first step: vLLM looks for the kernels no earlier."""
+    """Refuse quantisation and states that have no PyTorch code.
+
+    vLLM looks for their kernels in the first step only.
+    """
     from vllm.triton_utils import HAS_TRITON
 
     quantization = model_config.quantization

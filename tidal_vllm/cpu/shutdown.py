@@ -7,8 +7,8 @@ HTTP server waits for them for good, as it does for clients that stopped reading
 A reader that wins logs the orderly end as an error (vLLM issue 48745).
 
 Changes vLLM at run time: `AsyncLLM.shutdown`, `AsyncMPClient.get_output_async`,
-`zmq_socket_ctx` where an engine is waited for, `NoSignalServer.shutdown`, and the
-handlers of SIGINT and SIGTERM.
+`zmq_socket_ctx` where an engine is waited for, `NoSignalServer.shutdown`, the handlers
+of SIGINT and SIGTERM, and a thread of the engine's process that watches its parent.
 """
 
 import asyncio

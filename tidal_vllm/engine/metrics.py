@@ -51,7 +51,7 @@ class CorrectionCounters:
     corrections: int = 0
     """Corrections started, over all requests."""
     corrected_tokens: int = 0
-    """Polluted tokens that they compute again."""
+    """Polluted tokens that corrections compute again."""
     longest_polluted_run: int = 0
     """Most polluted tokens that a sequence ever had."""
 
@@ -60,10 +60,10 @@ class CorrectionCounters:
         self.longest_polluted_run = max(self.longest_polluted_run, num_polluted)
 
     def __str__(self) -> str:
-        return (
-            f"Corrections: {self.corrections}, "
-            f"Corrected tokens: {self.corrected_tokens}, "
-            f"Longest polluted run: {self.longest_polluted_run}"
+        """Every field with its value, as vLLM logs its statistics."""
+        counts = asdict(self).items()
+        return ", ".join(
+            f"{name.capitalize().replace('_', ' ')}: {count}" for name, count in counts
         )
 
 

@@ -67,6 +67,6 @@ class QueryRows:
 
 
 def row_lens(query_lens: list[int], seq_lens: list[int]) -> list[int]:
-    """The same lengths on the host, without padding."""
+    """The lengths of `QueryRows.seq_lens`, on the host and without padding."""
     pairs = zip(query_lens, seq_lens, strict=True)
     return [end - back for count, end in pairs for back in reversed(range(count))]

@@ -1,4 +1,8 @@
-"""Other settings for an engine that runs, without a new start."""
+"""Other settings for an engine that runs, without a new start.
+
+Changes vLLM at run time: the `metadata_builders` of the model runner's attention groups
+are made anew.
+"""
 
 import copy
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Everything that is refused or set where vLLM completes its configuration.
 
 Changes vLLM at run time: `scheduler_config.scheduler_cls`, where nobody chose a
-scheduler.
+scheduler, and the environment variable `TIDAL_VLLM_TOLD`.
 """
 
 import json
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.tidal.backend")
 
-# Of a model's config: what vLLM builds a model's layers for, where it is there.
+# Fields of a model's config that make vLLM build layers for kernels that this package
+# lacks.
 _REFUSED_FIELDS = {
     "dual_chunk_attention_config": "dual chunk attention (Qwen2.5-1M)",
     "canvas_length": "block diffusion",
@@ -70,7 +71,9 @@ def check_setup(vllm_config: "VllmConfig") -> None:
 
 
 def _warn_once(warning: str) -> None:
-    """Warn, unless a process above has: the engine's completes the same config again.
+    """Warn, unless a parent process already has.
+
+    The engine's process completes the same config again.
 
     NOTE: the environment is what such a process inherits; vLLM copies the config field
     by field, so nothing can be noted there.

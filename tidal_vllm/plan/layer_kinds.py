@@ -2,7 +2,7 @@
 
 Takes a Hugging Face config object, and needs neither vLLM nor torch. vLLM's models
 read the same fields; that a model was built accordingly is checked when it has been
-(`policy.check_full_layers`).
+(`plan.stages.check_full_layers`).
 """
 
 import enum
@@ -88,17 +88,17 @@ def why_not_correctable(
 
     Args:
         has_state: Whether vLLM keeps a state for some of the layers.
-        frees_blocks: Whether vLLM gives the KV behind a sliding window away.
+        frees_blocks: Whether vLLM frees the KV behind a sliding window.
     """
     if has_state:
         return (
-            "a correction computes tokens again, and this model's states cannot go "
-            "back to where those begin: must be null"
+            "a correction computes tokens again, and this model's states cannot be "
+            "rewound to the first of those tokens: must be null"
         )
     if frees_blocks and LayerKind.WINDOW in kinds:
         return (
-            "a correction computes tokens again, and vLLM has given away what the "
-            "sliding windows of those held: must be null, or vLLM be started with "
+            "a correction computes tokens again, and vLLM has freed the KV behind "
+            "their sliding windows: must be null, or vLLM be started with "
             "--disable-hybrid-kv-cache-manager"
         )
     return None

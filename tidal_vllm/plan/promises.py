@@ -27,7 +27,7 @@ def check_promises(vllm_config: Any, startup: Startup) -> None:
 
 
 def needs_scheduler(vllm_config: Any, startup: Startup) -> str:
-    """What only our scheduler can do; empty where any other does as well."""
+    """Why TIDAL's scheduler is needed; empty where any scheduler will do."""
     config = startup.config
     if config.correction_interval is not None:
         return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from tidal_vllm.config import TidalConfig
+from tidal_vllm.config import NUM_SETS, TidalConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,4 +61,12 @@ class SelectionRule:
 
 def num_sets(scope: str, num_heads: int, num_kv_heads: int) -> int:
     """Sets that are kept for one sequence on one rank."""
-    return {"sequence": 1, "kv_head": num_kv_heads, "query_head": num_heads}[scope]
+    return NUM_SETS[scope](num_heads, num_kv_heads)
+
+
+def may_differ_in_group(scope: str) -> bool:
+    """Whether the query heads of one KV head may keep different blocks.
+
+    They then read up to group-size times the K and V that one set holds.
+    """
+    return num_sets(scope, num_heads=2, num_kv_heads=1) > 1

@@ -7,7 +7,7 @@ import textwrap
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.plan.lengths import format_length, shown_lengths
 from tidal_vllm.plan.roles import LayerPlan, Role, format_layers
-from tidal_vllm.plan.rule import SelectionRule
+from tidal_vllm.plan.rule import SelectionRule, may_differ_in_group
 from tidal_vllm.plan.steps import kv_read_share
 from tidal_vllm.registry import METHODS
 
@@ -60,7 +60,7 @@ def _budget_rows(
     threshold = f"{rule.sparse_threshold} tokens of context"
     if rule.sparse_threshold < rule.keep_all_len:
         threshold += f" (up to {rule.keep_all_len} every block is kept)"
-    at_least = "at least " if config.scope == "query_head" else ""
+    at_least = "at least " if may_differ_in_group(config.scope) else ""
     alone = plan.num_full_layers < plan.num_layers
     whose = ", of the full-attention layers" if alone else ""
     return [

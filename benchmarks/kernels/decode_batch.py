@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks.kernels.timing import Bench
-from tidal_vllm import kernels as ops
-from tidal_vllm.kernels import reference
+from tidal_vllm.config import TidalConfig
+from tidal_vllm.kernels import DecodeArgs, Kernels, Workspace, choose, reference
 from tidal_vllm.plan.rule import SelectionRule, num_sets
 from tidal_vllm.validators import TidalConfigError
 
@@ -36,11 +36,11 @@ def shape_of(args: argparse.Namespace) -> Shape:
 
 
 @dataclass
-class Case:
+class DecodeBatch:
     """A batch of decodes, each over `context` tokens, at shuffled physical blocks."""
 
     shape: Shape
-    batch: int
+    num_rows: int
     context: int
     query: torch.Tensor
     kv_cache: torch.Tensor
@@ -49,12 +49,12 @@ class Case:
 
     @classmethod
     def make(
-        cls, shape: Shape, batch: int, context: int, device: torch.device
-    ) -> "Case":
-        """A case in layout LBNHC, vLLM's default, whose last blocks are not full."""
+        cls, shape: Shape, num_rows: int, context: int, device: torch.device
+    ) -> "DecodeBatch":
+        """A batch in layout LBNHC, vLLM's default, whose last blocks are not full."""
         dtype, size = getattr(torch, shape.dtype), shape.block_size
         per_row = -(-context // size)
-        num_blocks = batch * per_row + 1  # block 0 is vLLM's null block
+        num_blocks = num_rows * per_row + 1  # block 0 is vLLM's null block
         heads, width = shape.num_kv_heads, 2 * shape.head_size
         physical = torch.empty(
             num_blocks, size, heads, width, dtype=dtype, device=device
@@ -62,15 +62,15 @@ class Case:
         for part in physical.split(4096):
             part.normal_()
         table = 1 + torch.randperm(num_blocks - 1, dtype=torch.int32, device=device)
-        lens = torch.full((batch,), context - 5, dtype=torch.int32, device=device)
-        query_shape = (batch, shape.num_heads, shape.head_size)
+        lens = torch.full((num_rows,), context - 5, dtype=torch.int32, device=device)
+        query_shape = (num_rows, shape.num_heads, shape.head_size)
         return cls(
             shape=shape,
-            batch=batch,
+            num_rows=num_rows,
             context=context,
             query=torch.randn(query_shape, dtype=dtype, device=device),
             kv_cache=physical.transpose(1, 2),
-            block_table=table.view(batch, per_row),
+            block_table=table.view(num_rows, per_row),
             seq_lens=lens,
         )
 
@@ -91,7 +91,7 @@ class Case:
     def describe(self) -> dict:
         shape = self.shape
         return {
-            "batch": self.batch,
+            "batch": self.num_rows,
             "context": self.context,
             "num_heads": shape.num_heads,
             "num_kv_heads": shape.num_kv_heads,
@@ -102,14 +102,14 @@ class Case:
 
     def rows(self) -> list[int]:
         """The rows that are checked; the oracle takes too long for all of them."""
-        return sorted({0, self.batch // 2, self.batch - 1})
+        return sorted({0, self.num_rows // 2, self.num_rows - 1})
 
     def check_dense(self, output: torch.Tensor) -> None:
         """Raise unless a batch's output is dense attention."""
         for row in self.rows():
             _require_close(output[row], self.oracle(row).output[0])
 
-    def check_sparse(self, output: torch.Tensor, made: ops.DecodeArgs) -> None:
+    def check_sparse(self, output: torch.Tensor, made: DecodeArgs) -> None:
         """Raise unless a batch's output is attention to the blocks of `made`."""
         for row in self.rows():
             one = slice(row, row + 1)
@@ -119,18 +119,16 @@ class Case:
             reference.sparse_decode(args, self.seq_lens[one])
             _require_close(output[row], args.output[0])
 
-    def oracle(self, row: int, select_block_size: int | None = None) -> ops.DecodeArgs:
+    def oracle(self, row: int, select_block_size: int | None = None) -> DecodeArgs:
         """One row after `reference.dense_decode`, in fp32."""
         one = slice(row, row + 1)
         args = self._oracle_args(one, select_block_size)
         reference.dense_decode(args, self.seq_lens[one])
         return args
 
-    def _oracle_args(
-        self, rows: slice, select_block_size: int | None
-    ) -> ops.DecodeArgs:
+    def _oracle_args(self, rows: slice, select_block_size: int | None) -> DecodeArgs:
         query = self.query[rows].float()
-        return ops.DecodeArgs(
+        return DecodeArgs(
             query=query,
             kv_cache=self.kv_cache,
             block_table=self.block_table[rows],
@@ -149,64 +147,59 @@ def _require_close(output: torch.Tensor, wanted: torch.Tensor) -> None:
     assert error <= allowed, f"off by {error:.2e}, allowed {allowed:.2e}"
 
 
-def rule_of(
-    token_budget: int, select_block_size: int = 16, recent_fraction: float = 0.25
-) -> SelectionRule:
-    """The rule of TIDAL's default settings at a budget."""
-    return SelectionRule(
-        token_budget=token_budget,
-        select_block_size=select_block_size,
-        sink_tokens=4,
-        recent_tokens=max(1, int(token_budget * recent_fraction)),
-        sparse_threshold=token_budget,
-    )
+def default_rule(token_budget: int, select_block_size: int = 16) -> SelectionRule:
+    """The rule of TIDAL's default settings at a budget, in tokens."""
+    config = TidalConfig(token_budget=token_budget, select_block_size=select_block_size)
+    return SelectionRule.from_config(config)
 
 
 @dataclass
 class Decoder:
-    """The decode ops on one case, with the buffers that they need.
+    """The decode ops on one batch, with the buffers that they need.
 
     Each op takes lengths of its own, `lens`, which leave rows out where negative. By
-    default these are the lengths of the case.
+    default these are the lengths of the batch.
     """
 
-    case: Case
+    decodes: DecodeBatch
     rule: SelectionRule
-    kernels: ops.Kernels
+    kernels: Kernels
     scope: str = "sequence"
 
     def __post_init__(self) -> None:
-        case, shape = self.case, self.case.shape
-        device, longest = case.query.device, self.rule.num_blocks(case.context)
+        decodes, shape = self.decodes, self.decodes.shape
+        device, longest = decodes.query.device, self.rule.num_blocks(decodes.context)
         sets = num_sets(self.scope, shape.num_heads, shape.num_kv_heads)
         workspace = self.kernels.allocate_workspace(
-            case.batch, shape.num_heads, sets, shape.head_size, longest, device
+            decodes.num_rows, shape.num_heads, sets, shape.head_size, longest, device
         )
         kept = min(self.rule.budget_blocks, longest)
-        blocks = torch.full((case.batch, sets, kept), -1, dtype=torch.int32)
-        self.args = ops.DecodeArgs(
-            query=case.query,
-            kv_cache=case.kv_cache,
-            block_table=case.block_table,
-            output=torch.empty_like(case.query),
-            scale=case.scale,
+        blocks = torch.full((decodes.num_rows, sets, kept), -1, dtype=torch.int32)
+        self.args = DecodeArgs(
+            query=decodes.query,
+            kv_cache=decodes.kv_cache,
+            block_table=decodes.block_table,
+            output=torch.empty_like(decodes.query),
+            scale=decodes.scale,
             workspace=workspace,
             select_block_size=self.rule.select_block_size,
             topk_blocks=blocks.to(device),
-            topk_lens=torch.zeros(case.batch, sets, dtype=torch.int32, device=device),
+            topk_lens=torch.zeros(
+                decodes.num_rows, sets, dtype=torch.int32, device=device
+            ),
         )
-        self.nobody = torch.full_like(case.seq_lens, -1)
+        self.nobody = torch.full_like(decodes.seq_lens, -1)
         """Lengths that leave all rows out."""
 
-    def over(self, case: Case) -> "Decoder":
+    def over(self, decodes: DecodeBatch) -> "Decoder":
         """The same buffers, selection included, over another KV cache."""
         other = copy.copy(self)
-        other.case = case
+        other.decodes = decodes
         other.args = replace(
             self.args,
-            query=case.query,
-            kv_cache=case.kv_cache,
-            block_table=case.block_table,
+            query=decodes.query,
+            kv_cache=decodes.kv_cache,
+            block_table=decodes.block_table,
         )
         return other
 
@@ -229,11 +222,11 @@ class Decoder:
         self.kernels.ops.sparse_decode(self.args, self._lens(lens))
 
     def check(self) -> None:
-        """Raise unless all ops are right on this case."""
+        """Raise unless all ops are right on this batch."""
         self.dense()
-        self.case.check_dense(self.args.output)
+        self.decodes.check_dense(self.args.output)
         self.dense(keep_scores=True)
-        self.case.check_dense(self.args.output)
+        self.decodes.check_dense(self.args.output)
         self.select()
         self._check_selection()
         self.score()
@@ -245,20 +238,20 @@ class Decoder:
 
     def check_sparse(self) -> None:
         """Raise unless the output is attention to the blocks that are selected."""
-        self.case.check_sparse(self.args.output, self.args)
+        self.decodes.check_sparse(self.args.output, self.args)
 
     def _check_selection(self) -> None:
         """Raise unless the sets are the reference's, given the same block_lse."""
-        args, lens = self.args, self.case.seq_lens
+        args, lens = self.args, self.decodes.seq_lens
         longest = self.rule.num_blocks(int(lens.max()))
-        block_lse = args.workspace.block_lse[: self.case.batch, :, :longest]
-        lse = args.workspace.lse[: self.case.batch]
-        exact = self.case.oracle(0, self.rule.select_block_size).workspace
+        block_lse = args.workspace.block_lse[: self.decodes.num_rows, :, :longest]
+        lse = args.workspace.lse[: self.decodes.num_rows]
+        exact = self.decodes.oracle(0, self.rule.select_block_size).workspace
         torch.testing.assert_close(lse[:1], exact.lse, atol=2e-3, rtol=1e-3)
         torch.testing.assert_close(block_lse[:1], exact.block_lse, atol=2e-2, rtol=1e-3)
         wanted = replace(
             args,
-            workspace=ops.Workspace(lse=lse, block_lse=block_lse),
+            workspace=Workspace(lse=lse, block_lse=block_lse),
             topk_blocks=torch.full_like(args.topk_blocks, -1),
             topk_lens=torch.zeros_like(args.topk_lens),
         )
@@ -270,7 +263,7 @@ class Decoder:
         _require_same_sets(args.topk_blocks, wanted.topk_blocks, block_lse, lse)
 
     def _lens(self, lens: torch.Tensor | None) -> torch.Tensor:
-        return self.case.seq_lens if lens is None else lens
+        return self.decodes.seq_lens if lens is None else lens
 
 
 def _require_same_sets(
@@ -290,14 +283,12 @@ def _require_same_sets(
         assert abs(gained - lost) <= 1e-4 * mass.sum(), f"row {row} chose otherwise"
 
 
-def kernels_here(
-    bench: Bench, shape: Shape, asked: list[str] | None
-) -> list[ops.Kernels]:
+def kernels_here(bench: Bench, shape: Shape, asked: list[str] | None) -> list[Kernels]:
     """The implementations that run on this machine; prints why others do not."""
     found = []
     for name in asked or ["cuda", "triton"]:
         try:
-            kernels = ops.choose(
+            kernels = choose(
                 bench.device,
                 requested=name,
                 head_size=shape.head_size,
