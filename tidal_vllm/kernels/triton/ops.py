@@ -2,7 +2,7 @@
 
 import torch
 
-from tidal_vllm.kernels.checks import QUERY_DTYPES
+from tidal_vllm.kernels.triton.checks import QUERY_DTYPES
 from tidal_vllm.kernels.interface import Requirements
 from tidal_vllm.kernels.triton.attend import (
     INTERPRETED,
