@@ -40,7 +40,7 @@ except OSError as error:
 def _in_order(op: Any) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
     """The function that puts arguments, given by name, into the order of op's schema.
 
-    A call by keywords would cost PyTorch half as much again on the host.
+    PyTorch needs about half as much time again for a call with keywords.
     """
     return itemgetter(*(argument.name for argument in op.default._schema.arguments))
 
