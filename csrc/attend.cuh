@@ -1,6 +1,6 @@
-// The main loop of dense_decode, score_blocks and sparse_decode: one thread block attends
-// up to 16 query heads of one row to one split of the row's entries. Has run under the
-// CPU emulation only, not yet on a GPU.
+// The main loop of dense_decode, score_blocks and sparse_decode: one thread block computes
+// the attention of up to 16 query heads of one row over one split of its entries. Has run
+// under the CPU emulation only, not yet on a GPU.
 //
 // Each warp takes tiles of its own, through an asynchronous pipeline of its own: no
 // barrier of the thread block until join_warps. K and V of a token are copied together
@@ -26,13 +26,13 @@ TIDAL_DEVICE void score(const char* stage, const Query<S>& query, float scale,
     const char* from = stage + lane % 16 * S::token_stride + lane / 16 * 16;
 #pragma unroll
     for (int step = 0; step < S::steps; step += 2) {
-      uint32_t bytes[4], part[4], even, odd;
+      uint32_t bytes[4], left[4], even, odd;
       ldmatrix_x4(bytes, from + step * 16);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (i % 2 == 0) query.get(step + i / 2, part);
+        if (i % 2 == 0) query.get(step + i / 2, left);
         widen<T>(bytes[i], even, odd);
-        mma(T{}, scores[i % 2], part, even, odd);
+        mma(T{}, scores[i % 2], left, even, odd);
       }
     }
   } else {
@@ -41,11 +41,11 @@ TIDAL_DEVICE void score(const char* stage, const Query<S>& query, float scale,
     const char* from = stage + token * S::token_stride + lane / 8 % 2 * 16;
 #pragma unroll
     for (int step = 0; step < S::steps; ++step) {
-      uint32_t keys[4], part[4];
-      query.get(step, part);
+      uint32_t keys[4], left[4];
+      query.get(step, left);
       ldmatrix_x4(keys, from + step * 32);
-      mma(T{}, scores[0], part, keys[0], keys[1]);
-      mma(T{}, scores[1], part, keys[2], keys[3]);
+      mma(T{}, scores[0], left, keys[0], keys[1]);
+      mma(T{}, scores[1], left, keys[2], keys[3]);
     }
   }
   const unsigned present = *reinterpret_cast<const unsigned*>(stage + S::token_bytes);

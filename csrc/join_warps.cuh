@@ -23,9 +23,9 @@ TIDAL_DEVICE void write_output(const AttendParams& p, const Share& share, int he
                          float first, float second) {
   if (share.splits.used > 1) {
     const int64_t at = static_cast<int64_t>(share.row) * p.num_heads + head;
-    const int64_t part = at * p.split_capacity + share.split;
-    p.partial_out[part * S::head_size + dim] = first;
-    p.partial_out[part * S::head_size + dim + 1] = second;
+    const int64_t partial = at * p.split_capacity + share.split;
+    p.partial_out[partial * S::head_size + dim] = first;
+    p.partial_out[partial * S::head_size + dim + 1] = second;
     return;
   }
   const uint32_t pair = pack(typename S::T{}, first, second);

@@ -15,7 +15,7 @@ struct TileLoader {
   const Entries& entries;
   const Share& share;
   const char* cache;  // of the heads' KV head
-  const int* table;   // the row's part of the block table
+  const int* table;   // the row's line of the block table
   char* stages;       // this warp's
   int next_position;
   // Of the token that this lane copies next: its place in its KV block (-1: there is no
@@ -51,7 +51,7 @@ struct TileLoader {
   }
 
   // Starts the copy of the warp's tile number `tile`. A token that does not exist becomes
-  // zeros; the padding of the first token gets a bit for each token that does.
+  // zeros. The padding behind the first token holds a bit mask of the tokens that exist.
   TIDAL_DEVICE void copy(int tile) {
     const int lane = thread_index() % 32;
     int64_t offset = -1;
@@ -90,10 +90,10 @@ struct Query {
       if constexpr (!S::query_in_shared) {
         load_step(p, share, step, in_registers[step]);
       } else if (step % S::warps == thread_index() / 32) {
-        uint32_t part[4];
-        load_step(p, share, step, part);
+        uint32_t left[4];
+        load_step(p, share, step, left);
 #pragma unroll
-        for (int r = 0; r < 4; ++r) in_shared(step)[r] = part[r];
+        for (int r = 0; r < 4; ++r) in_shared(step)[r] = left[r];
       }
     }
     if constexpr (S::query_in_shared) sync_block();

@@ -178,7 +178,7 @@ AttendParams params_of(const AttendArguments& a) {
   p.num_heads = static_cast<int>(a.query.size(1));
   p.head_size = static_cast<int>(a.query.size(2));
   p.heads_per_kv_head = p.num_heads / static_cast<int>(a.kv_cache.size(1));
-  p.heads_per_unit = p.heads_per_kv_head;
+  p.heads_per_group = p.heads_per_kv_head;
   p.block_size = static_cast<int>(a.kv_cache.size(2));
   p.select_block_size = static_cast<int>(a.select_block_size.value_or(1));
   p.split_capacity = static_cast<int>(a.partial_lse.size(2));
@@ -203,9 +203,9 @@ AttendParams params_of(const AttendArguments& a) {
     p.topk_set_stride = a.topk_blocks->stride(1);
     p.topk_lens_row_stride = a.topk_lens->stride(0);
     p.heads_per_set = p.num_heads / static_cast<int>(a.topk_blocks->size(1));
-    p.heads_per_unit = smaller(p.heads_per_kv_head, p.heads_per_set);
+    p.heads_per_group = smaller(p.heads_per_kv_head, p.heads_per_set);
   }
-  p.tiles_per_unit = ceil_div(p.heads_per_unit, kTileHeads);
+  p.head_tiles = ceil_div(p.heads_per_group, kTileHeads);
   return p;
 }
 

@@ -1,12 +1,14 @@
 // What the kernels are given. The words that all files here use:
-//   row    one query token of one decoding sequence
-//   unit   neighbouring query heads that share a KV head and a set
-//   set    the selection blocks that were chosen for a row and some of its query heads
-//   entry  one token that a row attends to, by number: its position in the sequence
-//          (dense), or its place in the row's chosen blocks (sparse)
-//   tile   16 entries, which one warp takes at a time
-//   split  a part of a row's entries, which one thread block takes
-//   lane   the index of a thread in its warp
+//   row         one query token of one decoding sequence
+//   set         the selection blocks that were chosen for a row and some of its query
+//               heads
+//   head group  the query heads that share both their KV head and their set
+//   head tile   up to 16 query heads of a head group, which one thread block takes
+//   entry       one token that a row attends to, by number: its position in the sequence
+//               (dense), or its place in the row's chosen blocks (sparse)
+//   tile        16 entries, which one warp takes at a time
+//   split       consecutive entries of a row, which one thread block takes
+//   lane        the index of a thread in its warp
 // Shapes: R rows, H query heads, Hkv KV heads, D head size, G sets per row, N selection
 // blocks, M KV blocks per sequence, P most splits of one row. Strides count elements.
 #pragma once
@@ -48,8 +50,8 @@ struct AttendParams {
   int head_size;
   int heads_per_kv_head;
   int heads_per_set;  // H / G where sparse
-  int heads_per_unit;
-  int tiles_per_unit;     // thread blocks that take one unit: one per 16 heads
+  int heads_per_group;
+  int head_tiles;         // of a head group
   int block_size;         // tokens of a KV block
   int select_block_size;  // tokens of a selection block
   int num_blocks;         // N
@@ -63,7 +65,7 @@ struct AttendParams {
 
 // The thread blocks that take one row without splitting it.
 inline int thread_blocks(const AttendParams& p) {
-  return p.num_heads / p.heads_per_unit * p.tiles_per_unit;
+  return p.num_heads / p.heads_per_group * p.head_tiles;
 }
 
 struct SelectParams {

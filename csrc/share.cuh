@@ -1,5 +1,5 @@
-// Which part of the work a thread block does: up to 16 query heads of one row, and one
-// split of the row's entries. params.h says what a row, an entry and a split are.
+// Which share of the work a thread block does: one head tile of one row, and one split of
+// the row's entries. params.h says what these words mean.
 #pragma once
 
 #include "params.h"
@@ -64,14 +64,14 @@ TIDAL_DEVICE int grain_of(const AttendParams& p) {
   return p.block_lse ? larger(kTileTokens, p.select_block_size) : kTileTokens;
 }
 
-// Grid: (units times tiles_per_unit, splits, rows).
+// Grid: (head groups times head tiles, splits, rows).
 TIDAL_DEVICE Share find_share(const AttendParams& p) {
-  const int unit = block_x() / p.tiles_per_unit, tile = block_x() % p.tiles_per_unit;
+  const int group = block_x() / p.head_tiles, head_tile = block_x() % p.head_tiles;
   Share share;
   share.row = block_z();
   share.seq_len = p.seq_lens[share.row];
-  share.first_head = unit * p.heads_per_unit + tile * kTileHeads;
-  share.num_heads = smaller(kTileHeads, p.heads_per_unit - tile * kTileHeads);
+  share.first_head = group * p.heads_per_group + head_tile * kTileHeads;
+  share.num_heads = smaller(kTileHeads, p.heads_per_group - head_tile * kTileHeads);
   share.split = block_y();
   share.grain = grain_of(p);
   const int entries = count_entries(p, share.row, share.first_head, share.seq_len);
@@ -81,8 +81,8 @@ TIDAL_DEVICE Share find_share(const AttendParams& p) {
   return share;
 }
 
-// Whether a thread block has anything to write. The first split of an empty row has: it
-// writes zeros. A row that is left out has nothing.
+// Whether a thread block has anything to write. The first split of an empty row writes
+// zeros; a row that is left out writes nothing.
 TIDAL_DEVICE bool has_work(const Share& share) {
   return share.seq_len >= 0 && share.split < larger(share.splits.used, 1);
 }

@@ -87,7 +87,7 @@ def dense(
 
     Args:
         size: The select_block_size; None for no block_lse.
-        splits: Parts into which a row is split at most.
+        splits: Most splits of one row.
         poison: What the workspace and the output hold before.
         strided: Whether the output has room between its rows.
     """

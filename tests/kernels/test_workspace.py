@@ -1,4 +1,4 @@
-"""The scratch of the kernels: its sizes, and the parts that a batch gets of it."""
+"""The scratch of the kernels: its sizes, and what a batch gets of it."""
 
 import pytest
 import torch

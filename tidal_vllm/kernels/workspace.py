@@ -1,12 +1,12 @@
-"""The buffers that kernels write between their parts, allocated once per engine."""
+"""The buffers that one kernel writes and another reads, allocated once per engine."""
 
 import math
 from dataclasses import dataclass
 
 import torch
 
-# Parts into which one row is split at most, and at least may be; between the two, as
-# many as keep rows times parts at PARTIAL_ROWS (16 MiB at 32 heads of 128).
+# Most and fewest splits of one row. Between the two a batch gets as many as keep rows
+# times splits at PARTIAL_ROWS (16 MiB of partial results at 32 heads of 128).
 MAX_SPLITS = 128
 MIN_SPLITS = 8
 PARTIAL_ROWS = 1024
@@ -57,13 +57,13 @@ class Workspace:
         def floats(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.float32, device=device)
 
-        parts = max(n * num_splits(n) for n in range(1, max_num_rows + 1)) * num_heads
+        most = max(n * num_splits(n) for n in range(1, max_num_rows + 1)) * num_heads
         return cls(
             lse=floats(max_num_rows, num_heads),
             block_lse=floats(max_num_rows, num_heads, max_blocks),
             mass=floats(max_num_rows, num_sets, max_blocks),
-            partial_out=floats(parts * head_size),
-            partial_lse=floats(parts),
+            partial_out=floats(most * head_size),
+            partial_lse=floats(most),
             num_heads=num_heads,
             head_size=head_size,
         )
@@ -85,17 +85,17 @@ class Workspace:
             ValueError: The workspace is too small for so many rows, or not allocated.
         """
         shape = (num_rows, self.num_heads, num_splits(num_rows))
-        parts = math.prod(shape)
+        needed = math.prod(shape)
         room = 0 if self.partial_lse is None else self.partial_lse.numel()
-        if self.partial_out is None or parts > room:
+        if self.partial_out is None or needed > room:
             raise ValueError(
                 f"workspace has room for {room} partial results: {num_rows} rows of "
-                f"{self.num_heads} heads need {parts}"
+                f"{self.num_heads} heads need {needed}"
             )
-        out = self.partial_out[: parts * self.head_size].view(*shape, self.head_size)
-        return out, self.partial_lse[:parts].view(shape)
+        out = self.partial_out[: needed * self.head_size].view(*shape, self.head_size)
+        return out, self.partial_lse[:needed].view(shape)
 
 
 def num_splits(num_rows: int) -> int:
-    """Parts into which each row of a batch may be split; >= 1."""
+    """The most splits of each row of a batch; >= 1."""
     return max(MIN_SPLITS, min(MAX_SPLITS, PARTIAL_ROWS // max(num_rows, 1)))

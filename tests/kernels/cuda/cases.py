@@ -20,7 +20,7 @@ class Case:
     Attributes:
         lens: The length of each row's sequence; 0 for a row of padding, negative for a
             row that is left out.
-        splits: Room in the workspace: the most parts that a row can be split into.
+        splits: Room in the workspace: the most splits of one row.
         sharpness: Factor on the scale; 30 gives scores of a few hundred.
     """
 

@@ -25,10 +25,8 @@ from tidal_vllm.kernels import Workspace, reference
 from tidal_vllm.kernels.reference import decode, kv_runs
 
 
-def check(
-    batch: Batch, select_block_size: int | None, tile_entries: int = 4096
-) -> None:
-    with mock.patch.object(decode, "TILE_ENTRIES", tile_entries):
+def check(batch: Batch, select_block_size: int | None, tile_pairs: int = 4096) -> None:
+    with mock.patch.object(decode, "TILE_PAIRS", tile_pairs):
         output, lse, block_lse = dense(reference, batch, select_block_size)
         scores_alone = (
             None
@@ -61,14 +59,14 @@ def check(
     st.sampled_from((None, *SELECT_BLOCK_SIZES)),
     st.sampled_from((1, 64, 128, 4096)),
 )
-def test_it_means_what_the_loops_say(batch, select_block_size, tile_entries):
-    check(batch, select_block_size, tile_entries)
+def test_it_means_what_the_loops_say(batch, select_block_size, tile_pairs):
+    check(batch, select_block_size, tile_pairs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_and_dtype(layout, dtype):
-    check(make_batch([37, 0, 64], layout=layout, dtype=dtype), 4, tile_entries=64)
+    check(make_batch([37, 0, 64], layout=layout, dtype=dtype), 4, tile_pairs=64)
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2])
@@ -80,12 +78,12 @@ def test_every_head_grouping(group, num_kv_heads):
 @pytest.mark.parametrize("seq_len", [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 95, 97])
 @pytest.mark.parametrize("select_block_size", SELECT_BLOCK_SIZES)
 def test_lengths_around_block_and_tile_boundaries(seq_len, select_block_size):
-    check(make_batch([seq_len]), select_block_size, tile_entries=64)  # 32 tokens
+    check(make_batch([seq_len]), select_block_size, tile_pairs=64)  # 32 tokens
 
 
 @pytest.mark.parametrize("num_tiles", [1, 2])
 def test_lengths_around_the_real_tile(num_tiles):
-    edge = num_tiles * decode.TILE_ENTRIES
+    edge = num_tiles * decode.TILE_PAIRS
     for seq_len in (edge - 1, edge, edge + 1):
         batch = make_batch([seq_len], num_kv_heads=1, group=2)
         output, lse, block_lse = dense(reference, batch, 16)

@@ -26,15 +26,15 @@ def starts(query_lens):
     return torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
 
 
-def run(batch, query_lens, tile_entries=8192, window=None):
-    with mock.patch.object(prefill, "EXTEND_TILE_ENTRIES", tile_entries):
+def run(batch, query_lens, tile_pairs=8192, window=None):
+    with mock.patch.object(prefill, "EXTEND_TILE_PAIRS", tile_pairs):
         return reference.dense_extend(
             *batch.paged, starts(query_lens), scale=batch.scale, sliding_window=window
         )
 
 
-def check(batch, query_lens, tile_entries=8192, window=None):
-    output = run(batch, query_lens, tile_entries, window)
+def check(batch, query_lens, tile_pairs=8192, window=None):
+    output = run(batch, query_lens, tile_pairs, window)
     assert output.dtype == batch.query.dtype
     if sum(query_lens) == 0:
         assert output.shape == batch.query.shape
@@ -67,21 +67,21 @@ def extends(draw):
 
 @law
 @given(extends(), st.sampled_from((1, 48, 8192)))
-def test_it_means_what_the_loops_say(case, tile_entries):
+def test_it_means_what_the_loops_say(case, tile_pairs):
     batch, query_lens = case
-    check(batch, query_lens, tile_entries)
+    check(batch, query_lens, tile_pairs)
 
 
-@pytest.mark.parametrize("tile_entries", [32, 8192])
-def test_both_kernels(either_kernel, tile_entries):
-    check(make_batch([50, 20, 33], num_queries=43), [7, 20, 16], tile_entries)
+@pytest.mark.parametrize("tile_pairs", [32, 8192])
+def test_both_kernels(either_kernel, tile_pairs):
+    check(make_batch([50, 20, 33], num_queries=43), [7, 20, 16], tile_pairs)
 
 
 @law
 @given(extends(), st.sampled_from((1, 48, 8192)), st.integers(1, 80))
-def test_a_window_means_what_the_loops_say(case, tile_entries, window):
+def test_a_window_means_what_the_loops_say(case, tile_pairs, window):
     batch, query_lens = case
-    check(batch, query_lens, tile_entries, window)
+    check(batch, query_lens, tile_pairs, window)
 
 
 @pytest.mark.parametrize("window", [1, 9, 16, 17, 64])
@@ -110,7 +110,7 @@ def test_what_lies_before_the_window_is_not_read():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_and_dtype(layout, dtype):
     batch = make_batch([37, 12], layout=layout, dtype=dtype, num_queries=14)
-    check(batch, [9, 5], tile_entries=64)
+    check(batch, [9, 5], tile_pairs=64)
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2])
@@ -124,7 +124,7 @@ def test_every_head_grouping(group, num_kv_heads):
 @pytest.mark.parametrize("query_len", [1, 2, 15, 16, 17, 33])
 def test_contexts_and_queries_around_block_and_tile_boundaries(context, query_len):
     batch = make_batch([context + query_len], num_queries=query_len)
-    check(batch, [query_len], tile_entries=64)  # 32 tokens
+    check(batch, [query_len], tile_pairs=64)  # 32 tokens
 
 
 def test_one_new_token_is_a_decode():
@@ -182,7 +182,7 @@ def test_more_sequences_than_query_ranges_are_left_alone():
 
 def test_sharp_attention_over_many_tiles():
     """Scores of several hundred: no overflow, and the lse decides between tiles."""
-    check(make_batch([90], sharpness=30.0, num_queries=20), [20], tile_entries=16)
+    check(make_batch([90], sharpness=30.0, num_queries=20), [20], tile_pairs=16)
 
 
 def test_a_long_context():

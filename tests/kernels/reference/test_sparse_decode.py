@@ -27,9 +27,9 @@ from tidal_vllm.kernels.reference import decode, merge_states
 
 
 def run(
-    batch: Batch, sets: Sets, size: int, tile_entries: int = 4096
+    batch: Batch, sets: Sets, size: int, tile_pairs: int = 4096
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    with mock.patch.object(decode, "TILE_ENTRIES", tile_entries):
+    with mock.patch.object(decode, "TILE_PAIRS", tile_pairs):
         return harness.sparse(reference, batch, sets, size)
 
 
@@ -42,8 +42,8 @@ def assert_equivalent(one, other, bound):
         assert_within(actual, expected, 2 * error + rounding)
 
 
-def check(batch, sets, size, tile_entries=4096):
-    output, lse = run(batch, sets, size, tile_entries)
+def check(batch, sets, size, tile_pairs=4096):
+    output, lse = run(batch, sets, size, tile_pairs)
     positions_of = batch.positions(sets, size)
     exact, exact_lse, _ = naive.decode(
         batch.query, batch.keys, batch.values, batch.scale, positions_of
@@ -76,9 +76,9 @@ def selections(draw, batch, ragged=True):
 
 @law
 @given(batches(max_len=70), st.data(), st.booleans(), st.sampled_from((1, 64, 4096)))
-def test_it_means_what_the_loops_say(batch, data, ragged, tile_entries):
+def test_it_means_what_the_loops_say(batch, data, ragged, tile_pairs):
     size, sets = data.draw(selections(batch, ragged))
-    check(batch, sets, size, tile_entries)
+    check(batch, sets, size, tile_pairs)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -91,7 +91,7 @@ def test_every_layout_dtype_and_scope(layout, dtype, scope):
         [[2, 0, 1][: 1 + i % 3] if n else [] for i in range(num_sets)]
         for n in batch.seq_lens.tolist()
     ]
-    check(batch, sets, 16, tile_entries=64)
+    check(batch, sets, 16, tile_pairs=64)
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -117,16 +117,16 @@ def test_all_blocks_are_dense_attention(batch, size, scope):
     assert_equivalent((output, lse), whole, batch.exact())
 
 
-@pytest.mark.parametrize("tile_entries", [64, 4096])
+@pytest.mark.parametrize("tile_pairs", [64, 4096])
 @pytest.mark.parametrize("layout", ["LBNHC", "LBHNC"])
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("size", SELECT_BLOCK_SIZES)
-def test_the_order_of_blocks_changes_nothing(size, scope, layout, tile_entries):
+def test_the_order_of_blocks_changes_nothing(size, scope, layout, tile_pairs):
     """But for the order of fp32 sums."""
     batch = make_batch([300, 123], layout=layout)
     num_sets = batch.num_sets(scope)
     sets = batch.all_blocks(num_sets, size)
-    output, lse = run(batch, sets, size, tile_entries)
+    output, lse = run(batch, sets, size, tile_pairs)
     bound = batch.exact()
     for seed in range(5):
         rng = torch.Generator().manual_seed(seed)
@@ -134,7 +134,7 @@ def test_the_order_of_blocks_changes_nothing(size, scope, layout, tile_entries):
             [[s[i] for i in torch.randperm(len(s), generator=rng)] for s in of_row]
             for of_row in sets
         ]
-        again = run(batch, mixed, size, tile_entries)
+        again = run(batch, mixed, size, tile_pairs)
         assert_equivalent(again, (output, lse), bound)
 
 

@@ -3,10 +3,10 @@
 `tidal_vllm.kernels.arguments.DecodeArgs` gives shapes and dtypes. Rows are taken one by
 one, so a row's result never depends, not even in its last bit, on the batch around it.
 Keys and values stream through a tile that stays in the processor's cache: each tile
-gives an unnormalised softmax part, and the parts are joined at the end. Slots outside a
-sequence's tokens are never used, whatever they hold. Each op reads seq_lens on the
-host, so none can be captured in a CUDA graph. Of an fp8 cache the reference reads
-nothing: `k_scale` and `v_scale` must be 1.
+leaves the state of its own softmax, and the states are joined at the end. Slots outside
+a sequence's tokens are never used, whatever they hold. Each op reads seq_lens on the
+host, so none can be captured in a CUDA graph. The reference cannot read an fp8 cache:
+`k_scale` and `v_scale` must be 1.
 """
 
 import math
@@ -21,12 +21,12 @@ from tidal_vllm.kernels.reference.shapes import (
     check_select_block,
     values_of,
 )
-from tidal_vllm.kernels.reference.softmax import join_parts, softmax_part
+from tidal_vllm.kernels.reference.softmax import join_tiles, tile_state
 
-# Entries (K and V of one token and one KV head) per tile; 4096 are 4 MiB in fp32 at
+# Pairs (K and V of one token and one KV head) per tile; 4096 are 4 MiB in fp32 at
 # head_size 128. Measured on an EPYC with 1 MiB of L2 per core and 32 MiB of L3: 2048
 # costs 4 to 20 % more in overhead per tile, 16384 16 to 80 % more in cache misses.
-TILE_ENTRIES = 4096
+TILE_PAIRS = 4096
 
 
 def dense_decode(args: DecodeArgs, seq_lens: torch.Tensor) -> None:
@@ -78,16 +78,16 @@ def _attend_densely(
         q = _by_head_group(query[row], args.scale, runs.num_head_groups)
         used = ceil_div(seq_len, block_size)
         ids = runs.locate(args.block_table[row, :used].long()[None])
-        parts = []
-        for start, part_ids in runs.tiles(ids, TILE_ENTRIES):
-            kv = runs.read(part_ids)[:, : seq_len - start]
+        states = []
+        for start, tile_ids in runs.tiles(ids, TILE_PAIRS):
+            kv = runs.read(tile_ids)[:, : seq_len - start]
             scores = _scores(q, kv)
             if block_lse is not None:
                 sums = _block_lse(scores, size).flatten(0, 1)
                 first = start // size
                 block_lse[row, :, first : first + sums.shape[1]] = sums
-            parts.append(softmax_part(scores, values_of(kv) if read_values else None))
-        join_parts(parts, lse[row], args.output[row])
+            states.append(tile_state(scores, values_of(kv) if read_values else None))
+        join_tiles(states, lse[row], args.output[row])
 
 
 def sparse_decode(args: DecodeArgs, seq_lens: torch.Tensor) -> None:
@@ -132,11 +132,11 @@ def sparse_decode(args: DecodeArgs, seq_lens: torch.Tensor) -> None:
         blocks = blocks.clamp(max=past_end - 1)
         physical = args.block_table[row][blocks // per_block].long()
         ids = runs.locate(physical, blocks % per_block * size)
-        parts = []
-        for start, part_ids in runs.tiles(ids, TILE_ENTRIES):
-            kv = runs.read(part_ids)
+        states = []
+        for start, tile_ids in runs.tiles(ids, TILE_PAIRS):
+            kv = runs.read(tile_ids)
             first = start // size
-            left = tokens_left[:, first : first + part_ids.shape[1], None]
+            left = tokens_left[:, first : first + tile_ids.shape[1], None]
             cut = bool((left < size).any())
             if cut:
                 beyond = (offsets >= left).flatten(1)
@@ -146,8 +146,8 @@ def sparse_decode(args: DecodeArgs, seq_lens: torch.Tensor) -> None:
             scores = _scores(q, kv)
             if cut:
                 scores.masked_fill_(beyond[:, None], -math.inf)
-            parts.append(softmax_part(scores, values_of(kv)))
-        join_parts(parts, lse[row], args.output[row])
+            states.append(tile_state(scores, values_of(kv)))
+        join_tiles(states, lse[row], args.output[row])
 
 
 def _empty_lse(args: DecodeArgs) -> torch.Tensor:
@@ -165,7 +165,7 @@ def _by_head_group(
 
 
 def _scores(q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-    """Dot products with entries that hold K, and perhaps V behind it."""
+    """Dot products with the keys of kv, which may hold V behind K."""
     return torch.bmm(q, kv[..., : q.shape[-1]].transpose(1, 2))
 
 

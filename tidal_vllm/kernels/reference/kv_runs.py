@@ -11,8 +11,8 @@ class _Scratch(threading.local):
     """Buffers that outlive a call, one per dtype and device of each thread.
 
     A fresh buffer of a few MiB costs more in page faults than the gather into it, so
-    they are kept. They grow to the largest tile read, `prefill.EXTEND_TILE_ENTRIES`
-    entries: 8 MiB in fp32 at head_size 128, and half of that more for a 16-bit cache.
+    they are kept. They grow to the largest tile read, `prefill.EXTEND_TILE_PAIRS`
+    pairs: 8 MiB in fp32 at head_size 128, and half of that more for a 16-bit cache.
     """
 
     def __init__(self) -> None:
@@ -37,8 +37,8 @@ _scratch = _Scratch()
 class KVRuns:
     """Reads runs of consecutive tokens from a paged KV cache, in fp32.
 
-    An entry is K and V of one token and one KV head, 2 * head_size elements. A run is
-    the entries of `span` consecutive tokens of one physical block and one KV head. A
+    A pair is K and V of one token and one KV head, 2 * head_size elements. A run is
+    the pairs of `span` consecutive tokens of one physical block and one KV head. A
     head group is the query heads that share both their KV head and their set, so their
     tokens too; a read yields `[num_head_groups, tokens, 2 * head_size]`, so that K and
     V feed `bmm` as they lie.
@@ -46,7 +46,7 @@ class KVRuns:
     The cache is viewed as overlapping strips whose distance is the greatest common
     divisor of its strides, so one `index_select` serves every layout, padded and
     sliced ones included. A strip is a whole run where the layout keeps it together
-    (LBHNC: read up to twice as fast), else one entry.
+    (LBHNC: read up to twice as fast), else one pair.
 
     NOTE: in LBNHC a strip could be a run of all heads. With one thread that reads
     faster still; with more, the thread that gathers a token is not the one that
@@ -111,14 +111,14 @@ class KVRuns:
         return ids
 
     def tiles(
-        self, ids: torch.Tensor, max_entries: int
+        self, ids: torch.Tensor, max_pairs: int
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Slices of ids for reads of at most max_entries entries, but at least a run.
+        """Slices of ids for reads of at most max_pairs pairs, but at least a run.
 
         Yields:
             The tile's first token, counted along dim 1 of the ids, and its ids.
         """
-        step = max(max_entries // (self.num_head_groups * self.span), 1)
+        step = max(max_pairs // (self.num_head_groups * self.span), 1)
         for first in range(0, ids.shape[1], step):
             yield first * self.span, ids[:, first : first + step]
 

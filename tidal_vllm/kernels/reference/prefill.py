@@ -18,10 +18,10 @@ from tidal_vllm.kernels.reference.shapes import (
 )
 from tidal_vllm.kernels.reference.softmax import merge_states
 
-# Entries (K and V of one token and one KV head) that are read at a time: twice those of
-# a decode, since an extend does far more arithmetic per entry, and merges its output
-# per tile. Also the longest query that is taken at once, times the KV heads.
-EXTEND_TILE_ENTRIES = 8192
+# Pairs (K and V of one token and one KV head) that are read at a time: twice those of a
+# decode, since an extend does far more arithmetic per pair, and merges its output per
+# tile. Also the longest query that is taken at once, times the KV heads.
+EXTEND_TILE_PAIRS = 8192
 # Query tokens that are taken at once where a window needs a mask; with a window of
 # 4096 the mask is 9 MiB.
 WINDOW_CHUNK = 512
@@ -88,7 +88,7 @@ def dense_extend(
     bounds = query_start_loc.tolist()
     lens = seq_lens[: len(bounds) - 1].tolist()
     output = torch.zeros_like(query)
-    step = max(EXTEND_TILE_ENTRIES // num_kv_heads, 1)
+    step = max(EXTEND_TILE_PAIRS // num_kv_heads, 1)
     if sliding_window is not None:
         step = min(step, WINDOW_CHUNK)
     for row, (first, end) in enumerate(itertools.pairwise(bounds)):
@@ -97,16 +97,16 @@ def dense_extend(
         used = ceil_div(lens[row], block_size)
         ids = runs.locate(block_table[row, :used].long()[None])
         for start in range(first, end, step):
-            part = slice(start, min(start + step, end))
+            taken = slice(start, min(start + step, end))
             # [num_kv_heads, group, tokens, head_size]
-            q = query[part].float().unflatten(1, (num_kv_heads, -1))
+            q = query[taken].float().unflatten(1, (num_kv_heads, -1))
             q = q.permute(1, 2, 0, 3).contiguous()
             position = lens[row] - end + start
             if sliding_window is None:
                 result = _extend(q, runs, ids, position, scale)
             else:
                 result = _extend_window(q, runs, ids, position, scale, sliding_window)
-            output[part] = result.permute(2, 0, 1, 3).flatten(1, 2).to(query.dtype)
+            output[taken] = result.permute(2, 0, 1, 3).flatten(1, 2).to(query.dtype)
     return output
 
 
@@ -126,12 +126,12 @@ def _extend(
     # As heads of a batch of KV heads: K and V are shared, not copied.
     output, lse = _attend(q, kv.expand(-1, q.shape[1], -1, -1), scale, causal=True)
 
-    # As one long query per KV head, for the context masks nothing.
+    # The context needs no mask, so a group's heads become one long query per KV head.
     long_q = q.flatten(1, 2)[None]
     output, lse = output.reshape(long_q.shape[1:]), lse.reshape(long_q.shape[1:3])
     context = ids[:, : ceil_div(position, runs.span)]
-    for start, part_ids in runs.tiles(context, EXTEND_TILE_ENTRIES):
-        kv = runs.read(part_ids)[None, :, : position - start]
+    for start, tile_ids in runs.tiles(context, EXTEND_TILE_PAIRS):
+        kv = runs.read(tile_ids)[None, :, : position - start]
         more_output, more_lse = _attend(long_q, kv, scale, causal=False)
         output, lse = merge_states(output, lse, more_output[0], more_lse[0])
     return output.view(q.shape)

@@ -1,12 +1,12 @@
-"""Parts of a softmax, and how tiles of a row or disjoint sets of tokens are joined."""
+"""The softmax of one tile, and how tiles or disjoint sets of tokens are joined."""
 
 import torch
 
 
-def softmax_part(
+def tile_state(
     scores: torch.Tensor, values: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
-    """A tile's share of the softmax: largest score, sum and output relative to it.
+    """A tile's largest score, and its sum and output relative to that score.
 
     Args:
         scores: `[head groups, heads, tokens]` fp32; overwritten. `kv_runs.KVRuns` says
@@ -17,24 +17,24 @@ def softmax_part(
     lowest = torch.finfo(scores.dtype).min  # where all scores are -inf
     top = scores.amax(-1, keepdim=True).clamp_(min=lowest)
     weights = scores.sub_(top).exp_()
-    part = (top, weights.sum(-1, keepdim=True))
-    return part if values is None else (*part, torch.bmm(weights, values))
+    state = (top, weights.sum(-1, keepdim=True))
+    return state if values is None else (*state, torch.bmm(weights, values))
 
 
-def join_parts(
-    parts: list[tuple[torch.Tensor, ...]], lse: torch.Tensor, output: torch.Tensor
+def join_tiles(
+    states: list[tuple[torch.Tensor, ...]], lse: torch.Tensor, output: torch.Tensor
 ) -> None:
     """Join the tiles of one row.
 
     Args:
-        parts: What `softmax_part` returned, tile by tile.
+        states: What `tile_state` returned, tile by tile.
         lse: `[num_heads]` fp32, written.
-        output: `[num_heads, head_size]`, written where the parts have outputs.
+        output: `[num_heads, head_size]`, written where the states have outputs.
     """
-    if len(parts) == 1:
-        top, total, *outs = parts[0]
+    if len(states) == 1:
+        top, total, *outs = states[0]
     else:
-        tops, sums, *outs = (torch.stack(part) for part in zip(*parts, strict=True))
+        tops, sums, *outs = (torch.stack(each) for each in zip(*states, strict=True))
         top = tops.amax(0)
         weights = (tops - top).exp_()
         total = (weights * sums).sum(0)

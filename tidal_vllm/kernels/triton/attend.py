@@ -14,7 +14,7 @@ import torch
 import triton
 
 from tidal_vllm.kernels.arguments import DecodeArgs
-from tidal_vllm.kernels.checks import FP8, check_dense, check_sparse
+from tidal_vllm.kernels.triton.checks import FP8, check_dense, check_sparse
 from tidal_vllm.kernels.triton.split_kv import attend_split, merge_splits
 from tidal_vllm.kernels.triton.tiling import choose_tiling, device_limits
 from tidal_vllm.kernels.workspace import MAX_SPLITS

@@ -2,7 +2,6 @@
 
 import torch
 
-from tidal_vllm.kernels.checks import QUERY_DTYPES
 from tidal_vllm.kernels.interface import Requirements
 from tidal_vllm.kernels.triton.attend import (
     INTERPRETED,
@@ -10,6 +9,7 @@ from tidal_vllm.kernels.triton.attend import (
     score_blocks,
     sparse_decode,
 )
+from tidal_vllm.kernels.triton.checks import QUERY_DTYPES
 from tidal_vllm.kernels.triton.select import select_blocks
 from tidal_vllm.kernels.triton.tiling import fits
 

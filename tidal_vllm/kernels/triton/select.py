@@ -8,7 +8,7 @@ import torch
 import triton
 
 from tidal_vllm.kernels.arguments import DecodeArgs, Rule
-from tidal_vllm.kernels.checks import check_select
+from tidal_vllm.kernels.triton.checks import check_select
 from tidal_vllm.kernels.triton.select_kernels import choose_blocks, weigh_blocks
 
 WEIGH_TILE = 512

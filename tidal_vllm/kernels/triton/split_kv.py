@@ -199,15 +199,15 @@ def attend_split(
             acc = acc * rescale[:, None] + added
         top = new_top
 
-    parts = (row * NUM_HEADS + heads) * partial_splits + split
+    partials = (row * NUM_HEADS + heads) * partial_splits + split
     tl.store(
-        partial_lse + parts,
+        partial_lse + partials,
         _finite(top) + _log2(total),
         mask=nth_head < HEADS_PER_GROUP,
     )
     if READ_VALUES:
         out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        out_at = partial_out + parts[:, None] * HEAD_SIZE + dims[None, :]
+        out_at = partial_out + partials[:, None] * HEAD_SIZE + dims[None, :]
         tl.store(out_at, out, mask=q_mask)
 
 
@@ -247,10 +247,10 @@ def merge_splits(
     per_split = _blocks_per_split(count, num_splits, MIN_BLOCKS, TILE_BLOCKS)
     used = tl.cdiv(count, per_split)
 
-    first_part = (row * NUM_HEADS + head) * partial_splits
+    first_partial = (row * NUM_HEADS + head) * partial_splits
     splits = tl.arange(0, MAX_SPLITS)
     lses = tl.load(
-        partial_lse + first_part + splits, mask=splits < used, other=float("-inf")
+        partial_lse + first_partial + splits, mask=splits < used, other=float("-inf")
     )
     top = _finite(tl.max(lses, 0))
     total = tl.sum(tl.exp2(lses - top), 0)
@@ -260,13 +260,19 @@ def merge_splits(
         acc = tl.zeros([WIDTH], tl.float32)
         for start in tl.range(0, used, CHUNK):
             some = start + tl.arange(0, CHUNK)
-            part_lse = tl.load(
-                partial_lse + first_part + some, mask=some < used, other=float("-inf")
+            some_lses = tl.load(
+                partial_lse + first_partial + some,
+                mask=some < used,
+                other=float("-inf"),
             )
             mask = (some < used)[:, None] & (dims < HEAD_SIZE)[None, :]
-            at = partial_out + (first_part + some)[:, None] * HEAD_SIZE + dims[None, :]
-            parts = tl.load(at, mask=mask, other=0.0)
-            acc += tl.sum(tl.exp2(part_lse - top)[:, None] * parts, 0)
+            at = (
+                partial_out
+                + (first_partial + some)[:, None] * HEAD_SIZE
+                + dims[None, :]
+            )
+            outs = tl.load(at, mask=mask, other=0.0)
+            acc += tl.sum(tl.exp2(some_lses - top)[:, None] * outs, 0)
         out = acc / tl.where(total == 0.0, 1.0, total) * value_scale
         out_at = output + row * stride_output_row + head * stride_output_head + dims
         tl.store(out_at, out.to(output.dtype.element_ty), mask=dims < HEAD_SIZE)

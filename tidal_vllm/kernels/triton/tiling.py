@@ -69,7 +69,7 @@ class Tiling:
     min_blocks: int
     """Selection blocks that a split takes at least, in whole tiles."""
     num_splits: int
-    """Parts of a row that run at the same time."""
+    """The most splits of one row."""
     num_warps: int
     num_stages: int
 
