@@ -19,6 +19,8 @@ from tests.support.processes import child_environment
 from tidal_vllm import cli
 from tidal_vllm.calibrate import command
 from tidal_vllm.calibrate.engine import CalibrationEngine
+from tidal_vllm.config import SCOPES
+from tidal_vllm.engine.metrics import COUNTING_WORKER
 from tidal_vllm.planted import build_planted_model, make_prompt
 from tidal_vllm.profiles import load_profile
 
@@ -52,7 +54,7 @@ def check_everything(spec, model, shown):
     assert budgets == {64, 128}, "a budget of 32 has no room for what is forced"
     assert {p["select_block_size"] for p in measured["curve"]} == {4, 16}
     scopes = {point["scope"] for point in measured["curve"]}
-    assert scopes == {"sequence", "kv_head", "query_head"}
+    assert scopes == set(SCOPES)
     assert set(profile.versions) >= {"tidal_vllm", "vllm", "torch"}
     assert measured["runner_up"] not in (None, select)
     assert not measured["tried"][0]["holds"], "fewer full layers were tried first"
@@ -90,6 +92,7 @@ def test_the_profile_is_found_and_used_by_the_backend(capsys):
         llm = LLM(
             str(model),
             attention_backend="TIDAL",
+            worker_extension_cls=COUNTING_WORKER,
             skip_tokenizer_init=True,
             max_model_len=1024,
             max_num_seqs=2,
@@ -100,7 +103,7 @@ def test_the_profile_is_found_and_used_by_the_backend(capsys):
         SamplingParams(temperature=0, max_tokens=12, detokenize=False),
         use_tqdm=False,
     )
-    (counters,) = llm.collective_rpc("tidal_counters")
+    (counters,) = llm.collective_rpc("decode_counters")
     llm.llm_engine.engine_core.shutdown()
     assert output.outputs[0].token_ids == asked.answer_token_ids
     assert counters["sparse_steps"] == len(asked.answer_token_ids) - 1

@@ -7,6 +7,7 @@ import torch
 from tidal_vllm.calibrate.recorder import Recorder, merge_ranks
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.kernels import reference
+from tidal_vllm.plan.rule import num_sets
 
 HEADS, KV_HEADS, HEAD_SIZE, KV_BLOCK = 6, 2, 32, 16
 LAYERS = (1, 4, 5)  # of a hybrid model, say
@@ -78,7 +79,7 @@ def recorded(tmp_path_factory):
 def test_captured_mass(recorded, number):
     steps, found = recorded
     config = SETTINGS[number]
-    sets = {"sequence": 1, "kv_head": KV_HEADS, "query_head": HEADS}[config.scope]
+    sets = num_sets(config.scope, HEADS, KV_HEADS)
     for t, (seq_len, layers) in enumerate(steps):
         masses = [
             block_mass(query, keys, config.select_block_size)

@@ -33,6 +33,7 @@ from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.worker import cpu_worker as stock_cpu_worker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from tests.support.signatures import parameters
 from tidal_vllm.cpu import log_filters as cpu_log_filters
 from tidal_vllm.cpu import shutdown
 from tidal_vllm.cpu.worker import update_short_conv
@@ -41,10 +42,6 @@ from tidal_vllm.names import ASYNC_SCHEDULER
 from tidal_vllm.plugin import register
 
 pytestmark = pytest.mark.compat
-
-
-def parameters(function) -> list[str]:
-    return list(inspect.signature(function).parameters)
 
 
 def strings_of(module: str) -> list[str]:

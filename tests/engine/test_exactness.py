@@ -7,11 +7,11 @@ from tests.support.asking import generate, tokens
 from tests.support.engines import reconfigured
 from tests.support.models import MAX_LEN, ROLES, random_prompt
 from tests.support.watching import counters
+from tidal_vllm.config import SCOPES
 
 PROMPTS = [random_prompt(n, seed=n) for n in (5, 64, 333, 600)]
 MAX_TOKENS = 24
 LONGEST = 600 + MAX_TOKENS
-SCOPES = ("sequence", "kv_head", "query_head")
 
 
 def ask(llm):
@@ -30,26 +30,21 @@ def assert_close(answers, expected):
 
 
 @pytest.fixture(scope="module")
-def model(request):
-    return request.getfixturevalue(getattr(request, "param", "random_llama"))
-
-
-@pytest.fixture(scope="module")
-def dense(engine, model):
+def dense(engine, folder):
     """Answers of the engine without any setting of ours."""
-    return ask(engine(model))
+    return ask(engine(folder))
 
 
 @pytest.fixture
-def llm(engine, model):
-    return engine(model, tidal=ROLES)
+def llm(engine, folder):
+    return engine(folder, tidal=ROLES)
 
 
-@pytest.mark.parametrize("model", ["random_llama", "random_qwen"], indirect=True)
-def test_dense_engine_answers_as_transformers_does(model, dense):
+@pytest.mark.parametrize("folder", ["random_llama", "random_qwen"], indirect=True)
+def test_dense_engine_answers_as_transformers_does(folder, dense):
     from transformers import AutoModelForCausalLM
 
-    oracle = AutoModelForCausalLM.from_pretrained(model).eval()
+    oracle = AutoModelForCausalLM.from_pretrained(folder).eval()
     for prompt, answer in zip(PROMPTS, dense, strict=True):
         whole = torch.tensor([prompt + answer.token_ids])
         with torch.no_grad():

@@ -14,32 +14,21 @@ from tests.support.engines import builders, impls, reconfigured, runner
 from tests.support.models import NARROW, random_arrivals, random_prompt
 from tests.support.replay import captured, common_metadata, random_table
 from tests.support.watching import counters
-from tests.support.written_kernels import written_kernels
-from tidal_vllm.engine import attention
-from tidal_vllm.engine import state as sparse_state
+from tidal_vllm.config import SCOPES
+from tidal_vllm.engine import attention, state
 from tidal_vllm.engine.metadata import TidalMetadataBuilder
 from tidal_vllm.engine.state import choose_implementations
 from tidal_vllm.engine.torch_dense import ReferenceBackend
 
+pytestmark = pytest.mark.usefixtures("written")
+ENGINE_SETTINGS = NARROW
 ARRIVALS = random_arrivals(
     *((0, 200, 12), (0, 7, 20), (2, 333, 9)),
     *((5, 60, 14), (6, 481, 6), (9, 65, 8)),
 )
 
 
-@pytest.fixture(scope="module")
-def llm(engine, random_llama):
-    # Chunks of 128 tokens: prompts arrive in parts, beside decodes.
-    return engine(random_llama, tidal=NARROW, max_num_batched_tokens=128)
-
-
-@pytest.fixture(autouse=True)
-def kernels():
-    with written_kernels() as made:
-        yield made
-
-
-@pytest.fixture(scope="module", params=["sequence", "kv_head", "query_head"])
+@pytest.fixture(scope="module", params=SCOPES)
 def reference(request, llm):
     """The scope, and the answers of the reference path."""
     settings = NARROW | {"scope": request.param, "kernels": "reference"}
@@ -53,11 +42,11 @@ def test_kernels_give_the_answers_of_the_reference(llm, reference, monkeypatch, 
     """Bit by bit, and also where the workspace holds one sequence at a time."""
     scope, wanted = reference
     if limit is not None:
-        monkeypatch.setattr(sparse_state, "WORKSPACE_LIMIT", limit)
+        monkeypatch.setattr(state, "WORKSPACE_LIMIT", limit)
     with reconfigured(llm, **NARROW, scope=scope, kernels="triton"):
-        (state,) = {id(impl.state): impl.state for impl in impls(llm)}.values()
-        assert state.kernels.name == "written"
-        assert state.max_part_rows == (4 if limit is None else 1)
+        (shared,) = {id(impl.state): impl.state for impl in impls(llm)}.values()
+        assert shared.kernels.name == "written"
+        assert shared.max_part_rows == (4 if limit is None else 1)
         llm.reset_prefix_cache()
         assert serve(llm, ARRIVALS, logprobs=3) == wanted
         counted = counters(llm)
@@ -101,9 +90,7 @@ class TestWorkspace:
             whole = impls(llm)[0].state
             assert whole.workspace.block_lse.shape == (4, 6, 2048 // 8)
             assert whole.selection.topk_blocks.shape == (1, 4, 1, 64 // 8)
-            monkeypatch.setattr(
-                sparse_state, "WORKSPACE_LIMIT", whole.workspace.nbytes - 1
-            )
+            monkeypatch.setattr(state, "WORKSPACE_LIMIT", whole.workspace.nbytes - 1)
             config = builders(llm)[0].vllm_config
             half = impls(llm)[0].make_state(config)
         assert half.workspace.nbytes < whole.workspace.nbytes
@@ -196,10 +183,10 @@ class TestComposition:
         assert attention.is_quantized_kv_cache("fp8")
         assert not attention.is_quantized_kv_cache("auto")
 
-    def test_scales_of_the_cache_reach_the_kernels(self, llm, monkeypatch, kernels):
+    def test_scales_of_the_cache_reach_the_kernels(self, llm, monkeypatch, written):
         given = []
         monkeypatch.setattr(
-            kernels.ops, "sparse_decode", lambda args, seq_lens: given.append(args)
+            written.ops, "sparse_decode", lambda args, seq_lens: given.append(args)
         )
         with reconfigured(llm, **NARROW, kernels="triton"):
             (builder,) = builders(llm)

@@ -21,21 +21,11 @@ from tests.support.replay import (
     run_layers,
 )
 from tests.support.watching import counters
-from tests.support.written_kernels import written_kernels
 from tidal_vllm.engine.metadata import TidalMetadataBuilder
 from tidal_vllm.engine.torch_dense import ReferenceBackend
 
-
-@pytest.fixture(scope="module")
-def llm(engine, random_llama):
-    # Chunks of 128 tokens: prompts arrive in parts, beside decodes.
-    return engine(random_llama, tidal=NARROW, max_num_batched_tokens=128)
-
-
-@pytest.fixture(autouse=True)
-def kernels():
-    with written_kernels() as made:
-        yield made
+pytestmark = pytest.mark.usefixtures("written")
+ENGINE_SETTINGS = NARROW
 
 
 class TestGraphSupport:

@@ -7,15 +7,10 @@ from tests.support.engines import reconfigured, runner
 from tests.support.models import ROLES, random_prompt
 from tests.support.oracle import Oracle
 from tests.support.watching import counters
+from tidal_vllm.config import SCOPES
 
 PROMPTS = [random_prompt(n, seed=n) for n in (40, 150, 333)]
 MAX_TOKENS = 16
-SCOPES = ("sequence", "kv_head", "query_head")
-
-
-@pytest.fixture(scope="module")
-def folder(request):
-    return request.getfixturevalue(getattr(request, "param", "random_llama"))
 
 
 def check(llm, folder, settings):

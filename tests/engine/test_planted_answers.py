@@ -5,11 +5,11 @@ import pytest
 from tests.support.asking import generate, tokens
 from tests.support.engines import MiB, reconfigured, runner
 from tests.support.watching import counters
+from tidal_vllm.config import SCOPES
 from tidal_vllm.planted import make_prompt
 
 DEPTHS = (0.05, 0.5, 0.9)
 NUM_TOKENS = 1200
-SCOPES = ("sequence", "kv_head", "query_head")
 LAYOUTS = ("LBNHC", "LBHNC", "LHBNC", "BLHNC", "BLNHC", "BHLNC")
 
 
@@ -45,7 +45,7 @@ def assert_only_the_first_word_is_right(answers, prompts):
         assert [a == b for a, b in pairs] == [True] + [False] * (len(answer) - 1)
 
 
-class Case:
+class PlantedQuestions:
     """A planted model in an engine, and questions to it."""
 
     def __init__(self, engine, planted, hops, block_size=16, **fields):
@@ -67,12 +67,12 @@ class Case:
 
 @pytest.fixture(scope="module", params=[1, 2], ids="hops{}".format)
 def case(engine, planted, request):
-    return Case(engine, planted, request.param)
+    return PlantedQuestions(engine, planted, request.param)
 
 
 @pytest.fixture(scope="module")
 def two_hops(engine, planted):
-    return Case(engine, planted, hops=2)
+    return PlantedQuestions(engine, planted, hops=2)
 
 
 @pytest.mark.parametrize("token_budget", [64, 1024])
@@ -157,7 +157,7 @@ def test_batch_mixes(two_hops, lengths):
 def test_heads(engine, planted, heads):
     num_heads, num_kv_heads = heads
     shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
-    case = Case(engine, planted, hops=2, **shape)
+    case = PlantedQuestions(engine, planted, hops=2, **shape)
     for scope in SCOPES:
         with case.under(token_budget=64, scope=scope) as llm:
             assert_answered(llm, case.prompts)
@@ -166,7 +166,7 @@ def test_heads(engine, planted, heads):
 @pytest.mark.extended
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(engine, planted, dtype):
-    case = Case(engine, planted, hops=2, dtype=dtype)
+    case = PlantedQuestions(engine, planted, hops=2, dtype=dtype)
     assert str(runner(case.llm).kv_caches[0].dtype) == f"torch.{dtype}"
     for scope in SCOPES:
         with case.under(token_budget=64, scope=scope) as llm:

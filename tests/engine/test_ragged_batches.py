@@ -6,6 +6,7 @@ from tests.support.asking import generate, serve, tokens
 from tests.support.engines import reconfigured, runner
 from tests.support.models import NARROW, random_prompt
 from tests.support.watching import counters
+from tidal_vllm.config import SCOPES
 from tidal_vllm.planted import make_prompt
 
 # Above and below the budget, growing over it, at block edges; unlike durations, so
@@ -26,7 +27,7 @@ def prompts():
     return [random_prompt(n, seed=n) for n in LENGTHS]
 
 
-@pytest.fixture(scope="module", params=["sequence", "kv_head", "query_head"])
+@pytest.fixture(scope="module", params=SCOPES)
 def alone(request, llm, prompts):
     """The answers under one scope, which stays in force for the test."""
     with reconfigured(llm, **NARROW, scope=request.param):

@@ -26,12 +26,14 @@ from tests.support.replay import (
 from tests.support.spy import spying
 from tests.support.watching import counters, watched
 from tests.support.written_kernels import written_kernels
-from tidal_vllm.engine import state as sparse_state
+from tidal_vllm.config import SCOPES
+from tidal_vllm.engine import state
 from tidal_vllm.engine.metadata import TidalMetadataBuilder
 from tidal_vllm.planted import make_prompt
 
 pytestmark = pytest.mark.extended
 
+ENGINE_SETTINGS = ROLES
 BUDGET, SIZE = NARROW["token_budget"], NARROW["select_block_size"]
 EXACT = NARROW | {"token_budget": MAX_LEN, "min_sparse_len": 0}
 ATTENDS = ["everything", "chosen"]
@@ -40,11 +42,6 @@ ARRIVALS = random_arrivals(
     *((0, 100, 30), (0, 140, 7), (1, 90, 17), (3, 300, 21)),
     *((9, 72, 9), (14, 257, 12), (15, 110, 20), (30, 95, 11)),
 )
-
-
-@pytest.fixture(scope="module")
-def llm(engine, random_llama):
-    return engine(random_llama, tidal=ROLES, max_num_batched_tokens=128)
 
 
 @contextmanager
@@ -163,7 +160,7 @@ class TestPlanted:
 
         return share_of_right_words
 
-    @pytest.mark.parametrize("scope", ["sequence", "kv_head", "query_head"])
+    @pytest.mark.parametrize("scope", SCOPES)
     def test_layers_that_attend_to_their_choice_find_it(self, asked, scope):
         assert asked(select_attends="chosen", scope=scope) == 1
 
@@ -182,7 +179,7 @@ def test_kernels_give_the_answers_of_the_reference(llm, monkeypatch, attends, li
         llm.reset_prefix_cache()
         wanted = serve(llm, ARRIVALS, logprobs=3)
     if limit is not None:
-        monkeypatch.setattr(sparse_state, "WORKSPACE_LIMIT", limit)
+        monkeypatch.setattr(state, "WORKSPACE_LIMIT", limit)
     with written_kernels(), reconfigured(llm, **settings, kernels="triton"):
         llm.reset_prefix_cache()
         assert serve(llm, ARRIVALS, logprobs=3) == wanted

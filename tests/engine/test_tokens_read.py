@@ -10,18 +10,14 @@ from tests.support.models import NUM_LAYERS, ROLES, random_prompt
 from tests.support.spy import spying
 from tests.support.watching import counters
 from tidal_vllm.engine.metadata import TidalMetadataBuilder
+from tidal_vllm.plan.rule import num_sets
 
+ENGINE_SETTINGS = ROLES
 DENSE_LAYERS, SELECT_LAYERS = ROLES["dense_layers"], ROLES["select_layers"]
 SPARSE_LAYERS = [2, 4, 5]
 BUDGET = 64
 NUM_HEADS, NUM_KV_HEADS = 6, 2
-NUM_SETS = {"sequence": 1, "kv_head": NUM_KV_HEADS, "query_head": NUM_HEADS}
 ALL_LAYERS = list(range(NUM_LAYERS))
-
-
-@pytest.fixture(scope="module")
-def llm(engine, random_llama):
-    return engine(random_llama, tidal=ROLES, max_num_batched_tokens=128)
 
 
 def layers(calls):
@@ -39,7 +35,7 @@ def check_sparse_step(step, scope, select_block_size, keep_all_len=BUDGET):
         assert call.selects == (call.layer in SELECT_LAYERS)
     for call in sparse:
         for read, seq_len in zip(call.tokens, lens, strict=True):
-            assert len(read) == NUM_SETS[scope]
+            assert len(read) == num_sets(scope, NUM_HEADS, NUM_KV_HEADS)
             if seq_len <= keep_all_len:
                 assert set(read) == {seq_len}
             else:

@@ -20,7 +20,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from tests.kernels.reference.cases import rule_of
+from tests.support.rules import rule_of
 from tidal_vllm.kernels import DecodeArgs, Workspace
 from tidal_vllm.kernels.triton import attend, ops, select
 from tidal_vllm.kernels.triton.tiling import DeviceLimits

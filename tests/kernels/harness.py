@@ -13,10 +13,10 @@ from types import ModuleType
 import pytest
 import torch
 
+from tests.kernels import exact
+from tests.kernels.batches import FP8, Batch, Sets, make_batch, without_values
 from tests.kernels.conftest import INTERPRETED
-from tests.kernels.reference import exact
-from tests.kernels.reference.cases import FP8, Batch, Sets, make_batch, without_values
-from tests.kernels.reference.naive import Positions
+from tests.kernels.naive import Positions
 from tidal_vllm.kernels import (
     DecodeArgs,
     Requirements,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.kernels.reference.cases import rule_of
+from tests.support.rules import rule_of
 from tidal_vllm.kernels import DecodeArgs, choose
 from tidal_vllm.methods.lessismore import merge_rankings
 from tidal_vllm.methods.quest import Quest, share_scores, upper_bounds

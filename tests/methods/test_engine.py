@@ -14,6 +14,7 @@ from tests.support.models import (
 )
 from tests.support.oracle import Oracle
 from tests.support.watching import counters, watched
+from tidal_vllm.config import SCOPES
 from tidal_vllm.methods.quest import Quest
 from tidal_vllm.registry import METHODS
 from tidal_vllm.validators import TidalConfigError
@@ -48,7 +49,7 @@ def assert_right(answers, prompts, folder, method, scope="sequence"):
                 assert logprob == pytest.approx(expected[token].item(), abs=1e-3)
 
 
-@pytest.mark.parametrize("scope", ["sequence", "kv_head", "query_head"])
+@pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("method", ["lessismore", "sliding_window", "oracle"])
 def test_answers(engine, random_llama, method, scope):
     llm = engine(random_llama, tidal=ROLES)

@@ -4,28 +4,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.plan.made_profile import make_profile
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.plan.layers import plan_layers, safest_roles
 from tidal_vllm.plan.roles import LayerPlan, Role, format_layers
 from tidal_vllm.plan.stages import check_pipeline_stage
 from tidal_vllm.plan.steps import selection_indices
 from tidal_vllm.plan.table import format_plan
-from tidal_vllm.profiles import PACKAGED_DIR, Profile
 from tidal_vllm.validators import TidalConfigError
 
 D, S, P = Role.DENSE, Role.SELECT, Role.SPARSE
-
-
-def make_profile(dense=(0, 1), select=(2, 5), num_layers=8):
-    return Profile(
-        name="eight",
-        models=("eight*",),
-        num_hidden_layers=num_layers,
-        dense_layers=dense,
-        select_layers=select,
-        source="this test",
-        path=PACKAGED_DIR / "eight.json",
-    )
 
 
 def plan(num_layers=8, profile=None, **settings):

@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.plan.made_profile import make_profile
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.plan.layers import plan_layers, safest_roles
 from tidal_vllm.plan.roles import Role, format_layers
 from tidal_vllm.plan.stages import check_full_layers, check_pipeline_stage
 from tidal_vllm.plan.steps import kv_read_share, selection_indices
-from tidal_vllm.profiles import PACKAGED_DIR, Profile
 from tidal_vllm.validators import TidalConfigError
 
 D, S, P, OTHER = Role.DENSE, Role.SELECT, Role.SPARSE, Role.OTHER
@@ -19,18 +19,6 @@ FULL = (2, 5, 8, 11, 14, 17)
 
 def plan(profile=None, full=FULL, num_layers=18, **fields):
     return plan_layers(TidalConfig(**fields), num_layers, profile, full)
-
-
-def make_profile(dense, select):
-    return Profile(
-        name="third",
-        models=("third*",),
-        num_hidden_layers=18,
-        dense_layers=dense,
-        select_layers=select,
-        source="this test",
-        path=PACKAGED_DIR / "third.json",
-    )
 
 
 @pytest.mark.parametrize(
@@ -44,10 +32,15 @@ def make_profile(dense, select):
             (S, P, P, P, P, D),
             id="both",
         ),
-        pytest.param({}, make_profile((2,), (5, 14)), (D, S, P, P, S, P), id="profile"),
+        pytest.param(
+            {},
+            make_profile((2,), (5, 14), 18, "third"),
+            (D, S, P, P, S, P),
+            id="profile",
+        ),
         pytest.param(
             {"dense_layers": [2, 17]},
-            make_profile((2,), (5, 14)),
+            make_profile((2,), (5, 14), 18, "third"),
             (D, S, P, P, S, D),
             id="dense-beside-a-profile",
         ),
@@ -100,10 +93,14 @@ def test_sparse_is_off_with_a_reason(fields, full, reason):
         ({"dense_layers": [18]}, None, "tidal.dense_layers = [18]: "),
         (
             {},
-            make_profile((0, 1, 2), (5,)),
+            make_profile((0, 1, 2), (5,), 18, "third"),
             "tidal.profile third: dense_layers = [0, 1, 2]: ",
         ),
-        ({}, make_profile((2,), (6,)), "tidal.profile third: select_layers = [6]: "),
+        (
+            {},
+            make_profile((2,), (6,), 18, "third"),
+            "tidal.profile third: select_layers = [6]: ",
+        ),
     ],
 )
 def test_refuses_layers_without_full_attention(fields, profile, start):

@@ -2,10 +2,32 @@
 
 import pytest
 
-from tidal_vllm.planted import PlantedSpec, make_prompt
-from tidal_vllm.planted.spec import BOS, EOS
+from tidal_vllm.planted import PlantedPrompt, PlantedSpec, make_prompt
+from tidal_vllm.planted.spec import BOS, EOS, SEP
 
 DEPTHS = (0.05, 0.5, 0.9)
+
+
+def needle_positions(prompt: PlantedPrompt, hops: int) -> list[tuple[int, ...]]:
+    """For each answer token, the prompt positions to read for it, one per hop.
+
+    Each stands behind the only place where its word is followed by another word.
+    """
+    ids, found = prompt.prompt_token_ids, []
+    asked = ids[-1]
+    for _ in prompt.answer_token_ids:
+        positions = []
+        for _ in range(hops):
+            followed = zip(ids, ids[1:], strict=False)
+            (before,) = [
+                i
+                for i, (t, after) in enumerate(followed)
+                if t == asked and after != SEP
+            ]
+            positions.append(before + 1)
+            asked = ids[before + 1]
+        found.append(tuple(positions))
+    return found
 
 
 class TestPrompt:
@@ -21,8 +43,9 @@ class TestPrompt:
         assert ids[0] == BOS and answer[-1] == EOS
         assert len(set(answer)) == len(answer) == 9
         asked = ids[-1]
-        needle = {p for positions in prompt.needle_positions for p in positions}
-        for token, positions in zip(answer, prompt.needle_positions, strict=True):
+        found = needle_positions(prompt, hops)
+        needle = {p for positions in found for p in positions}
+        for token, positions in zip(answer, found, strict=True):
             assert len(positions) == hops
             for position in positions:
                 assert ids[position - 1] == asked
@@ -34,13 +57,14 @@ class TestPrompt:
     @pytest.mark.parametrize("depth", DEPTHS)
     def test_hops_lie_far_apart(self, depth):
         prompt = make_prompt(PlantedSpec(hops=2), 4000, depth, seed=5)
-        for first, second in prompt.needle_positions:
+        for first, second in needle_positions(prompt, hops=2):
             assert abs(first - second) > 1000
 
     def test_depth_is_the_place_of_the_chain(self):
         for depth in DEPTHS:
             prompt = make_prompt(PlantedSpec(), 1000, depth, seed=5)
-            assert prompt.needle_positions[0][0] == pytest.approx(1000 * depth, abs=15)
+            (first,) = needle_positions(prompt, hops=1)[0]
+            assert first == pytest.approx(1000 * depth, abs=15)
 
     def test_seed_fixes_everything(self):
         spec = PlantedSpec()

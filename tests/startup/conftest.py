@@ -8,9 +8,11 @@ import pytest
 from tests.support import start_engines
 from tests.support.model_configs import write_model
 from tests.support.processes import INTERPRETER, run
+from tidal_vllm.engine.metrics import COUNTING_WORKER
 
 ENGINE = {
     "attention_backend": "TIDAL",
+    "worker_extension_cls": COUNTING_WORKER,
     "additional_config": {"tidal": {"token_budget": 64, "select_layers": [2]}},
     "skip_tokenizer_init": True,
     "max_model_len": 256,

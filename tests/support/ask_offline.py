@@ -5,6 +5,7 @@ import sys
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import BeamSearchParams
 
+from tidal_vllm.engine.metrics import COUNTING_WORKER
 from tidal_vllm.planted import load_spec, make_prompt
 
 
@@ -14,6 +15,7 @@ def main() -> None:
         model,
         attention_backend="TIDAL",
         additional_config={"tidal": {"token_budget": 256, "select_layers": [2]}},
+        worker_extension_cls=COUNTING_WORKER,
         max_model_len=2048,
         max_num_seqs=4,
         kv_cache_memory_bytes=1 << 27,
@@ -37,7 +39,7 @@ def main() -> None:
 
 
 def sparse_steps(llm: LLM) -> int:
-    return llm.collective_rpc("tidal_counters")[0]["sparse_steps"]
+    return llm.collective_rpc("decode_counters")[0]["sparse_steps"]
 
 
 if __name__ == "__main__":

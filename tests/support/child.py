@@ -57,7 +57,7 @@ def run(job: dict) -> dict:
                 tokens[output.request_id] = list(output.outputs[0].token_ids)
     result = {
         "tokens": [tokens[str(i)] for i in range(len(job["prompts"]))],
-        "counters": engine.collective_rpc("tidal_counters"),
+        "counters": engine.collective_rpc("decode_counters"),
         "scheduler": look.found() if look else None,
     }
     engine.engine_core.shutdown()

@@ -11,6 +11,7 @@ import pytest
 from vllm import LLM, envs
 
 from tidal_vllm.engine.attention import TidalImpl
+from tidal_vllm.engine.metrics import COUNTING_WORKER
 from tidal_vllm.engine.reconfigure import reconfigure
 
 MiB = 1 << 20
@@ -79,6 +80,7 @@ def engine_kwargs(tidal: dict | None = None, **kwargs: Any) -> dict[str, Any]:
     if tidal is not None:
         defaults["attention_backend"] = "TIDAL"
         defaults["additional_config"] = {"tidal": tidal}
+        defaults["worker_extension_cls"] = COUNTING_WORKER
     return defaults | kwargs
 
 

@@ -91,12 +91,12 @@ class Oracle:
         weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
         layer = module.layer_idx
         if num_queries == 1 and window is None and layer not in self.dense:
-            step = Step(query[0, :, 0] * scaling, key, weights[:, 0])
+            step = LayerStep(query[0, :, 0] * scaling, key, weights[:, 0])
             visible = self._visible(layer, step, group)[:, None]
             weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
         return (weights @ value).transpose(0, 1)[None], weights[None]
 
-    def _visible(self, layer: int, step: "Step", group: int) -> torch.Tensor:
+    def _visible(self, layer: int, step: "LayerStep", group: int) -> torch.Tensor:
         """What a SELECT or SPARSE layer attends to: [heads, tokens]."""
         if layer not in self.select:
             return self.kept
@@ -112,7 +112,7 @@ class Oracle:
         self.kept = torch.cat((old, newer), 1)
         return self.kept
 
-    def _choose(self, step: "Step", sharing: int) -> torch.Tensor:
+    def _choose(self, step: "LayerStep", sharing: int) -> torch.Tensor:
         """Which tokens each head keeps: [heads, tokens]."""
         num_heads, length = step.weights.shape
         if length <= self.budget:
@@ -123,18 +123,18 @@ class Oracle:
         kept = torch.zeros_like(step.weights, dtype=torch.bool)
         for first in range(0, num_heads, sharing):
             heads = slice(first, first + sharing)
-            mine = Step(step.query[heads], step.keys[heads], step.weights[heads])
+            mine = LayerStep(step.query[heads], step.keys[heads], step.weights[heads])
             mass = self.block_masses(mine, block, block[forced].unique().tolist())
             mass[block[forced].unique()] = torch.inf
             top = mass.topk(self.budget // self.size).indices
             kept[heads] = torch.isin(block, top)
         return kept
 
-    def _by_mass(self, step: "Step", block: torch.Tensor, forced: list[int]):
+    def _by_mass(self, step: "LayerStep", block: torch.Tensor, forced: list[int]):
         num_blocks = int(block[-1]) + 1
         return torch.zeros(num_blocks).index_add(0, block, step.weights.sum(0))
 
-    def _by_rank(self, step: "Step", block: torch.Tensor, forced: list[int]):
+    def _by_rank(self, step: "LayerStep", block: torch.Tensor, forced: list[int]):
         """First come the first choices of all heads, then the second ones, ..."""
         num_blocks = int(block[-1]) + 1
         free = [b for b in range(num_blocks) if b not in forced]
@@ -146,7 +146,7 @@ class Oracle:
         order = {b: nth for nth, b in reversed([*enumerate(merged)])}
         return torch.tensor([-float(order.get(b, 0)) for b in range(num_blocks)])
 
-    def _by_bounds(self, step: "Step", block: torch.Tensor, forced: list[int]):
+    def _by_bounds(self, step: "LayerStep", block: torch.Tensor, forced: list[int]):
         found = []
         for b in range(int(block[-1]) + 1):
             keys = step.keys[:, block == b]  # [heads, tokens, head_size]
@@ -157,12 +157,12 @@ class Oracle:
         scores[:, forced] = -torch.inf
         return scores.softmax(1).sum(0)
 
-    def _by_age(self, step: "Step", block: torch.Tensor, forced: list[int]):
+    def _by_age(self, step: "LayerStep", block: torch.Tensor, forced: list[int]):
         return torch.arange(int(block[-1]) + 1).double()
 
 
 @dataclass(frozen=True)
-class Step:
+class LayerStep:
     """One decode step of one layer."""
 
     query: torch.Tensor

@@ -15,6 +15,7 @@ from pathlib import Path
 import openai
 
 from tests.support.processes import living
+from tidal_vllm.engine.metrics import COUNTING_WORKER
 
 VLLM = Path(sys.executable).with_name("vllm")
 START_S, STOP_S = 500, 200
@@ -26,6 +27,7 @@ def command(model: Path, tidal: dict, *arguments: str | int) -> list[str]:
     given = {
         "--attention-backend": "tidal",
         "--additional-config": json.dumps({"tidal": tidal}),
+        "--worker-extension-cls": COUNTING_WORKER,
         "--kv-cache-memory-bytes": 1 << 28,
         "--max-num-seqs": 8,
         "--host": HOST,
@@ -94,7 +96,7 @@ class Server:
 
     def counters(self) -> dict[str, int]:
         """TIDAL's counters in the engine's worker (a development route of vLLM's)."""
-        body = json.dumps({"method": "tidal_counters"}).encode()
+        body = json.dumps({"method": "decode_counters"}).encode()
         request = urllib.request.Request(
             f"{self.url}/collective_rpc", body, {"Content-Type": "application/json"}
         )

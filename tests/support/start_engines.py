@@ -25,7 +25,7 @@ def start(name: str, arguments: dict) -> tuple[dict, object]:
     return {
         "name": name,
         "tokens": list(answer.outputs[0].token_ids),
-        "counters": llm.collective_rpc("tidal_counters")[0],
+        "counters": llm.collective_rpc("decode_counters")[0],
     }, llm
 
 

@@ -15,7 +15,7 @@ from tidal_vllm.engine.metrics import CorrectionCounters
 
 def counters(llm: LLM) -> Counter:
     """Decode counters since the builders were made; subtract to get a difference."""
-    (counts,) = llm.collective_rpc("tidal_counters")
+    (counts,) = llm.collective_rpc("decode_counters")
     return Counter(counts)
 
 

@@ -132,12 +132,6 @@ class TidalCpuWorker(stock.CPUWorker):
             )
         return wanted
 
-    def tidal_counters(self) -> dict[str, int]:
-        """This worker's decode counters; see `tidal_vllm.engine.metrics`."""
-        from tidal_vllm.engine.metrics import worker_counters
-
-        return worker_counters(self)
-
 
 def compute_slot_mapping(
     num_tokens: int,

@@ -17,8 +17,6 @@ class PlantedPrompt:
     Attributes:
         prompt_token_ids: ``<bos>``, haystack, needle, haystack, the asking word.
         answer_token_ids: What greedy decoding gives: ``chain_len`` words, ``<eos>``.
-        needle_positions: For each answer token, the 0-based prompt positions that have
-            to be read for it, one per hop.
         text: The prompt as text, without ``<bos>``, which the tokenizer adds.
         answer_text: The answer's words, without ``<eos>``. As a completion it comes
             with a leading space, so that ``text`` and it can be joined.
@@ -26,7 +24,6 @@ class PlantedPrompt:
 
     prompt_token_ids: list[int]
     answer_token_ids: list[int]
-    needle_positions: list[tuple[int, ...]]
     text: str
     answer_text: str
 
@@ -71,14 +68,13 @@ def make_prompt(
     ]
     tokens = [BOS, *rng.choices(words, k=num_tokens - 2), chain[0]]
     if spec.hops == 1:
-        positions = _place_chain(tokens, links, depth)
+        _place_chain(tokens, links, depth)
     else:
-        positions = _place_links(tokens, links, depth, rng)
+        _place_links(tokens, links, depth, rng)
     answer = [*chain[1:], EOS]
     return PlantedPrompt(
         prompt_token_ids=tokens,
         answer_token_ids=answer,
-        needle_positions=positions,
         text=to_text(spec, tokens[1:]),
         answer_text=to_text(spec, answer[:-1]),
     )
@@ -110,30 +106,25 @@ def _check_fit(spec: PlantedSpec, num_tokens: int, chain_len: int) -> None:
         )
 
 
-def _place_chain(
-    tokens: list[int], links: list[list[int]], depth: float
-) -> list[tuple[int, ...]]:
+def _place_chain(tokens: list[int], links: list[list[int]], depth: float) -> None:
+    """Write the needle's words in a row."""
     needle = [link[0] for link in links] + [links[-1][-1]]
     start = 1 + int(depth * (len(tokens) - 2 - len(needle)))
     tokens[start : start + len(needle)] = needle
-    return [(start + 1 + i,) for i in range(len(links))]
 
 
 def _place_links(
     tokens: list[int], links: list[list[int]], depth: float, rng: random.Random
-) -> list[tuple[int, ...]]:
+) -> None:
     """Scatter ``x y .`` for each hop of each link; hops in regions of their own."""
     hops = len(links[0]) - 1
     span = len(tokens) - 2
     width = min(span // (hops + 1), _SCATTER * len(links))
-    found: list[list[int]] = [[] for _ in links]
     for hop in range(hops):
         centre = depth + hop / hops
         centre -= centre > 1
         start = 1 + int(centre * (span - width))
         slots = rng.sample(range(width // _LINK_SIZE), len(links))
-        for link, slot, positions in zip(links, slots, found, strict=True):
+        for link, slot in zip(links, slots, strict=True):
             place = start + slot * _LINK_SIZE
             tokens[place : place + _LINK_SIZE] = [link[hop], link[hop + 1], SEP]
-            positions.append(place + 1)
-    return [tuple(positions) for positions in found]

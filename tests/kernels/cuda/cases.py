@@ -6,15 +6,15 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.kernels.reference import exact
-from tests.kernels.reference.cases import FP8, Batch, make_batch, without_values
-from tests.kernels.reference.naive import Positions
+from tests.kernels import exact
+from tests.kernels.batches import FP8, Batch, make_batch, without_values
+from tests.kernels.naive import Positions
 
 K_SCALE, V_SCALE = 0.75, 1.5
 
 
 @dataclass(frozen=True)
-class Case:
+class KernelCase:
     """The shape of a batch, and how the ops are to take it.
 
     Attributes:
@@ -58,46 +58,46 @@ class Case:
 # and the shortest split (128 where sparse; 512 where dense).
 EDGES = tuple(sorted({e + d for e in (16, 64, 128) for d in (-1, 0, 1)}))
 CASES = {
-    "Llama-3 heads, 32 on 8": Case(32, 8),
-    "Qwen2.5-7B heads, 28 on 4, group 7": Case(28, 4),
-    "multi-head, 6 on 6": Case(6, 6),
-    "multi-query, 20 on 1: a second tile of four": Case(20, 1),
-    "16 heads over many tiles": Case(16, 1, head_size=64, lens=(900,), splits=1),
-    "head size 64": Case(head_size=64),
-    "head size 96": Case(head_size=96),
-    "head size 256": Case(head_size=256),
-    "fp16": Case(dtype=torch.float16),
-    "fp8": Case(fp8=True),
-    "fp8 under fp16": Case(fp8=True, dtype=torch.float16),
-    "fp8, head size 64": Case(fp8=True, head_size=64),
-    "fp8, head size 96": Case(fp8=True, head_size=96),
-    "fp8, head size 256": Case(fp8=True, head_size=256),
-    "LBHNC": Case(layout="LBHNC"),
-    "LHBNC": Case(layout="LHBNC"),
-    "LNBHC": Case(layout="LNBHC"),
-    "LBNHC, slice of a bigger one": Case(layout="LBNHC, slice of a bigger one"),
-    "KV blocks of 48": Case(block_size=48),
-    "single tokens": Case(select_block_size=1),
-    "selection blocks of 2": Case(select_block_size=2),
-    "selection blocks of 4": Case(select_block_size=4),
-    "selection blocks of 8": Case(select_block_size=8),
-    "selection blocks of 32": Case(
+    "Llama-3 heads, 32 on 8": KernelCase(32, 8),
+    "Qwen2.5-7B heads, 28 on 4, group 7": KernelCase(28, 4),
+    "multi-head, 6 on 6": KernelCase(6, 6),
+    "multi-query, 20 on 1: a second tile of four": KernelCase(20, 1),
+    "16 heads over many tiles": KernelCase(16, 1, head_size=64, lens=(900,), splits=1),
+    "head size 64": KernelCase(head_size=64),
+    "head size 96": KernelCase(head_size=96),
+    "head size 256": KernelCase(head_size=256),
+    "fp16": KernelCase(dtype=torch.float16),
+    "fp8": KernelCase(fp8=True),
+    "fp8 under fp16": KernelCase(fp8=True, dtype=torch.float16),
+    "fp8, head size 64": KernelCase(fp8=True, head_size=64),
+    "fp8, head size 96": KernelCase(fp8=True, head_size=96),
+    "fp8, head size 256": KernelCase(fp8=True, head_size=256),
+    "LBHNC": KernelCase(layout="LBHNC"),
+    "LHBNC": KernelCase(layout="LHBNC"),
+    "LNBHC": KernelCase(layout="LNBHC"),
+    "LBNHC, slice of a bigger one": KernelCase(layout="LBNHC, slice of a bigger one"),
+    "KV blocks of 48": KernelCase(block_size=48),
+    "single tokens": KernelCase(select_block_size=1),
+    "selection blocks of 2": KernelCase(select_block_size=2),
+    "selection blocks of 4": KernelCase(select_block_size=4),
+    "selection blocks of 8": KernelCase(select_block_size=8),
+    "selection blocks of 32": KernelCase(
         block_size=32, select_block_size=32, lens=(131, 32, 1)
     ),
-    "selection blocks of 48 in 96": Case(
+    "selection blocks of 48 in 96": KernelCase(
         block_size=96, select_block_size=48, lens=(300, 97, 64, 48, 5)
     ),
-    "every edge": Case(4, 1, lens=EDGES, head_size=64),
-    "every edge, single tokens": Case(
+    "every edge": KernelCase(4, 1, lens=EDGES, head_size=64),
+    "every edge, single tokens": KernelCase(
         4, 1, lens=EDGES, head_size=64, select_block_size=1
     ),
-    "four splits and more": Case(2, 1, lens=(2100, 511, 512, 513, 1024, 0)),
-    "selection blocks of 64 over splits": Case(
+    "four splits and more": KernelCase(2, 1, lens=(2100, 511, 512, 513, 1024, 0)),
+    "selection blocks of 64 over splits": KernelCase(
         2, 1, lens=(1700, 1025), block_size=64, select_block_size=64, head_size=64
     ),
-    "scores of hundreds": Case(sharpness=30.0),
-    "rows left out": Case(lens=(-1, 700, 0, -(2**31), 17, -1)),
-    "all rows left out": Case(lens=(-1, -40)),
+    "scores of hundreds": KernelCase(sharpness=30.0),
+    "rows left out": KernelCase(lens=(-1, 700, 0, -(2**31), 17, -1)),
+    "all rows left out": KernelCase(lens=(-1, -40)),
 }
 # One case of each kind: for quick runs, and for tests that run a case several times.
 SMALL = (
@@ -111,7 +111,7 @@ EVERY = [
 KEPT = 42.0  # held by a row that is left out, before an op and after it
 
 
-def attend_tensors(batch: Batch, case: Case) -> dict[str, torch.Tensor]:
+def attend_tensors(batch: Batch, case: KernelCase) -> dict[str, torch.Tensor]:
     """Tensors for the ops that attend; those that are written start as NaN.
 
     Query, output and block table are parts of wider tensors, with odd strides; the
@@ -154,12 +154,12 @@ def scales_of(batch: Batch) -> dict[str, float]:
     return {name: getattr(batch, name) for name in names}
 
 
-def room_for_block_lse(batch: Batch, case: Case) -> torch.Tensor:
+def room_for_block_lse(batch: Batch, case: KernelCase) -> torch.Tensor:
     most = -(-max(0, *case.lens) // case.select_block_size)
     return torch.full((*batch.query.shape[:2], most + 3), math.nan)
 
 
-def run_dense(kernels, batch: Batch, case: Case, scores: bool = True) -> dict:
+def run_dense(kernels, batch: Batch, case: KernelCase, scores: bool = True) -> dict:
     """The tensors of dense_decode after it ran; without block_lse unless `scores`."""
     tensors, outputs, numbers = attend_tensors(batch, case), ["output", "lse"], {}
     if scores:
@@ -171,7 +171,7 @@ def run_dense(kernels, batch: Batch, case: Case, scores: bool = True) -> dict:
     return tensors
 
 
-def run_score(kernels, batch: Batch, case: Case, poison: bool = True) -> dict:
+def run_score(kernels, batch: Batch, case: KernelCase, poison: bool = True) -> dict:
     """The tensors of score_blocks after it ran.
 
     Args:
@@ -194,7 +194,7 @@ def run_score(kernels, batch: Batch, case: Case, poison: bool = True) -> dict:
 
 
 def run_sparse(
-    kernels, batch: Batch, case: Case, blocks: torch.Tensor, lens: torch.Tensor
+    kernels, batch: Batch, case: KernelCase, blocks: torch.Tensor, lens: torch.Tensor
 ) -> dict:
     """The tensors of sparse_decode after it ran over topk_blocks and topk_lens."""
     tensors = attend_tensors(batch, case)
@@ -211,7 +211,7 @@ def run_sparse(
 
 
 def exact_of(
-    batch: Batch, case: Case, positions: Positions | None = None
+    batch: Batch, case: KernelCase, positions: Positions | None = None
 ) -> exact.Exact:
     """The result in float64; its error allows for weights in the query's dtype."""
     weights = torch.finfo(case.dtype).eps / 2
@@ -231,7 +231,9 @@ def assert_lse(got: dict, wanted: exact.Exact, batch: Batch) -> None:
     exact.assert_within(got["lse"][rows], *bound, "lse")
 
 
-def assert_scores(got: dict, wanted: exact.Exact, batch: Batch, case: Case) -> None:
+def assert_scores(
+    got: dict, wanted: exact.Exact, batch: Batch, case: KernelCase
+) -> None:
     """Judge lse and block_lse."""
     assert_lse(got, wanted, batch)
     for row, seq_len in enumerate(case.lens):
@@ -245,7 +247,7 @@ def assert_scores(got: dict, wanted: exact.Exact, batch: Batch, case: Case) -> N
 
 
 def make_sets(
-    batch: Batch, case: Case, scope: str, seed: int = 0, most: int = 40
+    batch: Batch, case: KernelCase, scope: str, seed: int = 0, most: int = 40
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Random topk_blocks and topk_lens, each set in random order.
 
@@ -269,7 +271,9 @@ def make_sets(
     return blocks, lens
 
 
-def positions_of(case: Case, blocks: torch.Tensor, lens: torch.Tensor) -> Positions:
+def positions_of(
+    case: KernelCase, blocks: torch.Tensor, lens: torch.Tensor
+) -> Positions:
     """A function of (row, head): the positions that the head attends to."""
     size, num_sets = case.select_block_size, blocks.shape[1]
 

@@ -9,7 +9,7 @@ from tests.kernels.cuda.cases import (
     CASES,
     EVERY,
     SMALL,
-    Case,
+    KernelCase,
     assert_output,
     assert_scores,
     exact_of,
@@ -53,7 +53,7 @@ def test_scores_are_the_bits_of_dense_decode(kernels, name):
 @pytest.mark.extended
 def test_nothing_else_is_written(kernels):
     """The output is part of a wider tensor, which holds NaN."""
-    case = Case(lens=(20, 600))
+    case = KernelCase(lens=(20, 600))
     got = run_dense(kernels, case.make(), case)
     wide = got["output"]
     base = torch.empty(0, dtype=wide.dtype).set_(wide.untyped_storage())
@@ -74,7 +74,7 @@ def test_without_block_lse_the_results_are_the_same_bits(kernels, name):
 @pytest.mark.extended
 @pytest.mark.parametrize("splits, size", [(1, 16), (2, 1), (7, 32), (64, 16)])
 def test_any_number_of_splits(kernels, splits, size):
-    case = Case(
+    case = KernelCase(
         2,
         1,
         64,
@@ -89,7 +89,7 @@ def test_any_number_of_splits(kernels, splits, size):
 
 @pytest.mark.extended
 def test_a_batch_permuted_gives_the_results_permuted_bit_for_bit(kernels):
-    case = Case(4, 2, 64, lens=(1300, 0, 33, 700, 16))
+    case = KernelCase(4, 2, 64, lens=(1300, 0, 33, 700, 16))
     batch = case.make()
     first = run_dense(kernels, batch, case)
     order = [3, 1, 4, 0, 2]
@@ -106,7 +106,7 @@ def test_a_batch_permuted_gives_the_results_permuted_bit_for_bit(kernels):
 
 @pytest.mark.extended
 def test_the_other_rows_do_not_matter(kernels):
-    case = Case(4, 2, 64, lens=(900, 40))
+    case = KernelCase(4, 2, 64, lens=(900, 40))
     batch = case.make()
     first = run_dense(kernels, batch, case)
     changed = replace(
@@ -125,7 +125,7 @@ def test_the_other_rows_do_not_matter(kernels):
 def test_every_fp8_number_is_itself(kernels, dtype):
     """A row of one token gives its value; all 256 codes in two rows, NaN among them."""
     for first in (0, 128):
-        case = Case(1, 1, 128, dtype=dtype, fp8=True, lens=(1,))
+        case = KernelCase(1, 1, 128, dtype=dtype, fp8=True, lens=(1,))
         batch = case.make()
         codes = torch.arange(first, first + 128, dtype=torch.uint8)
         codes = codes.view(torch.float8_e4m3fn)

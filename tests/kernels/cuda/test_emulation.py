@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.kernels.cuda.cases import (
-    Case,
+    KernelCase,
     assert_lse,
     exact_of,
     make_sets,
@@ -23,7 +23,8 @@ from tests.kernels.cuda.emulator import (
     built_once,
     sanitized_environment,
 )
-from tests.kernels.cuda.test_select_blocks import masses, rule_of, select
+from tests.kernels.cuda.test_select_blocks import masses, select
+from tests.support.rules import rule_of
 
 pytestmark = pytest.mark.extended
 
@@ -60,7 +61,7 @@ def test_it_says(self_test, name):
 
 def test_score_blocks_reads_no_byte_of_v(runner):
     """The last token's V lies outside the memory, as a read by dense_decode shows."""
-    case = Case(2, 1, 64, lens=(64,))
+    case = KernelCase(2, 1, 64, lens=(64,))
     batch = case.make()
     keys = batch.keys[0][:, 0].contiguous()
     overlapping = keys.new_zeros(65, 64).as_strided((4, 1, 16, 128), (1024, 64, 64, 1))
@@ -91,7 +92,9 @@ def each_order(runner, results):
 
 @pytest.mark.parametrize("size", [1, 32])
 def test_dense_decode_in_any_order_of_threads(runner, size):
-    case = Case(4, 2, 64, lens=(300, -1, 33), select_block_size=size, block_size=32)
+    case = KernelCase(
+        4, 2, 64, lens=(300, -1, 33), select_block_size=size, block_size=32
+    )
     batch = case.make()
 
     def results(kernels):
@@ -102,7 +105,7 @@ def test_dense_decode_in_any_order_of_threads(runner, size):
 
 
 def test_score_blocks_in_any_order_of_threads(runner):
-    case = Case(4, 2, 256, fp8=True, lens=(300, -1, 33))
+    case = KernelCase(4, 2, 256, fp8=True, lens=(300, -1, 33))
     batch = case.make()
 
     def results(kernels):
@@ -112,9 +115,11 @@ def test_score_blocks_in_any_order_of_threads(runner):
     each_order(runner, results)
 
 
-@pytest.mark.parametrize("case", [Case(4, 2, 256), Case(4, 2, 96, fp8=True)], ids=str)
+@pytest.mark.parametrize(
+    "case", [KernelCase(4, 2, 256), KernelCase(4, 2, 96, fp8=True)], ids=str
+)
 def test_sparse_decode_in_any_order_of_threads(runner, case):
-    case = Case(**{**vars(case), "lens": (300, 40, 0, -1)})
+    case = KernelCase(**{**vars(case), "lens": (300, 40, 0, -1)})
     batch = case.make()
     blocks, lens = make_sets(batch, case, "kv_head")
 

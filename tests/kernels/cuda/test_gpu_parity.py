@@ -19,7 +19,8 @@ from tests.kernels.cuda.op_arguments import (
     good_arguments,
     good_seq_lens,
 )
-from tests.kernels.cuda.test_select_blocks import masses, rule_of, select
+from tests.kernels.cuda.test_select_blocks import masses, select
+from tests.support.rules import rule_of
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU and the extension built for it"

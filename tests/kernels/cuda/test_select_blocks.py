@@ -5,21 +5,11 @@ import math
 import pytest
 import torch
 
-from tests.kernels.reference import naive
-from tests.kernels.reference.cases import make_batch
-from tests.kernels.reference.exact import EXP, FEW, UNIT, assert_within
+from tests.kernels import naive
+from tests.kernels.batches import make_batch
+from tests.kernels.exact import EXP, FEW, UNIT, assert_within
+from tests.support.rules import rule_of
 from tidal_vllm.kernels import Workspace, reference
-from tidal_vllm.plan.rule import SelectionRule
-
-
-def rule_of(budget, size=16, sinks=0, recent=1, threshold=0):
-    return SelectionRule(
-        token_budget=budget,
-        select_block_size=size,
-        sink_tokens=sinks,
-        recent_tokens=recent,
-        sparse_threshold=threshold,
-    )
 
 
 def masses(*shape, levels=4096, seed=0):

@@ -9,7 +9,7 @@ import torch
 from tests.kernels.cuda.cases import (
     CASES,
     EVERY,
-    Case,
+    KernelCase,
     assert_lse,
     assert_output,
     exact_of,
@@ -18,7 +18,7 @@ from tests.kernels.cuda.cases import (
     run_dense,
     run_sparse,
 )
-from tests.kernels.reference.exact import half_unit
+from tests.kernels.exact import half_unit
 from tidal_vllm.kernels.reference import merge_states
 
 
@@ -61,7 +61,7 @@ def test_every_scope(kernels, name, scope):
 @pytest.mark.parametrize("num_sets", [2, 8])
 def test_sets_that_are_no_scope(kernels, num_sets):
     """Several KV heads on one set, and several sets within a KV head."""
-    case = Case(8, 4, 64)
+    case = KernelCase(8, 4, 64)
     batch = case.make()
     blocks, lens = make_sets(batch, case, "query_head")
     check(kernels, case, batch, blocks[:, :num_sets], lens[:, :num_sets])
@@ -70,12 +70,14 @@ def test_sets_that_are_no_scope(kernels, num_sets):
 @pytest.mark.extended
 @pytest.mark.parametrize("splits, size", [(2, 1), (5, 16), (32, 1)])
 def test_any_number_of_splits(kernels, splits, size):
-    case = Case(4, 2, 64, lens=(900, 300, 0), splits=splits, select_block_size=size)
+    case = KernelCase(
+        4, 2, 64, lens=(900, 300, 0), splits=splits, select_block_size=size
+    )
     batch = case.make()
     check(kernels, case, batch, *make_sets(batch, case, "kv_head", most=700))
 
 
-def all_blocks(case: Case, num_sets: int) -> tuple[torch.Tensor, torch.Tensor]:
+def all_blocks(case: KernelCase, num_sets: int) -> tuple[torch.Tensor, torch.Tensor]:
     """topk_blocks and topk_lens of sets that hold every block."""
     counts = [-(-n // case.select_block_size) for n in case.lens]
     rows = torch.arange(max(counts), dtype=torch.int32).expand(
@@ -89,7 +91,9 @@ def all_blocks(case: Case, num_sets: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("scope, size", [("kv_head", 16), ("query_head", 1)])
 def test_a_full_budget_is_dense(kernels, scope, size):
     """The same bits, since heads and splits are the same."""
-    case = Case(6, 2, 64, lens=(300, 0, 129, 16), splits=1, select_block_size=size)
+    case = KernelCase(
+        6, 2, 64, lens=(300, 0, 129, 16), splits=1, select_block_size=size
+    )
     batch = case.make()
     dense = run_dense(kernels, batch, case)
     sparse = run_sparse(kernels, batch, case, *all_blocks(case, batch.num_sets(scope)))
@@ -99,7 +103,7 @@ def test_a_full_budget_is_dense(kernels, scope, size):
 
 @pytest.mark.extended
 def test_the_order_within_a_set_changes_nothing(kernels):
-    case = Case(4, 2, 64, lens=(500,))
+    case = KernelCase(4, 2, 64, lens=(500,))
     batch = case.make()
     blocks, lens = make_sets(batch, case, "kv_head")
     lens[:] = 20
@@ -111,7 +115,7 @@ def test_the_order_within_a_set_changes_nothing(kernels):
 
 @pytest.mark.extended
 def test_two_disjoint_sets_merged_are_their_union(kernels):
-    case = Case(4, 2, 64, dtype=torch.float16, lens=(500, 90))
+    case = KernelCase(4, 2, 64, dtype=torch.float16, lens=(500, 90))
     batch = case.make()
     blocks, lens = all_blocks(case, 2)
     lens[:] = torch.tensor([[32, 32], [6, 6]])
@@ -130,7 +134,7 @@ def test_two_disjoint_sets_merged_are_their_union(kernels):
 
 @pytest.mark.extended
 def test_a_batch_permuted_gives_the_results_permuted_bit_for_bit(kernels):
-    case = Case(4, 2, 64, lens=(700, 0, 33, 300))
+    case = KernelCase(4, 2, 64, lens=(700, 0, 33, 300))
     batch = case.make()
     blocks, lens = make_sets(batch, case, "kv_head")
     first = run_sparse(kernels, batch, case, blocks, lens)
@@ -143,7 +147,7 @@ def test_a_batch_permuted_gives_the_results_permuted_bit_for_bit(kernels):
 
 @pytest.mark.extended
 def test_a_padded_row_ignores_its_stale_set(kernels):
-    case = Case(4, 2, 64, lens=(0, 40))
+    case = KernelCase(4, 2, 64, lens=(0, 40))
     batch = case.make()
     blocks, lens = make_sets(batch, case, "sequence")
     lens[0] = 3
@@ -154,7 +158,7 @@ def test_a_padded_row_ignores_its_stale_set(kernels):
 
 
 def test_blocks_past_the_end_hold_nothing(kernels):
-    case = Case(4, 2, 64, lens=(40,))
+    case = KernelCase(4, 2, 64, lens=(40,))
     batch = case.make()
     blocks = torch.tensor([[[1, 50, 2, 3]]], dtype=torch.int32)
     lens = torch.tensor([[4]], dtype=torch.int32)

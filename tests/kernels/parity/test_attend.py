@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.kernels.batches import Batch
 from tests.kernels.conftest import INTERPRETED
+from tests.kernels.exact import assert_within
 from tests.kernels.harness import (
     assert_attends,
     assert_equal,
@@ -18,8 +20,6 @@ from tests.kernels.harness import (
     some_blocks,
     sparse,
 )
-from tests.kernels.reference.cases import Batch
-from tests.kernels.reference.exact import assert_within
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # A row left out among rows of two splits, one and none.

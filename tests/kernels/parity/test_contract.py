@@ -6,8 +6,9 @@ Of the Triton kernels; the CUDA extension has its own contract test.
 import pytest
 import torch
 
+from tests.kernels.batches import make_batch
 from tests.kernels.harness import make_output, make_workspace
-from tests.kernels.reference.cases import make_batch, rule_of
+from tests.support.rules import rule_of
 from tidal_vllm.kernels import DecodeArgs, Workspace, choose
 
 FLOAT, INT = torch.float32, torch.int32

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.kernels.harness import batch_on
-from tests.kernels.reference.cases import rule_of
+from tests.support.rules import rule_of
 from tidal_vllm.kernels import DecodeArgs, choose
 
 RULE = rule_of(512, 16, sinks=4, recent=64)

@@ -1,4 +1,4 @@
-"""Through `ops.choose`: one decode step as the engine runs it, and what is covered."""
+"""Through `choose`: one decode step as the engine runs it, and what is covered."""
 
 import math
 from dataclasses import replace
@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.kernels.batches import Batch, Sets
 from tests.kernels.harness import (
     assert_attends,
     assert_same_lse,
     batch_on,
     exact_of,
 )
-from tests.kernels.reference.cases import Batch, Sets, rule_of
+from tests.support.rules import rule_of
 from tidal_vllm.kernels import DecodeArgs, Kernels, choose, workspace
 from tidal_vllm.validators import TidalConfigError
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from tests.kernels import naive
 from tests.kernels.harness import KEPT, batch_on, dense, select, selection_args
-from tests.kernels.reference import naive
-from tests.kernels.reference.cases import rule_of
+from tests.support.rules import rule_of
 from tidal_vllm.kernels import reference
 
 
@@ -182,10 +182,9 @@ class TestExactSets:
 
 def small_tiles(monkeypatch, device) -> None:
     if device.type == "cpu":
-        from tidal_vllm.kernels.triton import select as triton_select
-
-        monkeypatch.setattr(triton_select, "CHOOSE_TILE", 64)
-        monkeypatch.setattr(triton_select, "WEIGH_TILE", 64)
+        launch = "tidal_vllm.kernels.triton.select"
+        monkeypatch.setattr(f"{launch}.CHOOSE_TILE", 64)
+        monkeypatch.setattr(f"{launch}.WEIGH_TILE", 64)
 
 
 @extended

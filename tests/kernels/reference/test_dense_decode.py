@@ -8,9 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.kernels.harness import assert_equal, dense, score
-from tests.kernels.reference import naive
-from tests.kernels.reference.cases import (
+from tests.kernels import naive
+from tests.kernels.batches import (
     DTYPES,
     GROUPS,
     LAYOUTS,
@@ -20,7 +19,8 @@ from tests.kernels.reference.cases import (
     law,
     make_batch,
 )
-from tests.kernels.reference.exact import assert_within
+from tests.kernels.exact import assert_within
+from tests.kernels.harness import assert_equal, dense, score
 from tidal_vllm.kernels import Workspace, reference
 from tidal_vllm.kernels.reference import decode, kv_runs
 

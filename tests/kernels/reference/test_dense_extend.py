@@ -7,9 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.kernels.harness import dense
-from tests.kernels.reference import exact, naive
-from tests.kernels.reference.cases import (
+from tests.kernels import exact, naive
+from tests.kernels.batches import (
     DTYPES,
     GROUPS,
     LAYOUTS,
@@ -17,7 +16,8 @@ from tests.kernels.reference.cases import (
     law,
     make_batch,
 )
-from tests.kernels.reference.exact import assert_within
+from tests.kernels.exact import assert_within
+from tests.kernels.harness import dense
 from tidal_vllm.kernels import reference
 from tidal_vllm.kernels.reference import prefill
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from tests.kernels.reference.exact import EXP, FEW, UNIT, assert_within, half_unit
+from tests.kernels.exact import EXP, FEW, UNIT, assert_within, half_unit
 from tidal_vllm.kernels.reference import merge_states
 
 

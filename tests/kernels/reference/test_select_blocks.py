@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.kernels import harness
+from tests.kernels import harness, naive
+from tests.kernels.batches import law, make_batch
 from tests.kernels.harness import selection_args
-from tests.kernels.reference import naive
-from tests.kernels.reference.cases import law, make_batch, rule_of
+from tests.support.rules import rule_of
 from tidal_vllm.kernels import reference
 
 

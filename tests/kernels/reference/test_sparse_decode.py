@@ -6,14 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.kernels import harness
-from tests.kernels.harness import dense
-from tests.kernels.reference import naive
-from tests.kernels.reference.cases import (
+from tests.kernels import harness, naive
+from tests.kernels.batches import (
     DTYPES,
     GROUPS,
     LAYOUTS,
-    SCOPES,
     SELECT_BLOCK_SIZES,
     Batch,
     Sets,
@@ -21,7 +18,9 @@ from tests.kernels.reference.cases import (
     law,
     make_batch,
 )
-from tests.kernels.reference.exact import assert_within, half_unit
+from tests.kernels.exact import assert_within, half_unit
+from tests.kernels.harness import dense
+from tidal_vllm.config import SCOPES
 from tidal_vllm.kernels import reference
 from tidal_vllm.kernels.reference import decode, merge_states
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.kernels.reference.cases import DTYPES, LAYOUTS
+from tests.kernels.batches import DTYPES, LAYOUTS
 from tidal_vllm.kernels.reference import write_kv
 
 

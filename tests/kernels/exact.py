@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tests.kernels.reference.naive import Positions, Rows
+from tests.kernels.naive import Positions, Rows
 
 UNIT = 2.0**-24
 # Of the coarsest exponential that runs, in units of u: `exp_u20` of ATen's attention

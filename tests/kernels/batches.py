@@ -8,10 +8,10 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from tests.kernels.reference import exact
-from tests.kernels.reference.naive import Positions
+from tests.kernels import exact
+from tests.kernels.naive import Positions
 from tidal_vllm.kernels import DecodeArgs
-from tidal_vllm.plan.rule import SelectionRule
+from tidal_vllm.plan.rule import num_sets
 
 # Deterministic: the same examples in every run, on every machine.
 law = settings(
@@ -120,11 +120,8 @@ class Batch:
         return self.kv_cache.shape[2]
 
     def num_sets(self, scope: str) -> int:
-        return {
-            "sequence": 1,
-            "kv_head": self.num_kv_heads,
-            "query_head": self.num_heads,
-        }[scope]
+        """Sets of one sequence under a scope."""
+        return num_sets(scope, self.num_heads, self.num_kv_heads)
 
     def args(self, sets: Sets | None = None, **others) -> DecodeArgs:
         """What an op is given: the one place where tests spell it out.
@@ -209,19 +206,6 @@ def as_tensors(sets: Sets, spare: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
         for i, chosen in enumerate(of_row):
             blocks[row, i, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
     return blocks, lens
-
-
-def rule_of(
-    budget: int, size: int = 1, sinks: int = 0, recent: int = 1, threshold: int = 0
-) -> SelectionRule:
-    """A rule in tokens: the budget, a selection block, sinks, recent, threshold."""
-    return SelectionRule(
-        token_budget=budget,
-        select_block_size=size,
-        sink_tokens=sinks,
-        recent_tokens=recent,
-        sparse_threshold=threshold,
-    )
 
 
 def make_batch(
@@ -349,5 +333,4 @@ def batches(
     )
 
 
-SCOPES = ("sequence", "kv_head", "query_head")
 SELECT_BLOCK_SIZES = (1, 4, 16)
