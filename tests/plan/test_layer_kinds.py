@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import transformers
 
-from tidal_vllm.plan.layer_kinds import LayerKind, layer_kinds, why_not_correctable
+from tidal_vllm.plan.layer_kinds import LayerKind, correction_obstacle, layer_kinds
 from tidal_vllm.profiles.fingerprint import config_sha256
 from tidal_vllm.validators import TidalConfigError
 
@@ -127,6 +127,6 @@ def test_refuses_states_at_unknown_places():
     ],
 )
 def test_what_cannot_be_corrected(kinds, has_state, frees_blocks, words):
-    reason = why_not_correctable(kinds, has_state, frees_blocks)
+    reason = correction_obstacle(kinds, has_state, frees_blocks)
     assert reason is None if words is None else f"{words}" in reason
     assert reason is None or "must be null" in reason

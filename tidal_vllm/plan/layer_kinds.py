@@ -81,7 +81,7 @@ def layer_kinds(
     return tuple(kinds)
 
 
-def why_not_correctable(
+def correction_obstacle(
     kinds: Sequence[LayerKind], has_state: bool, frees_blocks: bool
 ) -> str | None:
     """Why tokens cannot be computed a second time; None where they can.

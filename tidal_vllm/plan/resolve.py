@@ -10,7 +10,7 @@ from typing import Any
 
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.names import NAME
-from tidal_vllm.plan.layer_kinds import LayerKind, layer_kinds, why_not_correctable
+from tidal_vllm.plan.layer_kinds import LayerKind, correction_obstacle, layer_kinds
 from tidal_vllm.plan.layers import plan_layers
 from tidal_vllm.plan.lengths import limit_plan
 from tidal_vllm.plan.roles import LayerPlan, all_dense
@@ -137,7 +137,7 @@ def _full_layers(kinds: tuple[LayerKind, ...]) -> tuple[int, ...]:
 def uncorrectable(vllm_config: Any, startup: Startup) -> str | None:
     """Why this model's tokens cannot be corrected; None where they can."""
     model_config, scheduler = vllm_config.model_config, vllm_config.scheduler_config
-    return why_not_correctable(
+    return correction_obstacle(
         startup.kinds,
         has_state=model_config.is_hybrid,
         # NOTE: None until vLLM's configuration is complete; then mostly False.
