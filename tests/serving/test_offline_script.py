@@ -10,7 +10,8 @@ import pytest
 
 from tests.support.server import warnings
 
-pytestmark = pytest.mark.extended
+# The script waits for its engine to end, and warns where a busy machine lets it wait.
+pytestmark = pytest.mark.serial
 
 SCRIPT = Path(__file__).parents[1] / "support" / "ask_offline.py"
 
