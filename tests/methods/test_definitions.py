@@ -31,6 +31,7 @@ class TestMergedRankings:
         scores[0, 0, 7], scores[-1, -1, 9] = math.nan, -math.inf
         if seed % 2:
             scores[0, -1] = math.nan
+            scores[-1, 0, 5:15] = -math.inf  # fewer scores than room
         forced = rule.forced_blocks(seq_len)
         room = 12 - len(forced)
         assert len(forced) == 5

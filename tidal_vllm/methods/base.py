@@ -1,6 +1,6 @@
 """What a method of choosing blocks is, and how an engine gets one by its name."""
 
-import importlib
+import pkgutil
 
 import torch
 
@@ -72,6 +72,5 @@ class Method:
 
 def create_method(config: TidalConfig, rule: SelectionRule, kernels: Kernels) -> Method:
     """The method that the configuration names."""
-    module, _, name = METHODS[config.method].path.rpartition(".")
-    cls: type[Method] = getattr(importlib.import_module(module), name)
+    cls: type[Method] = pkgutil.resolve_name(METHODS[config.method].path)
     return cls(kernels, rule, attends_to_chosen=config.select_attends == "chosen")

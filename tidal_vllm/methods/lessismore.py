@@ -16,7 +16,7 @@ class LessIsMore(Method):
     Layers choose as with TidalDecode. Each head ranks the blocks that are not forced by
     its own attention, best first; the lists are merged rank by rank, all first choices
     before all second ones, the heads in their order, and the set takes the first
-    different blocks. So a head with a few strong preferences gets its blocks, however
+    different blocks, as in the authors' code. So a head with a few strong preferences gets its blocks, however
     small its attention mass is beside that of other heads.
     """
 
@@ -51,7 +51,8 @@ def merge_rankings(
     mass = scores.new_full((num_sets, num_blocks), -math.inf)
     if not room:
         return mass
-    scores = scores.nan_to_num(nan=-math.inf).index_fill(2, forced, -math.inf)
+    scores = scores.masked_fill(scores.isnan(), -math.inf)
+    scores = scores.index_fill(2, forced, -math.inf)
     # Stable: of blocks with equal scores the one of the smaller index comes first.
     best, ranked = scores.sort(dim=2, descending=True, stable=True)
     best, ranked = best[:, :, :room], ranked[:, :, :room]

@@ -4,7 +4,7 @@ from tidal_vllm.methods.tidaldecode import TidalDecode
 
 
 class Oracle(TidalDecode):
-    """The best that a budget allows, as the oracle top-k of arXiv 2410.05076, figure 2.
+    """What exact scores in every layer would give: a bound for the other methods.
 
     Each layer scores all keys, as `TidalDecode` does, and attends to its own choice.
     It reads half of what dense attention reads, so it is there to be compared with: a
