@@ -16,8 +16,8 @@ class LessIsMore(Method):
     Layers choose as with TidalDecode. Each head ranks the blocks that are not forced by
     its own attention, best first; the lists are merged rank by rank, all first choices
     before all second ones, the heads in their order, and the set takes the first
-    different blocks, as in the authors' code. So a head with a few strong preferences gets its blocks, however
-    small its attention mass is beside that of other heads.
+    different blocks, as in the authors' code. So a head with a few strong preferences
+    gets its blocks, however small its attention mass is beside that of other heads.
     """
 
     def select(self, layer_name: str, args: DecodeArgs, seq_lens: torch.Tensor) -> None:
