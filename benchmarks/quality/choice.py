@@ -227,6 +227,7 @@ def main() -> int:
         print(f"text {nth + 1} of {args.texts}", flush=True)
     about = {
         "benchmark": "choice",
+        "model": Path(args.model).name,
         "texts": args.texts,
         "length": args.length,
         "positions": args.positions,
