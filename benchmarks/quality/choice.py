@@ -180,13 +180,40 @@ class Study:
             mean = self.mass.setdefault((how, name), Mean())
             mean.add(captured(block_lse, lse, kept))
 
-    def results(self) -> Iterator[dict]:
+    def results(self) -> list[dict]:
+        found = []
         for (how, name), mean in self.mass.items():
-            record = {"choice": how, "by": name, "captured_mass": mean.describe()}
+            result = {"choice": how, "by": name, "captured_mass": mean.describe()}
             if how == "own" and name in FORMATS:
-                record["blocks_changed"] = self.changed[name].describe()["mean"]
-                record["sets_unchanged"] = self.same[name].describe()["mean"]
-            yield record
+                result["blocks_changed"] = self.changed[name].describe()["mean"]
+                result["sets_unchanged"] = self.same[name].describe()["mean"]
+            found.append(result)
+        return found
+
+
+def name_of(record: dict) -> str:
+    return f"{record['model']}_block_{record['select_block_size']}"
+
+
+def table(record: dict) -> str:
+    """One record as a Markdown table: a line for each way to choose."""
+    lines = [
+        "| chosen from | own | carried | blocks changed | sets unchanged |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    found = {(r["choice"], r["by"]): r for r in record["choices"]}
+    for name in dict.fromkeys(r["by"] for r in record["choices"]):
+        own, carried = found["own", name], found["carried", name]
+        cells = [name, _mass(own), _mass(carried)]
+        for key in ("blocks_changed", "sets_unchanged"):
+            cells.append(f"{100 * own[key]:.2f} %" if key in own else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _mass(result: dict) -> str:
+    mass = result["captured_mass"]
+    return f"{mass['mean']:.4f} ({mass['p1']:.3f})"
 
 
 def texts(tokenizer, count: int, length: int) -> Iterator[Tensor]:
@@ -235,13 +262,12 @@ def main() -> int:
         "select_layers": args.select_layers,
     }
     for study in studies:
-        for record in study.results():
-            size = study.rule.select_block_size
-            line = about | {"select_block_size": size} | record
-            print(json.dumps(line), flush=True)
-            if args.out:
-                with args.out.open("a") as out:
-                    out.write(json.dumps(line | describe_run("transformers")) + "\n")
+        size = study.rule.select_block_size
+        record = about | {"select_block_size": size, "choices": study.results()}
+        print(table(record), flush=True)
+        if args.out:
+            with args.out.open("a") as out:
+                out.write(json.dumps(record | describe_run("transformers")) + "\n")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""docs/correction.md and docs/reselect.md: their tables are what was measured."""
+"""The pages of docs/ that measurements made: their tables are what was measured."""
 
 import json
 import re
@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality import correction_ablation, reselect_ablation
+from benchmarks.quality import choice, correction_ablation, reselect_ablation
 
 ROOT = Path(__file__).parents[2]
 # Page, its script and its results.
 PAGES = {
+    "choice": (choice, "choice.jsonl"),
     "correction": (correction_ablation, "correction.jsonl"),
     "reselect": (reselect_ablation, "reselect.jsonl"),
 }
@@ -53,7 +54,19 @@ def test_reselects_defaults_rest_on_measurements():
         assert best == "1 everything"
 
 
-@pytest.mark.parametrize("name", PAGES)
+def test_the_choices_defaults_rest_on_measurements():
+    """block_lse stays fp32: sets change. Ranks agree: what is carried captures more."""
+    for record in records("choice"):
+        found = {(r["choice"], r["by"]): r for r in record["choices"]}
+        for two_bytes in ("float16", "bfloat16", "fixed16"):
+            assert found["own", two_bytes]["sets_unchanged"] < 1
+        mass = [
+            found["carried", f"ranks {n}"]["captured_mass"]["mean"] for n in (1, 2, 3)
+        ]
+        assert mass == sorted(mass, reverse=True)
+
+
+@pytest.mark.parametrize("name", ["correction", "reselect"])
 def test_the_baseline_is_dense(name):
     for record in records(name):
         assert record["runs"]["dense"]["kl_mean"] == 0
