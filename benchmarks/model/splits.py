@@ -61,3 +61,16 @@ def limit_audited(
     """The same in the kernels that were audited: four waves, rounded up."""
     splits = ceil_div(8 * processors, num_rows * blocks_per_row)
     return max(1, min(splits, capacity), min(at_least, capacity))
+
+
+def limit_triton(
+    num_rows: int,
+    blocks_per_row: int,
+    processors: int,
+    capacity: int,
+    at_least: int,
+    sparse: bool,
+) -> int:
+    """The same in Triton: 16 programs for each processor."""
+    wanted = ceil_div(16 * processors, num_rows * blocks_per_row)
+    return max(at_least, min(wanted, capacity))

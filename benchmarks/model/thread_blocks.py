@@ -24,7 +24,7 @@ class Block:
     num_bytes: float = 0.0
     """Of HBM; 0 for a block that finds nothing to do."""
     unit: int = -1
-    """Blocks of one unit, at least 0, are joined by the last of them to arrive."""
+    """Blocks of one unit, at least 0, are joined by the last of them to end."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def run_blocks(
     for block in blocks:
         if block.num_bytes > 0:
             missing[block.unit] = missing.get(block.unit, 0) + 1
-    parts = dict(missing)
+    busy = sum(missing.values())
     now, dry, begun = 0.0, math.inf, 0
 
     def begin(processor: int) -> None:
@@ -185,9 +185,9 @@ def run_blocks(
             dry = min(dry, now)
             return
         processor_of[begun] = processor
-        busy = blocks[begun].num_bytes > 0
-        first = kernel.before_us if busy else kernel.empty_us
-        heapq.heappush(waiting, (now + first, begun, busy))
+        works = blocks[begun].num_bytes > 0
+        first = kernel.before_us if works else kernel.empty_us
+        heapq.heappush(waiting, (now + first, begun, works))
         begun += 1
 
     for place in range(processors * kernel.resident):
@@ -210,8 +210,7 @@ def run_blocks(
         block = streams.remove_first(where, processor_of)
         unit, after = blocks[block].unit, kernel.after_us
         missing[unit] -= 1
-        if unit >= 0 and missing[unit] == 0 and parts[unit] > 1:
+        if unit >= 0 and missing[unit] == 0:
             after += kernel.join_us
         heapq.heappush(waiting, (now + after, block, False))
-    busy = sum(parts.values())
     return Run(now, now - min(dry, now), busy / (processors * kernel.resident))
