@@ -1,0 +1,148 @@
+"""The tables of docs/performance_model.md, between markers, and how they get there."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.model import audit, design, targets
+from benchmarks.model.design import AUDITED, TODAY, TRITON, Design
+from benchmarks.model.hardware import BYTES_PER_US
+from benchmarks.model.splits import workspace_splits
+from benchmarks.model.targets import H100, SHAPE, K, case, size
+
+PAGE = Path(__file__).parents[2] / "docs/performance_model.md"
+BEGIN, END = "<!-- table: {} -->", "<!-- end of table -->"
+FA_SHARE = 0.85  # where a table has room for one share only
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def tables(counts: Path = design.machine_code.COUNTED) -> dict[str, str]:
+    """Every table of the page by its marker.
+
+    Args:
+        counts: Instructions per tile; the prototype's where there is no such file.
+    """
+    cuda = design.today(counts)
+    return {
+        "inputs": inputs(cuda),
+        "targets": verdicts(cuda),
+        "audit": compared(),
+        "splits": splits(cuda),
+        "select_layer": select_layer(cuda),
+        "blocks": blocks(cuda),
+    }
+
+
+def inputs(cuda: Design) -> str:
+    rows = [
+        (
+            kernel,
+            stored,
+            f"{AUDITED.loops[kernel, stored].instructions:g}",
+            f"{loop.instructions:g}",
+            f"{loop.tile_bytes / K:g} KiB",
+            f"{loop.resident}",
+            loop.source,
+        )
+        for (kernel, stored), loop in sorted(cuda.loops.items())
+        if (kernel, stored) in AUDITED.loops
+    ]
+    header = (
+        *("kernel", "KV cache", "instructions per tile, audited", "today", "tile"),
+        *("thread blocks per processor", "source of today's"),
+    )
+    return markdown(header, rows)
+
+
+def verdicts(cuda: Design) -> str:
+    rows = [(v.target, v.case, v.found, v.met) for v in targets.verdicts(cuda, TRITON)]
+    return markdown(("target", "case", "model", "met, by the model"), rows)
+
+
+def compared() -> str:
+    rows = [(c.what, c.said, f"{c.found:.3g}", f"{c.off:+.1%}") for c in audit.compare()]
+    return markdown(("audited kernels", "the audit", "this model", "off"), rows)
+
+
+def splits(cuda: Design) -> str:
+    """Sparse and dense by batch: splits, waves, us and share, audited and today."""
+    rows = []
+    for op, make, sizes in (
+        ("sparse, budget 4096", targets.sparse, [(n, 4096) for n in (1, 4, 16, 64, 72)]),
+        ("dense with scores, 32K", targets.dense, [(n, 32 * K) for n in (1, 4, 16, 64)]),
+    ):
+        for num_rows, tokens in sizes:
+            line = [op, str(num_rows)]
+            for kernels in (AUDITED, cuda):
+                made = make(kernels, num_rows, tokens)
+                line += [
+                    f"{made.splits}",
+                    f"{made.waves:.2f}",
+                    f"{made.us:.1f}",
+                    f"{made.share_of_copy(H100):.3f}",
+                ]
+            rows.append(line)
+    header = ["op", "batch"]
+    for name in ("audited", "today"):
+        header += [f"splits, {name}", "waves", "us", "share of copy"]
+    return markdown(header, rows)
+
+
+def select_layer(cuda: Design) -> str:
+    rows = []
+    for num_rows, tokens in ((16, 64 * K), (64, 32 * K), (64, 128 * K)):
+        for block in (16, 4):
+            for kernels in (cuda, TRITON):
+                us, share, layer = targets.select_layer(
+                    kernels, num_rows, tokens, block, FA_SHARE
+                )
+                read = 4 * SHAPE.num_heads * num_rows * tokens // block
+                rows.append(
+                    (
+                        case(num_rows, tokens),
+                        f"{block}",
+                        kernels.name.split(",")[0],
+                        f"{read / 1e6:.1f} MB",
+                        f"{read / BYTES_PER_US / H100.copy_tb_per_s:.1f}",
+                        f"{us:.1f}",
+                        f"{share:.2%}",
+                        f"{layer:.3f}",
+                    )
+                )
+    header = (
+        *("batch x context", "selection block", "kernels", "block_lse", "its copy, us"),
+        *("select_blocks, us", "of a dense layer", "SELECT layer / dense layer"),
+    )
+    return markdown(header, rows)
+
+
+def blocks(cuda: Design) -> str:
+    rows = [
+        (case(n, tokens), str(budget), str(block), f"{us:.1f}", f"{share:.3f}", f"{x:.2f}")
+        for n, tokens, budget in ((64, 32 * K, 3264), (16, 64 * K, 4096), (1, 128 * K, 4096))
+        for block, us, share, x in targets.sparse_by_block(cuda, n, budget, FA_SHARE, tokens)
+    ]
+    header = (
+        *("batch x context", "budget", "selection block", "sparse, us", "share of copy"),
+        "stack, speed-up over dense",
+    )
+    return markdown(header, rows)
+
+
+def written(text: str, made: dict[str, str]) -> str:
+    """A page's text with its tables made anew.
+
+    Raises:
+        ValueError: The page has no place for a table.
+    """
+    for name, table in made.items():
+        begin = BEGIN.format(name)
+        before, marked, rest = text.partition(f"{begin}\n")
+        _, ended, after = rest.partition(END)
+        if not (marked and ended):
+            raise ValueError(f"the page has no {begin} with {END} behind it")
+        text = f"{before}{begin}\n{table}\n{END}{after}"
+    return text
