@@ -21,6 +21,7 @@ TIDAL_HOST_DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
 
 // Thread blocks of one processor at a time, where its shared memory holds two.
 inline constexpr int kBlocksPerProcessor = 2;
+inline constexpr int kLeastWaves = 3;   // of a sparse batch that is more than one wave
 inline constexpr int kSparseWaves = 6;  // most waves of a sparse batch
 inline constexpr int kDenseWaves = 8;   // and of a dense one
 inline constexpr int kDenseSplits = 32;  // more splits cost more to join than they gain
@@ -30,8 +31,9 @@ inline constexpr int kDenseSplits = 32;  // more splits cost more to join than t
 //
 // Sparse rows are mostly of one length. So they get the fewest waves, rounded down, of
 // which a fifth at most stays empty: one more thread block than fits would double the time
-// of a small batch. Dense rows differ in length, so they get many waves, which even out,
-// and at least `at_least` splits, for a long row among short ones.
+// of a small batch. A batch that fills the GPU without splits gets three waves or more, as
+// waves even out. Dense rows differ in length, so they get many, and at least `at_least`
+// splits, for a long row among short ones.
 //
 // Chosen by benchmarks/model (docs/performance_model.md), not yet measured on a GPU. It
 // depends on constants of the host alone, never on the length of a row.
@@ -42,7 +44,8 @@ inline int limit_splits(int64_t num_rows, int64_t blocks_per_row, int processors
   int64_t splits = 0;
   if (sparse) {
     double fullest = 0.0;
-    for (int waves = 1; waves <= kSparseWaves && fullest < 0.8; ++waves) {
+    int waves = blocks <= wave ? 1 : kLeastWaves;
+    for (; waves <= kSparseWaves && fullest < 0.8; ++waves) {
       const int64_t found = waves * wave / blocks;
       const double full = static_cast<double>(found * blocks) / (waves * wave);
       if (full > fullest) {

@@ -4,8 +4,8 @@ r"""What should a decode step's attention take, by a model? Nothing runs on a GP
         --context 32768 --budget 3264 --fa-share 0.85
     python -m benchmarks.model --write-page
 
-Prints each op of a step, with its bytes, launches, waves and tail, then the step against
-dense attention in all layers. docs/performance_model.md says what is assumed.
+Prints each op of a step, with its bytes, launches, waves and tail, then the step
+against dense attention in all layers. docs/performance_model.md says what is assumed.
 """
 
 import argparse
@@ -43,7 +43,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         choices=[scope for scope in SCOPES if not may_differ_in_group(scope)],
         default="sequence",
     )
-    parser.add_argument("--select-attends", choices=SELECT_ATTENDS, default="everything")
+    parser.add_argument(
+        "--select-attends", choices=SELECT_ATTENDS, default="everything"
+    )
     parser.add_argument("--reselect-interval", type=_positive, default=1)
     parser.add_argument("--fp8", action="store_true", help="KV cache in e4m3")
     parser.add_argument("--kernels", choices=DESIGNS, default="cuda")
@@ -59,7 +61,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=machine_code.COUNTED,
         help="instructions per tile; where it does not exist, a prototype's",
     )
-    parser.add_argument("--json", type=Path, help="append the prediction as a line here")
+    parser.add_argument(
+        "--json", type=Path, help="append the prediction as a line here"
+    )
     parser.add_argument(
         "--write-page", action="store_true", help="make the tables of the page anew"
     )
@@ -146,7 +150,9 @@ def main(arguments: list[str] | None = None) -> int:
     if args.fp8:
         shape = dataclasses.replace(shape, stored="fp8")
         if ("sparse_decode", "fp8") not in kernels.loops:
-            raise SystemExit(f"--fp8 --kernels {args.kernels}: allowed with CUDA kernels")
+            raise SystemExit(
+                f"--fp8 --kernels {args.kernels}: allowed with CUDA kernels"
+            )
     try:
         config = TidalConfig(
             token_budget=args.budget,

@@ -19,6 +19,8 @@ JOIN_WARPS, ARRIVE, EMPTY = 0.8, 0.6, 0.6
 # one thread block of dense_decode, 989 instructions, reaches 0.8 of its processor's
 # share of the bandwidth; fp8, 1275 instructions, 1.4 times the tokens of bf16.
 CLOCKS = {"bf16": 3.2, "fp8": 2.8}
+# A processor keeps 1 KiB of shared memory of each thread block for itself.
+RESERVED_KIB = 1
 SLOTS = 4  # instructions that a processor issues per clock
 # Of one warp, to find the addresses of 32 selection blocks: a guess.
 ADDRESS_INSTRUCTIONS = 40
@@ -101,7 +103,13 @@ def _attend(
     head_token_bytes = shape.head_token_bytes // (2 if op == "score_blocks" else 1)
     kernel = _kernel(gpu, design, shape, op, block, used)
     run = _run(
-        gpu, kernel, lens, (grain, splits, at_least), groups, head_token_bytes, design.stream_share
+        gpu,
+        kernel,
+        lens,
+        (grain, splits, at_least),
+        groups,
+        head_token_bytes,
+        design.stream_share,
     )
 
     launches, us = 1, gpu.launch_us + run.us
@@ -139,8 +147,9 @@ def _kernel(
     clocks = gpu.clock_ghz * 1000  # in a us
     tiles_us = clocks / instructions
     inside = design.merges_inside and used > 1
+    room = int(gpu.shared_kib // (loop.shared_kib + RESERVED_KIB))
     return Kernel(
-        resident=loop.resident,
+        resident=min(loop.resident, room),
         before_us=(SPARSE_CHAIN if sparse else DENSE_CHAIN) * gpu.load_us,
         after_us=JOIN_WARPS + (ARRIVE if inside else 0.0),
         empty_us=EMPTY,
@@ -151,7 +160,7 @@ def _kernel(
 
 
 def _join_us(gpu: Gpu, design: Design, shape: Shape, used: int) -> float:
-    """One thread block joins the splits of its head group: latency, and bytes from L2."""
+    """One thread block joins the splits of its head group, latency and bytes from L2."""
     heads = min(shape.heads_per_kv_head, 16)
     rounds = ceil_div(used, design.merge_chunk)
     read = used * heads * shape.head_size * 4

@@ -1,4 +1,4 @@
-"""What tells the kernels that were audited from those of today, and CUDA from Triton."""
+"""What tells the audited kernels from those of today, and CUDA from Triton."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

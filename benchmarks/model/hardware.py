@@ -19,7 +19,6 @@ class Gpu:
         gather_share: The most of it that reading blocks of a KV cache reaches.
         clock_ghz: Of the processors, under load.
         shared_kib: Shared memory of one processor.
-        l2_mib: Level 2 cache.
         launch_us: From the end of one kernel of a CUDA graph to the start of the next.
         dependent_launch_us: The same with programmatic dependent launch.
         load_us: One load that the next instruction waits for, the memory busy.
@@ -32,7 +31,6 @@ class Gpu:
     copy_tb_per_s: float
     clock_ghz: float
     shared_kib: int
-    l2_mib: int
     gather_share: float = 0.95
     launch_us: float = 1.2
     dependent_launch_us: float = 0.2
@@ -56,9 +54,9 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("h100", 132, 3.0, 1.755, 228, 50),
-        Gpu("h200", 132, 4.3, 1.755, 228, 50),
-        Gpu("a100", 108, 1.82, 1.41, 164, 40),
+        Gpu("h100", 132, 3.0, 1.755, 228),
+        Gpu("h200", 132, 4.3, 1.755, 228),
+        Gpu("a100", 108, 1.82, 1.41, 164),
     )
 }
 

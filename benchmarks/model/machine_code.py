@@ -9,7 +9,10 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parents[1] / "results"
 COUNTED = RESULTS / "machine_code.json"  # benchmarks/kernels/machine_code.py writes it
-FIELDS = ("kernel", "stored", "instructions_per_tile", "tile_bytes")
+FIELDS = (
+    *("kernel", "stored", "head_size", "arch", "instructions_per_tile", "tile_bytes"),
+    *("blocks_per_processor", "shared_bytes"),
+)
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,9 @@ class Loop:
     Attributes:
         instructions: Of one warp for one tile.
         tile_bytes: Of K and V, or of K alone, of the tile's tokens.
-        resident: Thread blocks of one processor at a time.
+        resident: Thread blocks of one processor at a time, by their registers and by an
+            H100's shared memory.
+        shared_kib: Shared memory of a thread block.
         warps: Of a thread block; each takes tiles of its own.
         source: Who counted.
     """
@@ -27,6 +32,7 @@ class Loop:
     instructions: float
     tile_bytes: int
     resident: int
+    shared_kib: float
     warps: int
     source: str
 
@@ -38,6 +44,7 @@ Loops = dict[tuple[str, str], Loop]
 def _loops(
     source: str,
     resident: int,
+    shared_kib: dict[str, float],
     counted: dict[tuple[str, str], int],
     guessed: dict[tuple[str, str], int],
 ) -> Loops:
@@ -46,6 +53,7 @@ def _loops(
             count,
             8192 // (2 if stored == "fp8" else 1) // (2 if "score" in kernel else 1),
             resident,
+            shared_kib["score" if "score" in kernel else stored],
             4,
             source if (kernel, stored) in counted else "a guess",
         )
@@ -53,9 +61,11 @@ def _loops(
     }
 
 
+SHARED_KIB = {"bf16": 99, "fp8": 85, "score": 85}
 AUDITED = _loops(
     "counted, audit",
     2,
+    SHARED_KIB,
     {
         ("dense_decode", "bf16"): 989,
         ("sparse_decode", "bf16"): 844,
@@ -67,6 +77,7 @@ AUDITED = _loops(
 PROTOTYPE = _loops(
     "counted, prototype",
     2,
+    SHARED_KIB,
     {("dense_decode", "bf16"): 590, ("sparse_decode", "bf16"): 408},
     {
         ("score_blocks", "bf16"): 406,
@@ -78,6 +89,7 @@ PROTOTYPE = _loops(
 TRITON = _loops(
     "counted, audit",
     3,
+    {"bf16": 71, "score": 71},
     {("dense_decode", "bf16"): 861, ("sparse_decode", "bf16"): 801},
     {("score_blocks", "bf16"): 430},
 )
@@ -98,7 +110,7 @@ def read_loops(path: Path) -> Loops:
         missing = [key for key in FIELDS if key not in entry]
         if missing:
             raise ValueError(f"{path}: entry {i} lacks {missing}; needed {FIELDS}")
-        if entry.get("head_size", 128) != 128 or entry.get("arch", "sm_90a") != "sm_90a":
+        if entry["head_size"] != 128 or entry["arch"] != "sm_90a":
             continue
         count = entry["instructions_per_tile"]
         if count is None:  # a kernel without such a loop
@@ -110,7 +122,8 @@ def read_loops(path: Path) -> Loops:
         found[entry["kernel"], entry["stored"]] = Loop(
             count,
             entry["tile_bytes"],
-            entry.get("blocks_per_processor") or 2,
+            entry["blocks_per_processor"],
+            entry["shared_bytes"] / 1024,
             4,
             f"counted, {path.name}",
         )

@@ -1,13 +1,15 @@
 """The tables of docs/performance_model.md, between markers, and how they get there."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.model import audit, design, targets
-from benchmarks.model.design import AUDITED, TODAY, TRITON, Design
+from benchmarks.model.attend import dense_decode, sparse_decode
+from benchmarks.model.design import AUDITED, TRITON, Design
 from benchmarks.model.hardware import BYTES_PER_US
-from benchmarks.model.splits import workspace_splits
-from benchmarks.model.targets import H100, SHAPE, K, case, size
+from benchmarks.model.splits import limit_audited
+from benchmarks.model.targets import H100, SHAPE, K, case
 
 PAGE = Path(__file__).parents[2] / "docs/performance_model.md"
 BEGIN, END = "<!-- table: {} -->", "<!-- end of table -->"
@@ -63,32 +65,44 @@ def verdicts(cuda: Design) -> str:
 
 
 def compared() -> str:
-    rows = [(c.what, c.said, f"{c.found:.3g}", f"{c.off:+.1%}") for c in audit.compare()]
+    rows = [
+        (c.what, c.said, f"{c.found:.3g}", f"{c.off:+.1%}") for c in audit.compare()
+    ]
     return markdown(("audited kernels", "the audit", "this model", "off"), rows)
+
+
+def ragged(num_rows: int, longest: int) -> tuple[int, ...]:
+    """A row in four of the longest length, the others spread evenly below it."""
+    shorter = range(longest // num_rows, longest, longest // num_rows)
+    return tuple(longest if i % 4 == 0 else shorter[i - 1] for i in range(num_rows))
 
 
 def splits(cuda: Design) -> str:
     """Sparse and dense by batch: splits, waves, us and share, audited and today."""
     rows = []
-    for op, make, sizes in (
-        ("sparse, budget 4096", targets.sparse, [(n, 4096) for n in (1, 4, 16, 64, 72)]),
-        ("dense with scores, 32K", targets.dense, [(n, 32 * K) for n in (1, 4, 16, 64)]),
+    for op, make, sizes, lens_of in (
+        ("sparse, 4096", sparse_decode, (1, 4, 16, 64, 72), targets.even),
+        ("sparse, ragged to 4096", sparse_decode, (12, 24, 64), ragged),
+        ("dense, 32K", dense_decode, (1, 4, 16, 64), targets.even),
+        ("dense, ragged to 32K", dense_decode, (4, 16, 64), ragged),
     ):
-        for num_rows, tokens in sizes:
+        for num_rows in sizes:
+            lens = lens_of(num_rows, 4096 if "sparse" in op else 32 * K)
             line = [op, str(num_rows)]
             for kernels in (AUDITED, cuda):
-                made = make(kernels, num_rows, tokens)
+                made = make(H100, kernels, SHAPE, lens, 16)
                 line += [
                     f"{made.splits}",
                     f"{made.waves:.2f}",
                     f"{made.us:.1f}",
                     f"{made.share_of_copy(H100):.3f}",
                 ]
-            rows.append(line)
-    header = ["op", "batch"]
+            old = make(H100, replace(cuda, limit_splits=limit_audited), SHAPE, lens, 16)
+            rows.append([*line, f"{old.us:.1f}"])
+    header = ["op, tokens", "batch"]
     for name in ("audited", "today"):
         header += [f"splits, {name}", "waves", "us", "share of copy"]
-    return markdown(header, rows)
+    return markdown([*header, "us, today but for the splits"], rows)
 
 
 def select_layer(cuda: Design) -> str:
@@ -121,12 +135,31 @@ def select_layer(cuda: Design) -> str:
 
 def blocks(cuda: Design) -> str:
     rows = [
-        (case(n, tokens), str(budget), str(block), f"{us:.1f}", f"{share:.3f}", f"{x:.2f}")
-        for n, tokens, budget in ((64, 32 * K, 3264), (16, 64 * K, 4096), (1, 128 * K, 4096))
-        for block, us, share, x in targets.sparse_by_block(cuda, n, budget, FA_SHARE, tokens)
+        (
+            case(n, tokens),
+            str(budget),
+            str(block),
+            f"{us:.1f}",
+            f"{share:.3f}",
+            f"{x:.2f}",
+        )
+        for n, tokens, budget in (
+            (64, 32 * K, 3264),
+            (16, 64 * K, 4096),
+            (1, 128 * K, 4096),
+        )
+        for block, us, share, x in targets.sparse_by_block(
+            cuda, n, budget, FA_SHARE, tokens
+        )
     ]
     header = (
-        *("batch x context", "budget", "selection block", "sparse, us", "share of copy"),
+        *(
+            "batch x context",
+            "budget",
+            "selection block",
+            "sparse, us",
+            "share of copy",
+        ),
         "stack, speed-up over dense",
     )
     return markdown(header, rows)

@@ -20,6 +20,7 @@ from tidal_vllm.config import TidalConfig
 from tidal_vllm.plan.layers import plan_layers
 from tidal_vllm.plan.roles import LayerPlan, Role
 from tidal_vllm.plan.rule import SelectionRule, num_sets
+from tidal_vllm.plan.steps import runs_sparse
 from tidal_vllm.profiles.load import load_profile
 from tidal_vllm.profiles.profile import PACKAGED_DIR
 
@@ -101,11 +102,14 @@ def decode_step(
     config: TidalConfig,
     fa_share: float,
 ) -> Step:
-    """One step over rows of these lengths, on average over `reselect_interval` steps."""
+    """One step over rows of these lengths; the average of `reselect_interval` steps."""
     plan, rule = plan_of(shape, config), SelectionRule.from_config(config)
     block, interval = config.select_block_size, config.reselect_interval
     sets = num_sets(config.scope, shape.num_heads, shape.num_kv_heads)
     dense = dense_backend(gpu, shape, lens, fa_share)
+    if not runs_sparse(plan, rule, max(lens)):
+        parts = [Part(Role.DENSE, shape.num_layers, 1.0, False, dense)]
+        return _step(gpu, design, shape, parts, dense)
     sparse = sparse_decode(
         gpu, design, shape, tuple(map(rule.kept_tokens, lens)), block
     )
@@ -125,10 +129,16 @@ def decode_step(
         parts.append(Part(Role.SELECT, selecting, turn, True, kept))
         if interval > 1:
             parts.append(Part(Role.SELECT, selecting, 1 - turn, True, sparse))
+    return _step(gpu, design, shape, parts, dense)
+
+
+def _step(
+    gpu: Gpu, design: Design, shape: Shape, parts: list[Part], dense: Prediction
+) -> Step:
     us = sum(part.us(gpu) for part in parts)
     if design.dependent_launch:
         # Edges between two kernels of ours: behind each but the first of them.
-        edges = sum(part.times for part in parts if part.ours) - 1
+        edges = max(0, sum(part.times for part in parts if part.ours) - 1)
         us -= edges * (gpu.launch_us - gpu.dependent_launch_us)
     return Step(
         parts=tuple(parts),

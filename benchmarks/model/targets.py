@@ -197,7 +197,11 @@ def _stack(cuda: Design) -> list[Verdict]:
             decode_step(H100, cuda, SHAPE, even(rows, tokens), config, share).speedup
             for share in FA_SHARES
         ]
-        met = [f"{share}" for share, s in zip(FA_SHARES, speedups) if s >= wanted]
+        met = [
+            f"{share}"
+            for share, s in zip(FA_SHARES, speedups, strict=True)
+            if s >= wanted
+        ]
         every = len(met) == len(FA_SHARES)
         found.append(
             Verdict(
@@ -227,7 +231,7 @@ def select_layer(
 def sparse_by_block(
     design: Design, rows: int, budget: int, fa_share: float, tokens: int
 ) -> list[tuple[int, float, float, float]]:
-    """Per selection block: sparse in us, its share of copy, and the stack's speed-up."""
+    """Per selection block: sparse in us, its share of copy, the stack's speed-up."""
     found = []
     for block in (16, 4, 2, 1):
         config = TidalConfig(token_budget=budget, select_block_size=block)

@@ -95,7 +95,7 @@ class _Streams:
         return bool(self.class_of)
 
     def rates(self) -> list[float]:
-        """Bytes per us of a block of each class: slow classes first, the rest shared."""
+        """Bytes per us of a block of each class: slow classes first, the rest even."""
         left, blocks = self.bandwidth, sum(self.counts)
         found = [0.0] * self.num_classes
         for i in sorted(range(self.num_classes), key=self.limits.__getitem__):
