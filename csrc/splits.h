@@ -21,9 +21,8 @@ TIDAL_HOST_DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
 
 // Thread blocks of one processor at a time, where its shared memory holds two.
 inline constexpr int kBlocksPerProcessor = 2;
-inline constexpr int kLeastWaves = 3;   // of a sparse batch that is more than one wave
-inline constexpr int kSparseWaves = 6;  // most waves of a sparse batch
-inline constexpr int kDenseWaves = 8;   // and of a dense one
+inline constexpr int kLeastWaves = 3;  // of a sparse batch that is more than one wave
+inline constexpr int kMostWaves = 8;
 inline constexpr int kDenseSplits = 32;  // more splits cost more to join than they gain
 
 // The most splits of any row of a batch, between 1 and `capacity`. A row without splits
@@ -45,7 +44,7 @@ inline int limit_splits(int64_t num_rows, int64_t blocks_per_row, int processors
   if (sparse) {
     double fullest = 0.0;
     int waves = blocks <= wave ? 1 : kLeastWaves;
-    for (; waves <= kSparseWaves && fullest < 0.8; ++waves) {
+    for (; waves <= kMostWaves && fullest < 0.8; ++waves) {
       const int64_t found = waves * wave / blocks;
       const double full = static_cast<double>(found * blocks) / (waves * wave);
       if (full > fullest) {
@@ -54,7 +53,7 @@ inline int limit_splits(int64_t num_rows, int64_t blocks_per_row, int processors
       }
     }
   } else {
-    splits = kDenseWaves * wave / blocks;
+    splits = kMostWaves * wave / blocks;
     const int64_t one_wave = wave / blocks;
     const int64_t most = one_wave > kDenseSplits ? one_wave : kDenseSplits;
     splits = splits < most ? splits : most;

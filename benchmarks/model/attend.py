@@ -145,22 +145,23 @@ def _kernel(
     if sparse and block and block < TILE:
         instructions += ADDRESS_INSTRUCTIONS * TILE / block / 32
     clocks = gpu.clock_ghz * 1000  # in a us
-    tiles_us = clocks / instructions
+    tiles_us = clocks / instructions  # of one warp that issues in every clock
+    resident = min(loop.resident, int(gpu.shared_kib // (loop.shared_kib + RESERVED_KIB)))
+    # What a thread block issues in a clock, where its processor is full.
+    issued = min(loop.warps / CLOCKS[shape.stored], SLOTS / resident)
     inside = design.merges_inside and used > 1
-    room = int(gpu.shared_kib // (loop.shared_kib + RESERVED_KIB))
     return Kernel(
-        resident=min(loop.resident, room),
+        resident=resident,
         before_us=(SPARSE_CHAIN if sparse else DENSE_CHAIN) * gpu.load_us,
         after_us=JOIN_WARPS + (ARRIVE if inside else 0.0),
         empty_us=EMPTY,
         join_us=_join_us(gpu, design, shape, used) if inside else 0.0,
-        block_rate=loop.warps * loop.tile_bytes * tiles_us / CLOCKS[shape.stored],
-        processor_rate=SLOTS * loop.tile_bytes * tiles_us,
+        block_rate=issued * loop.tile_bytes * tiles_us,
     )
 
 
 def _join_us(gpu: Gpu, design: Design, shape: Shape, used: int) -> float:
-    """One thread block joins the splits of its head group, latency and bytes from L2."""
+    """One thread block joins the splits of its head group: latency, and L2's bytes."""
     heads = min(shape.heads_per_kv_head, 16)
     rounds = ceil_div(used, design.merge_chunk)
     read = used * heads * shape.head_size * 4

@@ -38,7 +38,7 @@ def limit_splits(
     wave, blocks = 2 * processors, num_rows * blocks_per_row
     if sparse:
         splits, fullest = 0, 0.0
-        for waves in range(1 if blocks <= wave else 3, 7):
+        for waves in range(1 if blocks <= wave else 3, 9):
             if fullest >= 0.8:
                 break
             found = waves * wave // blocks
