@@ -23,7 +23,18 @@ from tidal_vllm.validators import TidalConfigError
 
 DESIGNS = ("cuda", "triton", "cuda-audited", "triton-audited")
 COLUMNS = (
-    *("role", "op", "layers", "us", "share", "bytes", "other", "launches", "blocks"),
+    *(
+        "role",
+        "op",
+        "layers",
+        "us",
+        "least us",
+        "share",
+        "bytes",
+        "other",
+        "launches",
+        "blocks",
+    ),
     *("splits", "waves", "tail us"),
 )
 
@@ -104,6 +115,7 @@ def lines(step: Step, gpu: Gpu) -> list[str]:
                 op.op,
                 f"{part.times}",
                 f"{op.us:.1f}",
+                f"{op.least_us:.1f}",
                 f"{op.share_of_copy(gpu):.3f}",
                 f"{op.kv_bytes / 1e6:.1f} MB",
                 f"{op.other_bytes / 1e6:.1f} MB",
@@ -128,8 +140,11 @@ def record(args: argparse.Namespace, step: Step, kernels: design.Design) -> dict
         "source": "model, not measured",
         **{key: str(v) if isinstance(v, Path) else v for key, v in asked.items()},
         "instructions": {
-            f"{kernel}, {stored}": [loop.instructions, loop.source]
-            for (kernel, stored), loop in kernels.loops.items()
+            f"{kernel}, {stored}, blocks of {block or 'any size'}": [
+                loop.instructions,
+                loop.source,
+            ]
+            for (kernel, stored, block), loop in kernels.loops.items()
         },
         "ops": ops,
         "step_us": step.us,
@@ -149,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     gpu, shape, kernels = GPUS[args.gpu], SHAPES[args.shape], design_of(args)
     if args.fp8:
         shape = dataclasses.replace(shape, stored="fp8")
-        if ("sparse_decode", "fp8") not in kernels.loops:
+        if not any(stored == "fp8" for _, stored, _ in kernels.loops):
             raise SystemExit(
                 f"--fp8 --kernels {args.kernels}: allowed with CUDA kernels"
             )

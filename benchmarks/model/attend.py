@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from benchmarks.model.design import Design
 from benchmarks.model.hardware import Gpu, Shape
+from benchmarks.model.machine_code import loop_of
 from benchmarks.model.splits import ceil_div, split_row, workspace_splits
 from benchmarks.model.thread_blocks import Block, Kernel, Run, run_blocks
 
@@ -22,8 +23,6 @@ CLOCKS = {"bf16": 3.2, "fp8": 2.8}
 # A processor keeps 1 KiB of shared memory of each thread block for itself.
 RESERVED_KIB = 1
 SLOTS = 4  # instructions that a processor issues per clock
-# Of one warp, to find the addresses of 32 selection blocks: a guess.
-ADDRESS_INSTRUCTIONS = 40
 
 
 @dataclass(frozen=True)
@@ -140,13 +139,12 @@ def _kernel(
 ) -> Kernel:
     """What the thread blocks of a launch have in common."""
     sparse = op == "sparse_decode"
-    loop = design.loops[op, shape.stored]
-    instructions = loop.instructions
-    if sparse and block and block < TILE:
-        instructions += ADDRESS_INSTRUCTIONS * TILE / block / 32
+    loop = loop_of(design.loops, op, shape.stored, block)
     clocks = gpu.clock_ghz * 1000  # in a us
-    tiles_us = clocks / instructions  # of one warp that issues in every clock
-    resident = min(loop.resident, int(gpu.shared_kib // (loop.shared_kib + RESERVED_KIB)))
+    tiles_us = clocks / loop.instructions  # of one warp that issues in every clock
+    resident = min(
+        loop.resident, int(gpu.shared_kib // (loop.shared_kib + RESERVED_KIB))
+    )
     # What a thread block issues in a clock, where its processor is full.
     issued = min(loop.warps / CLOCKS[shape.stored], SLOTS / resident)
     inside = design.merges_inside and used > 1

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RESULTS = Path(__file__).parents[1] / "results"
+LOOPING = ("dense_decode", "score_blocks", "sparse_decode")
 COUNTED = RESULTS / "machine_code.json"  # benchmarks/kernels/machine_code.py writes it
 FIELDS = (
-    *("kernel", "stored", "head_size", "arch", "instructions_per_tile", "tile_bytes"),
-    *("blocks_per_processor", "shared_bytes"),
+    *("stored", "head_size", "arch", "select_block_size", "instructions_per_tile"),
+    *("tile_bytes", "blocks_per_processor", "shared_bytes"),
 )
 
 
@@ -37,8 +38,20 @@ class Loop:
     source: str
 
 
-# By kernel and type of the KV cache.
-Loops = dict[tuple[str, str], Loop]
+# By kernel, type of the KV cache, and selection block; None: of any size.
+Loops = dict[tuple[str, str, int | None], Loop]
+
+
+def loop_of(loops: Loops, kernel: str, stored: str, block: int) -> Loop:
+    """The loop of a kernel; one of blocks of 16 stands for sizes that nobody counted.
+
+    Raises:
+        KeyError: There is none for this kernel and this type.
+    """
+    for size in (block, 16):
+        if (kernel, stored, size) in loops:
+            return loops[kernel, stored, size]
+    return loops[kernel, stored, None]
 
 
 def _loops(
@@ -49,7 +62,7 @@ def _loops(
     guessed: dict[tuple[str, str], int],
 ) -> Loops:
     return {
-        (kernel, stored): Loop(
+        (kernel, stored, None): Loop(
             count,
             8192 // (2 if stored == "fp8" else 1) // (2 if "score" in kernel else 1),
             resident,
@@ -107,19 +120,21 @@ def read_loops(path: Path) -> Loops:
     if not path.exists():
         return found
     for i, entry in enumerate(json.loads(path.read_text())):
+        if entry["kernel"] not in LOOPING:
+            continue
         missing = [key for key in FIELDS if key not in entry]
         if missing:
             raise ValueError(f"{path}: entry {i} lacks {missing}; needed {FIELDS}")
-        if entry["head_size"] != 128 or entry["arch"] != "sm_90a":
-            continue
         count = entry["instructions_per_tile"]
-        if count is None:  # a kernel without such a loop
-            continue
         if count <= 0:
             raise ValueError(
                 f"{path}: entry {i}: instructions_per_tile = {count}: allowed > 0"
             )
-        found[entry["kernel"], entry["stored"]] = Loop(
+        if entry["head_size"] != 128 or entry["arch"] != "sm_90a":
+            continue
+        kernel, stored = entry["kernel"], entry["stored"]
+        found.pop((kernel, stored, None), None)
+        found[kernel, stored, entry["select_block_size"]] = Loop(
             count,
             entry["tile_bytes"],
             entry["blocks_per_processor"],

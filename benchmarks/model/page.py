@@ -8,6 +8,7 @@ from benchmarks.model import audit, design, targets
 from benchmarks.model.attend import dense_decode, sparse_decode
 from benchmarks.model.design import AUDITED, TRITON, Design
 from benchmarks.model.hardware import BYTES_PER_US
+from benchmarks.model.machine_code import loop_of
 from benchmarks.model.splits import limit_audited
 from benchmarks.model.targets import H100, SHAPE, K, case
 
@@ -39,21 +40,25 @@ def tables(counts: Path = design.machine_code.COUNTED) -> dict[str, str]:
 
 
 def inputs(cuda: Design) -> str:
-    rows = [
-        (
-            kernel,
-            stored,
-            f"{AUDITED.loops[kernel, stored].instructions:g}",
-            f"{loop.instructions:g}",
-            f"{loop.tile_bytes / K:g} KiB",
-            f"{loop.resident}",
-            loop.source,
+    rows = []
+    for key, loop in sorted(cuda.loops.items(), key=str):
+        kernel, stored, block = key
+        audited = loop_of(AUDITED.loops, kernel, stored, 16)
+        rows.append(
+            (
+                kernel,
+                stored,
+                f"{block or 'any'}",
+                f"{audited.instructions:g}",
+                f"{loop.instructions:g}",
+                f"{loop.tile_bytes / K:g} KiB",
+                f"{loop.resident}",
+                loop.source,
+            )
         )
-        for (kernel, stored), loop in sorted(cuda.loops.items())
-        if (kernel, stored) in AUDITED.loops
-    ]
     header = (
-        *("kernel", "KV cache", "instructions per tile, audited", "today", "tile"),
+        *("kernel", "KV cache", "selection block", "instructions per tile, audited"),
+        *("today", "tile"),
         *("thread blocks per processor", "source of today's"),
     )
     return markdown(header, rows)

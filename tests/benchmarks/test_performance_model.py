@@ -143,6 +143,7 @@ def counts(tmp_path):
         "stored": "bf16",
         "head_size": 128,
         "arch": "sm_90a",
+        "select_block_size": None,
         "instructions_per_tile": 5000,
         "tile_bytes": 8192,
         "blocks_per_processor": 1,
@@ -160,13 +161,16 @@ def counts(tmp_path):
 
 def test_counted_instructions_are_what_is_predicted_with(counts):
     slow = design.today(counts())
-    assert slow.loops["sparse_decode", "bf16"].source == "counted, counts.json"
+    assert slow.loops["sparse_decode", "bf16", None].source == "counted, counts.json"
     lens = (4096,) * 16
     as_guessed = sparse_decode(H100, design.TODAY, LLAMA, lens)
     assert sparse_decode(H100, slow, LLAMA, lens).us > 2 * as_guessed.us
     assert dense_decode(H100, slow, LLAMA, lens) == dense_decode(
         H100, design.TODAY, LLAMA, lens
     )
+    # Of blocks of 4 alone.
+    small = design.today(counts(kernel="dense_decode", select_block_size=4))
+    assert dense_decode(H100, small, LLAMA, lens, 4).us > 2 * as_guessed.us
     other = machine_code.read_loops(counts(head_size=64))
     assert other == machine_code.PROTOTYPE == machine_code.read_loops(Path("nowhere"))
 

@@ -16,7 +16,8 @@ int main() {
   int n, m, processors, capacity, at_least, sparse;
   while (std::scanf("%d %d %d %d %d %d", &n, &m, &processors, &capacity, &at_least,
                     &sparse) == 6) {
-    std::printf("%d\n", tidal::limit_splits(n, m, processors, capacity, at_least, sparse));
+    std::printf("%d\n",
+                tidal::limit_splits(n, m, processors, capacity, at_least, sparse));
   }
   return 0;
 }
