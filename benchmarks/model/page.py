@@ -32,6 +32,7 @@ def tables(counts: Path = design.machine_code.COUNTED) -> dict[str, str]:
     return {
         "inputs": inputs(cuda),
         "targets": verdicts(cuda),
+        "assumptions": assumptions(cuda),
         "audit": compared(),
         "splits": splits(cuda),
         "select_layer": select_layer(cuda),
@@ -67,6 +68,23 @@ def inputs(cuda: Design) -> str:
 def verdicts(cuda: Design) -> str:
     rows = [(v.target, v.case, v.found, v.met) for v in targets.verdicts(cuda, TRITON)]
     return markdown(("target", "case", "model", "met, by the model"), rows)
+
+
+def assumptions(cuda: Design) -> str:
+    rows = []
+    for name, changes in (
+        ("as above", {}),
+        ("a dependent load 0.7 us", {"load_us": 0.7}),
+        ("a launch 2 us", {"launch_us": 2.0}),
+        ("gathering 0.9 of copy", {"gather_share": 0.9}),
+    ):
+        few, many, us, speedup = targets.in_short(cuda, replace(H100, **changes))
+        rows.append((name, f"{few:.3f}", f"{many:.3f}", f"{us:.1f}", f"{speedup:.2f}"))
+    header = (
+        *("assumption", "sparse, batch 4", "dense, 16 x 32K", "select, 16 x 64K, us"),
+        "stack, 64 x 32K",
+    )
+    return markdown(header, rows)
 
 
 def compared() -> str:

@@ -1,18 +1,20 @@
 """The targets of the kernels, and what the model says to each; on an H100."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.model.attend import Prediction, dense_decode, sparse_decode
 from benchmarks.model.design import Design
-from benchmarks.model.hardware import GPUS, SHAPES, Shape
+from benchmarks.model.hardware import GPUS, SHAPES, Gpu, Shape
 from benchmarks.model.select import select_blocks
 from benchmarks.model.step import decode_step, dense_backend
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.plan.rule import SelectionRule
 
-H100 = GPUS["h100"]
+H100, H200 = GPUS["h100"], GPUS["h200"]
 SHAPE = SHAPES["llama-3.1-8b"]
-FP8 = Shape("llama-3.1-8b", 32, 32, 8, stored="fp8")
+FP8 = replace(SHAPE, stored="fp8")
+# What is left of it on each of eight ranks.
+ONE_KV_HEAD = replace(SHAPE, num_heads=4, num_kv_heads=1)
 K = 1024
 # FlashAttention's share of copy is not known: nobody has measured it here.
 FA_SHARES = (0.75, 0.85, 0.95)
@@ -107,15 +109,13 @@ def _sparse(cuda: Design) -> list[Verdict]:
         (1, 4096, None),
     ):
         op = sparse(cuda, rows, budget)
-        share = op.share_of_copy(H100)
-        found.append(
-            Verdict(
-                f"sparse >= {wanted:.0%} of copy" if wanted else "sparse, no target",
-                f"batch {rows}, budget {budget}",
-                f"{share:.3f}, {op.us:.1f} us",
-                yes(share >= wanted) if wanted else "",
-            )
-        )
+        found.append(_share(op, H100, f"batch {rows}, budget {budget}", wanted))
+    for name, gpu, shape, wanted in (
+        ("H200", H200, SHAPE, 0.7),
+        ("one KV head", H100, ONE_KV_HEAD, None),
+    ):
+        op = sparse_decode(gpu, cuda, shape, even(4, 4096), 16)
+        found.append(_share(op, gpu, f"batch 4, budget 4096, {name}", wanted))
     launches = sparse(cuda, 1, 4096).launches
     found.append(
         Verdict(
@@ -126,6 +126,16 @@ def _sparse(cuda: Design) -> list[Verdict]:
         )
     )
     return found
+
+
+def _share(op: Prediction, gpu: Gpu, of: str, wanted: float | None) -> Verdict:
+    share = op.share_of_copy(gpu)
+    return Verdict(
+        f"sparse >= {wanted:.0%} of copy" if wanted else "sparse, no target",
+        of,
+        f"{share:.3f}, {op.us:.1f} us",
+        yes(share >= wanted) if wanted else "",
+    )
 
 
 def _select(cuda: Design, triton: Design) -> list[Verdict]:
@@ -212,6 +222,21 @@ def _stack(cuda: Design) -> list[Verdict]:
             )
         )
     return found
+
+
+def in_short(cuda: Design, gpu: Gpu) -> tuple[float, float, float, float]:
+    """What changes with the assumptions: one figure of each op, and of the stack.
+
+    Returns:
+        Share of copy of sparse with 4 rows and of dense with 16 x 32K, select_blocks
+        for 16 x 64K in us, the stack's speed-up at 64 x 32K.
+    """
+    few = sparse_decode(gpu, cuda, SHAPE, even(4, 4096), 16)
+    many = dense_decode(gpu, cuda, SHAPE, even(16, 32 * K), 16)
+    chosen = select_blocks(gpu, cuda, SHAPE, even(16, 64 * K), 16)
+    config = TidalConfig(token_budget=3264)
+    step = decode_step(gpu, cuda, SHAPE, even(64, 32 * K), config, FA_SHARES[1])
+    return few.share_of_copy(gpu), many.share_of_copy(gpu), chosen.us, step.speedup
 
 
 def select_layer(
