@@ -219,7 +219,8 @@ void attend(const AttendOp& op, const AttendArguments& a) {
   AttendParams p = params_of(a);
   p.splits = smaller(kMostRows, limit_splits(p.num_rows, thread_blocks(p),
                                              count_processors(checks.device_index()),
-                                             p.split_capacity, op.splits_at_least));
+                                             p.split_capacity, op.splits_at_least,
+                                             op.sparse));
   p.min_split_tokens = op.min_split_tokens;
   op.launch(p, current_stream(checks.device_index()));
 }

@@ -19,15 +19,47 @@ TIDAL_HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b;
 TIDAL_HOST_DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
 TIDAL_HOST_DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
 
+// Thread blocks of one processor at a time, where its shared memory holds two.
+inline constexpr int kBlocksPerProcessor = 2;
+inline constexpr int kLeastWaves = 3;  // of a sparse batch that is more than one wave
+inline constexpr int kMostWaves = 8;
+inline constexpr int kDenseSplits = 32;  // more splits cost more to join than they gain
+
 // The most splits of any row of a batch, between 1 and `capacity`. A row without splits
-// takes `blocks_per_row` thread blocks. Four times the thread blocks that the GPU holds
-// at once (two per processor) keep it busy. A large batch gets at least `at_least`
-// splits, for a long row among short ones. Not yet measured on a GPU.
+// takes `blocks_per_row` thread blocks; a wave is as many as the GPU holds at once.
+//
+// Sparse rows are mostly of one length. So they get the fewest waves, rounded down, of
+// which a fifth at most stays empty: one more thread block than fits would double the time
+// of a small batch. A batch that fills the GPU without splits gets three waves or more, as
+// waves even out. Dense rows differ in length, so they get many, and at least `at_least`
+// splits, for a long row among short ones.
+//
+// Chosen by benchmarks/model (docs/performance_model.md), not yet measured on a GPU. It
+// depends on constants of the host alone, never on the length of a row.
 inline int limit_splits(int64_t num_rows, int64_t blocks_per_row, int processors,
-                        int capacity, int at_least) {
-  const int64_t wanted = ceil_div(int64_t{8} * processors, num_rows * blocks_per_row);
-  const int splits = wanted < capacity ? static_cast<int>(wanted) : capacity;
-  return larger(1, larger(splits, smaller(at_least, capacity)));
+                        int capacity, int at_least, bool sparse) {
+  const int64_t wave = int64_t{kBlocksPerProcessor} * processors;
+  const int64_t blocks = num_rows * blocks_per_row;
+  int64_t splits = 0;
+  if (sparse) {
+    double fullest = 0.0;
+    int waves = blocks <= wave ? 1 : kLeastWaves;
+    for (; waves <= kMostWaves && fullest < 0.8; ++waves) {
+      const int64_t found = waves * wave / blocks;
+      const double full = static_cast<double>(found * blocks) / (waves * wave);
+      if (full > fullest) {
+        fullest = full;
+        splits = found;
+      }
+    }
+  } else {
+    splits = kMostWaves * wave / blocks;
+    const int64_t one_wave = wave / blocks;
+    const int64_t most = one_wave > kDenseSplits ? one_wave : kDenseSplits;
+    splits = splits < most ? splits : most;
+  }
+  const int wanted = splits < capacity ? static_cast<int>(splits) : capacity;
+  return larger(1, larger(wanted, smaller(at_least, capacity)));
 }
 
 // How one row is split. This follows from the row's own length and from constants of the

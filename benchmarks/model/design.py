@@ -1,0 +1,157 @@
+"""What tells the audited kernels from those of today, and CUDA from Triton."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from benchmarks.model import machine_code, splits
+from benchmarks.model.machine_code import Loops
+
+
+@dataclass(frozen=True)
+class Choose:
+    """How select_blocks sums masses and finds the heaviest blocks. Times in us.
+
+    Attributes:
+        candidates_each: Candidates of a thread block that sums masses.
+        in_flight: Bytes that such a block has under way.
+        resident: Such blocks of one processor.
+        one_launch: The row's last block to arrive chooses; else a kernel of its own.
+        passes: Over the row's masses, writing the set included.
+        pass_us: Of a pass, whatever the row: barriers, finding the digit.
+        threads: Of the block that chooses.
+        round_us: Of a pass, for as many masses as there are threads.
+        reads: How often the masses come from L2.
+        chunk: Masses that are loaded at a time.
+        held: A longer row comes from L2 in every pass.
+    """
+
+    candidates_each: int
+    in_flight: int
+    resident: int
+    one_launch: bool
+    passes: int
+    pass_us: float
+    threads: int
+    round_us: float
+    reads: int
+    chunk: int
+    held: int = 1 << 30
+
+
+@dataclass(frozen=True)
+class Design:
+    """One generation of kernels.
+
+    Attributes:
+        merges_inside: The last thread block of a row and head group joins the splits;
+            else a kernel of its own does.
+        merge_chunk: Splits whose results are loaded at a time.
+        dependent_launch: A kernel of ours that follows one of ours starts early.
+        limit_splits: See benchmarks/model/splits.py.
+        dense_tokens, sparse_tokens: A row is split no finer than this.
+        splits_at_least: Of dense rows.
+        stream_share: Of `Gpu.gather_share`, while nothing but streaming goes on.
+    """
+
+    name: str
+    loops: Loops
+    choose: Choose
+    merges_inside: bool
+    merge_chunk: int
+    dependent_launch: bool
+    limit_splits: Callable[[int, int, int, int, int, bool], int]
+    dense_tokens: int = 512
+    sparse_tokens: int = 128
+    splits_at_least: int = 8
+    stream_share: float = 1.0
+
+
+AUDITED = Design(
+    "CUDA, audited",
+    machine_code.AUDITED,
+    Choose(
+        candidates_each=128,
+        in_flight=4096,
+        resident=16,
+        one_launch=False,
+        passes=5,
+        pass_us=0.5,
+        threads=1024,
+        round_us=0.1,
+        reads=1,
+        chunk=1024,
+    ),
+    merges_inside=False,
+    merge_chunk=4,
+    dependent_launch=False,
+    limit_splits=splits.limit_audited,
+)
+TODAY = replace(
+    AUDITED,
+    name="CUDA, today",
+    loops=machine_code.PROTOTYPE,
+    # Three digits, then the set; each reads the masses, 16,384 at a time.
+    choose=Choose(
+        candidates_each=512,
+        in_flight=64 << 10,
+        resident=2,
+        one_launch=True,
+        passes=4,
+        pass_us=0.6,
+        threads=512,
+        round_us=0.03,
+        reads=4,
+        chunk=16384,
+    ),
+    merges_inside=True,
+    merge_chunk=16,
+    dependent_launch=True,
+    limit_splits=splits.limit_splits,
+)
+TRITON_AUDITED = replace(
+    AUDITED,
+    name="Triton, audited",
+    loops=machine_code.TRITON,
+    # One load of 2 KiB at a time; a pass for each bit.
+    choose=Choose(
+        candidates_each=512,
+        in_flight=1450,
+        resident=16,
+        one_launch=False,
+        passes=33,
+        pass_us=0.13,
+        threads=256,
+        round_us=0.01,
+        reads=1,
+        chunk=8192,
+        held=8192,
+    ),
+    stream_share=0.95,
+    merge_chunk=16,
+    limit_splits=splits.limit_triton,
+    dense_tokens=256,
+    splits_at_least=1,
+)
+TRITON = replace(
+    TRITON_AUDITED,
+    name="Triton, today",
+    # Three digits, then the set; each reads the masses, 8,192 at a time.
+    choose=Choose(
+        candidates_each=128,
+        in_flight=16 << 10,
+        resident=8,
+        one_launch=False,
+        passes=4,
+        pass_us=1.0,
+        threads=512,
+        round_us=0.03,
+        reads=4,
+        chunk=8192,
+    ),
+)
+
+
+def today(path: Path = machine_code.COUNTED) -> Design:
+    """Today's CUDA kernels, with the instructions that a file counts."""
+    return replace(TODAY, loops=machine_code.read_loops(path))
