@@ -39,6 +39,7 @@ struct WriteBlockLse {
     } else {
       write_blocks_of_tile(scores, weights, maxima, entry);
     }
+    sync_warp();  // the lanes parted, and mma needs all of them
   }
 
   // For a selection block of one tile or more.
@@ -139,7 +140,8 @@ TIDAL_DEVICE void dense_decode_block(const AttendParams& p) {
 }
 
 template <class S>
-TIDAL_KERNEL(S::threads, kBlocksPerProcessor) dense_decode_kernel(const AttendParams p) {
+TIDAL_KERNEL(S::threads, S::blocks_per_processor)
+dense_decode_kernel(const AttendParams p) {
   dense_decode_block<S>(p);
 }
 

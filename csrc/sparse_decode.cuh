@@ -29,7 +29,8 @@ TIDAL_DEVICE void sparse_decode_block(const AttendParams& p) {
 }
 
 template <class S>
-TIDAL_KERNEL(S::threads, kBlocksPerProcessor) sparse_decode_kernel(const AttendParams p) {
+TIDAL_KERNEL(S::threads, S::blocks_per_processor)
+sparse_decode_kernel(const AttendParams p) {
   sparse_decode_block<S>(p);
 }
 

@@ -32,6 +32,9 @@ namespace tidal {
 #endif
 inline constexpr int kSharedLimit = TIDAL_SHARED_LIMIT;
 inline constexpr int kBlocksPerProcessor = TIDAL_BLOCKS_PER_PROCESSOR;
+// Of score_blocks, which needs fewer registers: four thread blocks on sm_90, three stages.
+inline constexpr int kScoreSharedLimit = smaller(57344, kSharedLimit);
+inline constexpr int kScoreBlocksPerProcessor = 4;
 inline constexpr int kMostStages = 6;
 // Bytes after each token: eight tokens at a time are then read from distinct banks.
 inline constexpr int kTokenPad = 16;
@@ -74,8 +77,11 @@ struct Shape {
   static constexpr int stage_bytes = kTileTokens * token_stride;
   static constexpr bool query_in_shared = kReadValues && kHeadSize > 128;
   static constexpr int query_bytes = query_in_shared ? steps * 32 * 16 : 0;
+  static constexpr int shared_limit = kReadValues ? kSharedLimit : kScoreSharedLimit;
+  static constexpr int blocks_per_processor =
+      kReadValues ? kBlocksPerProcessor : kScoreBlocksPerProcessor;
   static constexpr int stages =
-      smaller(kMostStages, (kSharedLimit - query_bytes) / (warps * stage_bytes));
+      smaller(kMostStages, (shared_limit - query_bytes) / (warps * stage_bytes));
   // A warp copies 512 bytes at a time. `lane` and `i` give the token and the byte in it
   // that a lane copies in the i-th copy of a tile.
   static constexpr int tile_copies = kTileTokens * token_chunks / 32;
@@ -112,7 +118,7 @@ struct Shape {
   static constexpr int join_bytes = warps * kTileHeads * (out_stride + 2) * 4;
   static constexpr int shared_bytes =
       larger(warps * stages * stage_bytes + query_bytes, join_bytes);
-  static_assert(kHeadSize % 32 == 0 && stages >= 2 && shared_bytes <= kSharedLimit);
+  static_assert(kHeadSize % 32 == 0 && stages >= 2 && shared_bytes <= shared_limit);
   static_assert(kTileTokens * token_chunks % 32 == 0 && token_stride / 16 % 2 == 1);
 };
 

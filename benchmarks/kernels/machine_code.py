@@ -64,7 +64,7 @@ SOURCE = """
 using namespace tidal;
 // The numbers are read back from the name of the kernel.
 template <class S, int kVariant, int kShared, int kThreads, int kStages, int kTileBytes>
-TIDAL_KERNEL(S::threads, kBlocksPerProcessor) counted(const AttendParams given) {
+TIDAL_KERNEL(S::threads, S::blocks_per_processor) counted(const AttendParams given) {
   AttendParams p = given;
   %s
 }
@@ -74,7 +74,10 @@ ATTEND = """
     {block}
     {op}_block<S>(p);
   }}"""
-BLOCK = "p.select_block_size = {size}; p.by_grain_tiles.value = 1;"
+BLOCK = (
+    "p.select_block_size = {size}; p.by_grain_tiles.value = 1;"
+    " __builtin_assume(p.block_lse != nullptr);"
+)
 INSTANCE = """
 using S{index} = Shape<{element}, {stored}, {head_size}, {values}>;
 template __global__ void counted<S{index}, {index}, S{index}::shared_bytes,
