@@ -4,15 +4,15 @@ r"""What the machine code of the CUDA kernels says, without a GPU.
     python -m benchmarks.kernels.machine_code --write   # and keeps it
 
 Compiles each kernel for one architecture and counts the instructions of its main loop,
-which takes one tile of 16 tokens at a time. Needs nvcc, and nvdisasm, which the packages
-`nvidia-cuda-nvdisasm` and `triton` bring. `--write` replaces
+which takes one tile of 16 tokens at a time. Needs nvcc, and nvdisasm, which the
+packages `nvidia-cuda-nvdisasm` and `triton` bring. `--write` replaces
 benchmarks/results/machine_code.json and the table in docs/cuda.md.
 
-The main loop is the shortest piece of code from a label to a branch back to it that holds
-the most tensor-core instructions. All its instructions are counted once, though some run
-in some tiles only: the addresses are looked up in every second tile, the output is
-rescaled where the maximum of a head has grown. `least_instructions_per_tile` counts the
-shortest way through.
+The main loop is the shortest piece of code from a label to a branch back to it that
+holds the most tensor-core instructions. All its instructions are counted once, though
+some run in some tiles only: the addresses are looked up in every second tile, the
+output is rescaled where the maximum of a head has grown. `least_instructions_per_tile`
+counts the shortest way through.
 """
 
 import argparse
@@ -36,8 +36,8 @@ BEGIN, END = "<!-- machine_code: begin -->", "<!-- machine_code: end -->"
 HEAD_SIZE = 128
 
 # Kernel, type of query and output, type of the KV cache, selection block. The block is
-# None where one code serves all sizes. A kernel that writes block_lse is compiled with the
-# size known, so that the code of other sizes is not counted.
+# None where one code serves all sizes. A kernel that writes block_lse is compiled with
+# the size known, so that the code of other sizes is not counted.
 VARIANTS = [
     ("sparse_decode", "bf16", "bf16", None),
     ("sparse_decode", "bf16", "fp8", None),
@@ -46,9 +46,9 @@ VARIANTS = [
     *(("score_blocks", "bf16", "bf16", size) for size in (16, 4)),
 ]
 STORED = {"bf16": "bf16", "fp8": "fp8_e4m3"}
-# Of one processor, by the architecture's name without its suffix: bytes of shared memory,
-# and most threads. CUDA C++ Programming Guide, "Technical Specifications per Compute
-# Capability". A processor has 65,536 registers; CUDA keeps 1 KiB of each thread block.
+# Of one processor, by the architecture's name without its suffix: bytes of shared
+# memory, and most threads. A processor has 65,536 registers; CUDA keeps 1 KiB of each
+# thread block.
 PROCESSORS = {
     "sm_80": (164 << 10, 2048),
     "sm_89": (100 << 10, 1536),
@@ -301,7 +301,7 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", default="sm_90a", help="such as sm_80; default sm_90a")
+    parser.add_argument("--arch", default="sm_90a", help="such as sm_80; %(default)s")
     parser.add_argument("--write", action="store_true", help="keep the table")
     arguments = parser.parse_args()
     if arguments.arch.rstrip("af") not in PROCESSORS:

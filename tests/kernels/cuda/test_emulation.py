@@ -34,7 +34,7 @@ SAYS = {
     "ldmatrix": "ok",
     "e4m3 by shifts": "ok",
     "division": "ok",
-    "a cache of too many units": r"op: kv_cache.size\(0\) is 2096129; allowed: .*512 bytes",
+    "a cache of too many units": r"kv_cache.size\(0\) is 2096129; allowed: .*512 bytes",
     "read without a barrier": "ldmatrix without a barrier after wait_copies",
     "end without a wait": "copies that nobody waited for",
     "copy from an odd address": "not a multiple of 16",
