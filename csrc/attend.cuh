@@ -53,7 +53,8 @@ TIDAL_DEVICE void score(const char* stage, const Query<S>& query, const float (&
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const int token = half * 8 + lane % 4 * 2 + r % 2;
-      scores[half][r] = present >> token & 1 ? scores[half][r] * scale[r / 2] : kMinusInfinity;
+      const bool exists = present >> token & 1;
+      scores[half][r] = exists ? scores[half][r] * scale[r / 2] : kMinusInfinity;
     }
   }
 }

@@ -15,9 +15,10 @@ namespace tidal {
 struct WriteBlockLse {
   const AttendParams& p;
   const Share& share;
-  float* line;           // of head lane / 4; null: not wanted
-  int num_blocks;        // that this split may write
-  float max[2], sum[2];  // of the tiles so far of a block that is larger than a tile
+  float* line;     // of head lane / 4; null: not wanted
+  int num_blocks;  // one behind the last that this split may write
+  // Of the tiles so far of a block that is larger than a tile.
+  float max[2] = {}, sum[2] = {};
 
   TIDAL_DEVICE WriteBlockLse(const AttendParams& p, const Share& share)
       : p(p), share(share), line(p.block_lse) {
@@ -57,8 +58,9 @@ struct WriteBlockLse {
       sum[half] = before + of_tile * exp2_of(maxima[half] - base);
       max[half] = most;
     }
-    const bool ends = in_block == p.by_grain_tiles.value - 1 || entry + kTileTokens >= share.end;
-    if (!ends || thread_index() % 4 != 0) return;
+    const bool block_ends = in_block == p.by_grain_tiles.value - 1;
+    if (!block_ends && entry + kTileTokens < share.end) return;
+    if (thread_index() % 4 != 0) return;
     const int block = p.by_select_block_size.quotient(entry);
     for (int half = 0; half < 2; ++half) write(half, block, max[half] + log2_of(sum[half]));
   }

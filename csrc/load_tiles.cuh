@@ -111,9 +111,9 @@ struct TileLoader {
  private:
   // This lane's entry of a pair of tiles, or -1.
   TIDAL_DEVICE int entry_of(int pair) const {
-    const int lane = thread_index() % 32;
-    const int entry = share.tile_begin(thread_index() / 32, S::warps, pair * 2 + lane / 16) +
-                      lane % kTileTokens;
+    const int lane = thread_index() % 32, warp = thread_index() / 32;
+    const int entry =
+        share.tile_begin(warp, S::warps, pair * 2 + lane / 16) + lane % kTileTokens;
     return entry < share.end ? entry : -1;
   }
 
@@ -143,8 +143,9 @@ struct TileLoader {
     } else {
 #pragma unroll
       for (int i = 0; i < S::tile_copies; ++i) {
-        const char* const from = to + S::place_byte(S::copied_token(i, lane));
-        copy_chunk(to, i, S::copied_byte(i, lane), *reinterpret_cast<const uint32_t*>(from));
+        const char* const at = to + S::place_byte(S::copied_token(i, lane));
+        const uint32_t from = *reinterpret_cast<const uint32_t*>(at);
+        copy_chunk(to, i, S::copied_byte(i, lane), from);
       }
     }
     commit_copies();
@@ -153,10 +154,9 @@ struct TileLoader {
   // Starts the i-th copy of a tile: 16 bytes, from `byte` behind this lane's `cache`.
   TIDAL_DEVICE void copy_chunk(char* to, int i, int byte, uint32_t from) const {
     const int lane = thread_index() % 32;
-    char* const target =
-        to + S::copied_token(i, lane) * S::token_stride + S::copied_byte(i, lane);
-    copy_async_16<S::prefetch_bytes>(target, cache + uint64_t{from} * p.cache_unit_bytes + byte,
-                                     from != kNoPlace);
+    to += S::copied_token(i, lane) * S::token_stride + S::copied_byte(i, lane);
+    const char* const token = cache + uint64_t{from} * p.cache_unit_bytes;
+    copy_async_16<S::prefetch_bytes>(to, token + byte, from != kNoPlace);
   }
 
   TIDAL_DEVICE static void store(char* to, uint32_t value) {
@@ -199,7 +199,9 @@ struct Query {
       uint32_t left[4];
       load_step(p, share, step, left);
 #pragma unroll
-      for (int r = 0; r < 4; ++r) largest[r % 2] = larger_magnitude(largest[r % 2], left[r]);
+      for (int r = 0; r < 4; ++r) {
+        largest[r % 2] = larger_magnitude(largest[r % 2], left[r]);
+      }
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -85,8 +85,8 @@ void divide() {
                              int64_t{largest / value - 1}, int64_t{largest / value}}) {
       for (int64_t n = multiple * value - 1; n <= multiple * value + 1; ++n) {
         if (n < 0 || n > largest) continue;
-        const int quotient = by.quotient(static_cast<int>(n));
-        if (quotient != n / value) emulation::fail("%d / %d is %d", int(n), value, quotient);
+        const int got = by.quotient(static_cast<int>(n));
+        if (got != n / value) emulation::fail("%d / %d is %d", int(n), value, got);
       }
     }
   }
