@@ -250,8 +250,11 @@ def measure(arch: str = "sm_90a") -> list[dict]:
             "bytes_in_flight": blocks * threads // 32 * (stages - 1) * tile_bytes,
             "nvcc": version,
         }
-    return [rows[index] for index in sorted(rows)] + [
-        {"kernel": "select_blocks", "entry": _plain(name), "arch": arch}
+    attending = [rows[index] for index in sorted(rows)]
+    nothing = dict.fromkeys(attending[0])
+    return attending + [
+        nothing
+        | {"kernel": "select_blocks", "entry": _plain(name), "arch": arch}
         | usage
         | {"nvcc": version}
         for name, usage in _usage(select)
@@ -268,19 +271,18 @@ def _plain(mangled: str) -> str:
 
 COLUMNS = {
     "kernel": lambda row: row.get("entry", row["kernel"]),
-    "KV cache": lambda row: row.get("stored", ""),
-    "selection block": lambda row: row.get("select_block_size") or "",
+    "KV cache": lambda row: row["stored"],
+    "selection block": lambda row: row["select_block_size"],
     "instructions per tile": lambda row: (
-        f"{row['least_instructions_per_tile']} to {row['instructions_per_tile']}"
-        if "tile_bytes" in row
-        else ""
+        row["tile_bytes"]
+        and f"{row['least_instructions_per_tile']} to {row['instructions_per_tile']}"
     ),
-    "bytes per tile": lambda row: row.get("tile_bytes", ""),
+    "bytes per tile": lambda row: row["tile_bytes"],
     "registers": lambda row: row["registers"],
     "spilled bytes": lambda row: row["spilled_bytes"],
     "shared memory": lambda row: row["shared_bytes"],
-    "thread blocks per processor": lambda row: row.get("blocks_per_processor", ""),
-    "bytes in flight": lambda row: row.get("bytes_in_flight", ""),
+    "thread blocks per processor": lambda row: row["blocks_per_processor"],
+    "bytes in flight": lambda row: row["bytes_in_flight"],
 }
 
 
@@ -294,7 +296,8 @@ def table(rows: list[dict]) -> str:
         "|" + "---|" * len(COLUMNS),
     ]
     for row in rows:
-        cells = (str(value(row)) for value in COLUMNS.values())
+        values = (value(row) for value in COLUMNS.values())
+        cells = ("" if value is None else str(value) for value in values)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
