@@ -15,9 +15,9 @@ namespace tidal {
 // Sets scores[half][r], in mma's layout of c, for tokens 0 to 7 and 8 to 15 of a tile:
 // q.k times `scale`, or minus infinity for a token that does not exist.
 template <class S>
-TIDAL_DEVICE void score(const char* stage, const Query<S>& query, float scale,
+TIDAL_DEVICE void score(const char* stage, const Query<S>& query, const float (&scale)[2],
                   float (&scores)[2][4]) {
-  using T = typename S::T;
+  using Operand = typename S::Operand;
   const int lane = thread_index() % 32;
 #pragma unroll
   for (int r = 0; r < 4; ++r) scores[0][r] = scores[1][r] = 0.f;
@@ -26,13 +26,12 @@ TIDAL_DEVICE void score(const char* stage, const Query<S>& query, float scale,
     const char* from = stage + lane % 16 * S::token_stride + lane / 16 * 16;
 #pragma unroll
     for (int step = 0; step < S::steps; step += 2) {
-      uint32_t bytes[4], left[4], even, odd;
+      uint32_t bytes[4], left[4];
       ldmatrix_x4(bytes, from + step * 16);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (i % 2 == 0) query.get(step + i / 2, left);
-        widen<T>(bytes[i], even, odd);
-        mma(T{}, scores[i % 2], left, even, odd);
+        mma(Operand{}, scores[i % 2], left, widen_pair(bytes[i]), widen_pair(bytes[i] >> 16));
       }
     }
   } else {
@@ -44,17 +43,18 @@ TIDAL_DEVICE void score(const char* stage, const Query<S>& query, float scale,
       uint32_t keys[4], left[4];
       query.get(step, left);
       ldmatrix_x4(keys, from + step * 32);
-      mma(T{}, scores[0], left, keys[0], keys[1]);
-      mma(T{}, scores[1], left, keys[2], keys[3]);
+      mma(Operand{}, scores[0], left, keys[0], keys[1]);
+      mma(Operand{}, scores[1], left, keys[2], keys[3]);
     }
   }
-  const unsigned present = *reinterpret_cast<const unsigned*>(stage + S::token_bytes);
+  const unsigned present = *reinterpret_cast<const unsigned*>(stage + S::present_byte);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const int token = half * 8 + lane % 4 * 2 + r % 2;
-      scores[half][r] = present >> token & 1 ? scores[half][r] * scale : kMinusInfinity;
+      const bool exists = present >> token & 1;
+      scores[half][r] = exists ? scores[half][r] * scale[r / 2] : kMinusInfinity;
     }
   }
 }
@@ -65,7 +65,7 @@ template <class S>
 TIDAL_DEVICE void add_values(const char* stage, const float (&weights)[2][4],
                        const float (&keep)[2], const float (&take)[2],
                        OnlineSoftmax<S>& softmax) {
-  using T = typename S::T;
+  using Operand = typename S::Operand;
   if (ballot(keep[0] != 1.f || keep[1] != 1.f)) {
 #pragma unroll
     for (int tile = 0; tile < S::out_tiles; ++tile) {
@@ -77,7 +77,7 @@ TIDAL_DEVICE void add_values(const char* stage, const float (&weights)[2][4],
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     const int first = r % 2 * 2;
-    left[r] = pack(T{}, weights[r / 2][first] * take[r % 2],
+    left[r] = pack(Operand{}, weights[r / 2][first] * take[r % 2],
                    weights[r / 2][first + 1] * take[r % 2]);
   }
   const int lane = thread_index() % 32;
@@ -88,12 +88,17 @@ TIDAL_DEVICE void add_values(const char* stage, const float (&weights)[2][4],
       uint32_t bytes[4], even[4], odd[4];
       ldmatrix_x4_trans(bytes, from + step * 16);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) widen<T>(bytes[i], even[i], odd[i]);
+      for (int i = 0; i < 4; ++i) {
+        // Bytes 0 and 1 are of one token, 2 and 3 of the next.
+        const uint32_t by_dim = permute_bytes(bytes[i], 0, 0x3120);
+        even[i] = widen_pair(by_dim);
+        odd[i] = widen_pair(by_dim >> 16);
+      }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int tile = 2 * (step + i);
-        mma(T{}, softmax.out[tile], left, even[2 * i], even[2 * i + 1]);
-        mma(T{}, softmax.out[tile + 1], left, odd[2 * i], odd[2 * i + 1]);
+        mma(Operand{}, softmax.out[tile], left, even[2 * i], even[2 * i + 1]);
+        mma(Operand{}, softmax.out[tile + 1], left, odd[2 * i], odd[2 * i + 1]);
       }
     }
   } else {
@@ -101,45 +106,43 @@ TIDAL_DEVICE void add_values(const char* stage, const float (&weights)[2][4],
     for (int step = 0; step < S::steps; ++step) {
       uint32_t values[4];
       ldmatrix_x4_trans(values, from + step * 32);
-      mma(T{}, softmax.out[2 * step], left, values[0], values[1]);
-      mma(T{}, softmax.out[2 * step + 1], left, values[2], values[3]);
+      mma(Operand{}, softmax.out[2 * step], left, values[0], values[1]);
+      mma(Operand{}, softmax.out[2 * step + 1], left, values[2], values[3]);
     }
   }
 }
 
 // Attends to all tiles of this warp. With each tile it calls on_scores(tile, scores,
-// maxima, sums, entry): the tile's number and scores, the largest score and this lane's
-// part of the sum of exp2(score - largest), each for heads lane / 4 and lane / 4 + 8, and
-// the tile's first entry.
+// weights, maxima, sums, entry): the tile's number; its scores; exp2(score - maximum); the
+// maximum, which is the largest score less S::weight_exponent, and this lane's part of the
+// sum of weights, each for heads lane / 4 and lane / 4 + 8; the tile's first entry.
 template <class S, class Entries, class OnScores>
 TIDAL_DEVICE void attend_tiles(const AttendParams& p, const Entries& entries,
                          const Share& share, OnlineSoftmax<S>& softmax,
                          OnScores&& on_scores) {
   const int warp = thread_index() / 32;
   TileLoader<S, Entries> loader(p, entries, share);
-#pragma unroll
-  for (int tile = 0; tile < S::stages - 1; ++tile) {
-    loader.copy(tile);
-    commit_copies();
-  }
+  loader.start();
   Query<S> query;
   query.load(p, share);
   softmax.clear();
+  const float scale[2] = {query.scale(p, 0), query.scale(p, 1)};
+  int stage_byte = loader.first_stage;
 #pragma unroll 1
   for (int tile = 0; share.tile_begin(warp, S::warps, tile) < share.end; ++tile) {
     wait_copies<S::stages - 2>();
     sync_warp();  // all lanes have also read the stage that is filled next
     loader.copy(tile + S::stages - 1);
-    commit_copies();
-    const char* stage = loader.stage(tile);
+    const char* const stage = shared_memory() + stage_byte;
+    stage_byte = loader.stage_after(stage_byte);
     float scores[2][4], maxima[2], sums[2] = {0.f, 0.f};
-    score<S>(stage, query, p.scale_log2, scores);
+    score<S>(stage, query, scale, scores);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float a = scores[0][2 * half], b = scores[0][2 * half + 1];
-      const float c = scores[1][2 * half], d = scores[1][2 * half + 1];
-      const float ab = a > b ? a : b, cd = c > d ? c : d;
-      maxima[half] = largest_of_quad(ab > cd ? ab : cd);
+      maxima[half] = largest_of_quad(
+          larger_of(larger_of(scores[0][2 * half], scores[0][2 * half + 1]),
+                    larger_of(scores[1][2 * half], scores[1][2 * half + 1])));
+      maxima[half] -= S::weight_exponent;
     }
     float weights[2][4];
 #pragma unroll
@@ -150,7 +153,7 @@ TIDAL_DEVICE void attend_tiles(const AttendParams& p, const Entries& entries,
         sums[r / 2] += weights[i][r];
       }
     }
-    on_scores(tile, scores, maxima, sums, share.tile_begin(warp, S::warps, tile));
+    on_scores(tile, scores, weights, maxima, sums, share.tile_begin(warp, S::warps, tile));
     float keep[2], take[2];
     add_weights<S>(maxima, sums, softmax, keep, take);
     if constexpr (S::read_values) add_values<S>(stage, weights, keep, take, softmax);

@@ -15,86 +15,136 @@ namespace tidal {
 struct WriteBlockLse {
   const AttendParams& p;
   const Share& share;
-  float max[2], sum[2];  // of the tiles so far of a block that is larger than a tile
+  float* line;     // of head lane / 4; null: not wanted
+  int num_blocks;  // one behind the last that this split may write
+  // Of the tiles so far of a block that is larger than a tile.
+  float max[2] = {}, sum[2] = {};
 
-  TIDAL_DEVICE void operator()(int tile, const float (&scores)[2][4], const float (&maxima)[2],
-                         const float (&sums)[2], int entry) {
-    if (p.block_lse == nullptr) return;
+  TIDAL_DEVICE WriteBlockLse(const AttendParams& p, const Share& share)
+      : p(p), share(share), line(p.block_lse) {
+    if (line == nullptr) return;
+    line += share.row * p.block_lse_row_stride +
+            (share.first_head + thread_index() % 32 / 4) * p.block_lse_head_stride;
+    const int last = p.by_select_block_size.quotient(larger(share.end, 1) - 1);
+    num_blocks = smaller(p.num_blocks, last + 1);
+  }
+
+  TIDAL_DEVICE void operator()(int tile, const float (&scores)[2][4],
+                               const float (&weights)[2][4], const float (&maxima)[2],
+                               const float (&sums)[2], int entry) {
+    if (line == nullptr) return;
     if (p.select_block_size >= kTileTokens) {
       add_tile(tile, maxima, sums, entry);
+    } else if (p.select_block_size == 1) {
+      write_tokens(scores, entry);
     } else {
-      write_blocks_of_tile(scores, entry);
+      write_blocks_of_tile(scores, weights, maxima, entry);
     }
+    sync_warp();  // the lanes parted, and mma needs all of them
   }
 
   // For a selection block of one tile or more.
   TIDAL_DEVICE void add_tile(int tile, const float (&maxima)[2], const float (&sums)[2],
-                       int entry) {
-    const int tiles = p.select_block_size / kTileTokens;
+                             int entry) {
+    const int in_block = tile - p.by_grain_tiles.quotient(tile) * p.by_grain_tiles.value;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (tile % tiles == 0) {
-        max[half] = kMinusInfinity;
-        sum[half] = 0.f;
-      }
-      const float most = maxima[half] > max[half] ? maxima[half] : max[half];
+      if (half > 0 && share.num_heads <= 8) break;
+      const float of_tile = sum_of_quad(sums[half]);
+      const float most = in_block == 0 ? maxima[half] : larger_of(maxima[half], max[half]);
       const float base = or_zero_if_empty(most);
-      sum[half] = sum[half] * exp2_of(max[half] - base) +
-                  sum_of_quad(sums[half]) * exp2_of(maxima[half] - base);
+      const float before =
+          in_block == 0 ? 0.f : sum[half] * exp2_of(max[half] - base);
+      sum[half] = before + of_tile * exp2_of(maxima[half] - base);
       max[half] = most;
     }
-    if (tile % tiles != tiles - 1 && entry + kTileTokens < share.end) return;
+    const bool block_ends = in_block == p.by_grain_tiles.value - 1;
+    if (!block_ends && entry + kTileTokens < share.end) return;
     if (thread_index() % 4 != 0) return;
+    const int block = p.by_select_block_size.quotient(entry);
+    for (int half = 0; half < 2; ++half) write(half, block, max[half] + log2_of(sum[half]));
+  }
+
+  // For selection blocks of one token. Their numbers are those of the entries.
+  TIDAL_DEVICE void write_tokens(const float (&scores)[2][4], int entry) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        write(r / 2, entry + i * 8 + thread_index() % 4 * 2 + r % 2, scores[i][r]);
+      }
+    }
+  }
+
+  // For selection blocks of 2, 4 or 8 tokens. A lane holds two tokens of each half of the
+  // tile; `sums` are over those that are in one block.
+  TIDAL_DEVICE void write_blocks_of_tile(const float (&scores)[2][4],
+                                         const float (&weights)[2][4],
+                                         const float (&maxima)[2], int entry) {
+    const int size = p.select_block_size, quad = thread_index() % 4;
+    const int first = p.by_select_block_size.quotient(entry);
+    const bool odd = quad % 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      write(half, entry / p.select_block_size, max[half] + log2_of(sum[half]));
-    }
-  }
-
-  // For a tile of several selection blocks.
-  TIDAL_DEVICE void write_blocks_of_tile(const float (&scores)[2][4], int entry) {
-    const int quad = thread_index() % 4, size = p.select_block_size;
+      if (half > 0 && share.num_heads <= 8) break;
+      float sums[2], bases[2] = {maxima[half], maxima[half]};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int half = i / 2, first = entry + i % 2 * 8 + quad * 2;
-      const float a = scores[i % 2][2 * half], b = scores[i % 2][2 * half + 1];
-      if (size == 1) {
-        if (first < share.end) write(half, first, a);
-        if (first + 1 < share.end) write(half, first + 1, b);
+      for (int i = 0; i < 2; ++i) sums[i] = weights[i][2 * half] + weights[i][2 * half + 1];
+      // Where a block may weigh too little beside its tile, it gets a maximum of its own.
+      if (ballot(sums[0] < kLeastSum || sums[1] < kLeastSum)) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float a = scores[i][2 * half], b = scores[i][2 * half + 1];
+          bases[i] = larger_of(a, b);
+          if (size >= 4) bases[i] = larger_of(bases[i], shuffle_xor(bases[i], 1));
+          if (size >= 8) bases[i] = larger_of(bases[i], shuffle_xor(bases[i], 2));
+          const float base = or_zero_if_empty(bases[i]);
+          sums[i] = exp2_of(a - base) + exp2_of(b - base);
+        }
+      }
+      if (size == 2) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          write(half, first + i * 4 + quad, bases[i] + log2_of(sums[i]));
+        }
         continue;
       }
-      float most = a > b ? a : b;
-      if (size >= 4) most = larger_of(most, shuffle_xor(most, 1));
-      if (size >= 8) most = larger_of(most, shuffle_xor(most, 2));
-      const float base = or_zero_if_empty(most);
-      float total = exp2_of(a - base) + exp2_of(b - base);
-      if (size >= 4) total += shuffle_xor(total, 1);
-      if (size >= 8) total += shuffle_xor(total, 2);
-      if (quad % (size / 2) == 0 && first < share.end) {
-        write(half, first / size, most + log2_of(total));
+      // A pair of lanes shares the blocks of 4 of both halves: the even lane goes on with
+      // the first half, the odd one with the second.
+      float total = odd ? sums[1] : sums[0];
+      total += shuffle_xor(odd ? sums[0] : sums[1], 1);
+      if (size == 8) total += shuffle_xor(total, 2);
+      const int block = size == 4 ? odd * 2 + quad / 2 : int{odd};
+      if (size == 4 || quad < 2) {
+        write(half, first + block, (odd ? bases[1] : bases[0]) + log2_of(total));
       }
     }
   }
 
-  TIDAL_DEVICE static float larger_of(float a, float b) { return a > b ? a : b; }
+  // Smaller sums of weights may have lost what fp32 cannot hold.
+  static constexpr float kLeastSum = 0x1p-100f;
 
   TIDAL_DEVICE void write(int half, int block, float log2_sum) const {
-    const int head = thread_index() % 32 / 4 + 8 * half;
-    if (head >= share.num_heads || block >= p.num_blocks) return;
-    p.block_lse[share.row * p.block_lse_row_stride +
-                (share.first_head + head) * p.block_lse_head_stride + block] =
-        log2_sum * kLn2;
+    if (thread_index() % 32 / 4 + 8 * half >= share.num_heads || block >= num_blocks) return;
+    line[8 * half * p.block_lse_head_stride + block] = log2_sum * kLn2;
   }
 };
 
+// What one thread block does.
 template <class S>
-TIDAL_KERNEL(S::threads, 2) dense_decode_kernel(const AttendParams p) {
+TIDAL_DEVICE void dense_decode_block(const AttendParams& p) {
   const Share share = find_share(p);
   if (!has_work(share)) return;
-  const DenseEntries entries{share.seq_len};
+  const DenseEntries entries;
   OnlineSoftmax<S> softmax;
-  attend_tiles<S>(p, entries, share, softmax, WriteBlockLse{p, share, {}, {}});
+  attend_tiles<S>(p, entries, share, softmax, WriteBlockLse(p, share));
   join_warps<S>(p, share, softmax);
+}
+
+template <class S>
+TIDAL_KERNEL(S::threads, S::blocks_per_processor)
+dense_decode_kernel(const AttendParams p) {
+  dense_decode_block<S>(p);
 }
 
 }  // namespace tidal

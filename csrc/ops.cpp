@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "cache_units.h"
 #include "checks.h"
 #include "launch.h"
 #include "splits.h"
@@ -81,6 +82,7 @@ void check_inputs(Checks& checks, const AttendArguments& a) {
   }
   const auto address = reinterpret_cast<uintptr_t>(cache.data);
   checks.that(address % 16 == 0, "kv_cache.data_ptr()", address, "multiples of 16");
+  CacheUnits(cache, bytes).check(checks, cache);
   checks.tensor(a.block_table, "block_table", 2, {"int32"});
   checks.size_at_least(a.block_table, "block_table", 0, rows, "as query has rows");
   checks.tensor(a.seq_lens, "seq_lens", 1, {"int32"});
@@ -168,12 +170,14 @@ AttendParams params_of(const AttendArguments& a) {
   p.partial_lse = static_cast<float*>(a.partial_lse.data);
   p.query_row_stride = a.query.stride(0);
   p.query_head_stride = a.query.stride(1);
-  p.cache_block_stride = a.kv_cache.stride(0);
   p.cache_head_stride = a.kv_cache.stride(1);
-  p.cache_token_stride = a.kv_cache.stride(2);
   p.block_table_row_stride = a.block_table.stride(0);
   p.element = element_of(a.query.dtype);
   p.stored = element_of(a.kv_cache.dtype);
+  const CacheUnits units(a.kv_cache, p.stored == Element::kFp8E4m3 ? 1 : 2);
+  p.cache_unit_bytes = static_cast<uint32_t>(units.bytes);
+  p.cache_block_units = static_cast<uint32_t>(units.block);
+  p.cache_token_units = static_cast<uint32_t>(units.token);
   p.num_rows = static_cast<int>(a.query.size(0));
   p.num_heads = static_cast<int>(a.query.size(1));
   p.head_size = static_cast<int>(a.query.size(2));
@@ -181,6 +185,11 @@ AttendParams params_of(const AttendArguments& a) {
   p.heads_per_group = p.heads_per_kv_head;
   p.block_size = static_cast<int>(a.kv_cache.size(2));
   p.select_block_size = static_cast<int>(a.select_block_size.value_or(1));
+  p.by_block_size = Divisor(p.block_size);
+  p.by_select_block_size = Divisor(p.select_block_size);
+  if (a.block_lse && p.select_block_size > kTileTokens) {
+    p.by_grain_tiles = Divisor(p.select_block_size / kTileTokens);
+  }
   p.split_capacity = static_cast<int>(a.partial_lse.size(2));
   p.scale_log2 = static_cast<float>(a.scale * a.k_scale * kLog2E);
   p.v_scale = static_cast<float>(a.v_scale);

@@ -15,6 +15,8 @@
 
 #include <cstdint>
 
+#include "divisor.h"
+
 namespace tidal {
 
 enum class Element : int { kBf16, kFp16, kFp8E4m3 };
@@ -35,7 +37,10 @@ struct AttendParams {
   float* partial_lse;  // [R, H, P] contiguous, natural logarithm
 
   int64_t query_row_stride, query_head_stride;
-  int64_t cache_block_stride, cache_head_stride, cache_token_stride;
+  int64_t cache_head_stride;
+  // The place of a token of a head's cache: units * cache_unit_bytes, and the units fit
+  // 32 bits. A physical block has block_units, a token in it token_units.
+  uint32_t cache_unit_bytes, cache_block_units, cache_token_units;
   int64_t block_table_row_stride;
   int64_t topk_row_stride, topk_set_stride;  // of topk_blocks
   int64_t topk_lens_row_stride;
@@ -54,6 +59,9 @@ struct AttendParams {
   int head_tiles;         // of a head group
   int block_size;         // tokens of a KV block
   int select_block_size;  // tokens of a selection block
+  Divisor by_block_size;
+  Divisor by_select_block_size;
+  Divisor by_grain_tiles;  // by the tiles that one warp takes in one go
   int num_blocks;         // N
   int split_capacity;     // P
   int splits;             // the most that a row is split into, at most P

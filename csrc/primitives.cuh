@@ -61,6 +61,9 @@ TIDAL_DEVICE V shuffle_xor(V value, int mask) {
 TIDAL_DEVICE void atomic_add_shared(int* address, int value) { atomicAdd(address, value); }
 
 TIDAL_DEVICE unsigned float_bits(float value) { return __float_as_uint(value); }
+TIDAL_DEVICE float float_of(unsigned bits) { return __uint_as_float(bits); }
+// Of a number and NaN: the number.
+TIDAL_DEVICE float larger_of(float a, float b) { return fmaxf(a, b); }
 TIDAL_DEVICE float exp2_of(float value) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
@@ -68,7 +71,7 @@ TIDAL_DEVICE float exp2_of(float value) {
 }
 TIDAL_DEVICE float log2_of(float value) {
   float result;
-  asm("lg2.approx.f32 %0, %1;" : "=f"(result) : "f"(value));
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
   return result;
 }
 
@@ -84,17 +87,21 @@ TIDAL_DEVICE uint32_t pack(fp16, float low, float high) {
   return result;
 }
 
-// Multiplies both halves by a power of two, subnormal numbers included.
-TIDAL_DEVICE uint32_t times_2_to_120(bf16, uint32_t pair) {
-  uint32_t result;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;"
-      : "=r"(result)
-      : "r"(pair), "r"(0x7B807B80u), "r"(0x80008000u));
-  return result;
-}
-TIDAL_DEVICE uint32_t times_256(fp16, uint32_t pair) {
+// Multiplies both halves, fp16, by 256, subnormal numbers included.
+TIDAL_DEVICE uint32_t times_256(uint32_t pair) {
   uint32_t result;
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(pair), "r"(0x5C005C00u));
+  return result;
+}
+// Picks four of the eight bytes of (high, low), by one hexadecimal digit each.
+TIDAL_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t digits) {
+  return __byte_perm(low, high, digits);
+}
+// Converts bytes 0 and 1 of a word, both e4m3, to two fp16, exactly; NaN stays NaN. On
+// sm_89 and later.
+TIDAL_DEVICE uint32_t convert_e4m3_pair(uint32_t bytes) {
+  uint32_t result;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(result) : "h"(static_cast<uint16_t>(bytes)));
   return result;
 }
 
@@ -121,26 +128,50 @@ TIDAL_DEVICE void ldmatrix_x4_trans(uint32_t (&to)[4], const char* row) {
 
 // Adds a[16, 16] * b[16, 8] to to[16, 8], in fp32.
 TIDAL_DEVICE void mma(bf16, float (&to)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(to[0]), "+f"(to[1]), "+f"(to[2]), "+f"(to[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 TIDAL_DEVICE void mma(fp16, float (&to)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(to[0]), "+f"(to[1]), "+f"(to[2]), "+f"(to[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Hides from the compiler how a pointer came about. Otherwise it keeps what all threads
+// have in common apart, and adds both parts up again at each use.
+TIDAL_DEVICE const char* opaque(const char* pointer) {
+  asm("" : "+l"(pointer));
+  return pointer;
+}
+
 // Starts to copy 16 bytes to shared memory; where `valid` is false it writes zeros and
 // reads nothing. L2 fetches the aligned kPrefetchBytes, 64 or 128, around the 16.
+//
+// -DTIDAL_EVICT_FIRST: L2 drops these bytes before others, so that block_lse stays there
+// until select_blocks reads it. Off, since sequences with a common prefix read its KV
+// blocks again; what it gains is not yet measured.
 template <int kPrefetchBytes>
 TIDAL_DEVICE void copy_async_16(char* to, const char* from, bool valid) {
+#ifdef TIDAL_EVICT_FIRST
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile(
+      "cp.async.cg.shared.global.L2::cache_hint.L2::%3B [%0], [%1], 16, %2, %4;" ::"r"(
+          shared_address(to)),
+      "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0), "n"(kPrefetchBytes),
+      "l"(policy)
+      : "memory");
+#else
   asm volatile(
       "cp.async.cg.shared.global.L2::%3B [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
       "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0), "n"(kPrefetchBytes)
       : "memory");
+#endif
 }
 TIDAL_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `kPending` groups of this thread's copies are under way. The copies

@@ -9,24 +9,25 @@ namespace tidal {
 
 // The entries of a row that attends to all its tokens.
 struct DenseEntries {
-  int count;
-
-  // The position of an entry in the sequence, or -1 where there is no such token.
-  TIDAL_DEVICE int position(int entry) const {
-    return entry < count ? entry : -1;
-  }
+  // Reads which block was chosen for an entry: there is no choice here.
+  TIDAL_DEVICE int chosen(int) const { return 0; }
+  // The position of an entry in the sequence, given what `chosen` read.
+  TIDAL_DEVICE int position(int entry, int) const { return entry; }
 };
 
 // The entries of a row that attends to its chosen blocks, in the order of the list.
 struct SparseEntries {
-  int count;
   const int* blocks;
-  int block_size;  // of a selection block
+  const Divisor& by_block_size;  // of a selection block
   int seq_len;
 
-  TIDAL_DEVICE int position(int entry) const {
-    if (entry >= count) return -1;
-    const int position = blocks[entry / block_size] * block_size + entry % block_size;
+  TIDAL_DEVICE int chosen(int entry) const {
+    return blocks[by_block_size.quotient(entry)];
+  }
+  // The position of an entry in the sequence, or -1 where there is no such token.
+  TIDAL_DEVICE int position(int entry, int chosen) const {
+    const int in_list = by_block_size.quotient(entry);
+    const int position = entry + (chosen - in_list) * by_block_size.value;
     return position < seq_len ? position : -1;
   }
 };
@@ -41,12 +42,13 @@ struct Share {
   RowSplits splits;
   int begin, end;  // entries
   int grain;       // entries that one warp takes in one go: a multiple of kTileTokens
+  Divisor by_grain_tiles;
 
   // The first entry of the i-th tile of a warp; it grows with i.
   TIDAL_DEVICE int tile_begin(int warp, int warps, int i) const {
-    if (grain == kTileTokens) return begin + (i * warps + warp) * kTileTokens;
-    const int tiles = grain / kTileTokens;
-    return begin + (i / tiles * warps + warp) * grain + i % tiles * kTileTokens;
+    const int before = by_grain_tiles.quotient(i);  // grains of this warp
+    const int grains = before * (warps - 1) + warp;  // of other warps, before this tile
+    return begin + grains * grain + i * kTileTokens;
   }
 };
 
@@ -74,6 +76,7 @@ TIDAL_DEVICE Share find_share(const AttendParams& p) {
   share.num_heads = smaller(kTileHeads, p.heads_per_group - head_tile * kTileHeads);
   share.split = block_y();
   share.grain = grain_of(p);
+  share.by_grain_tiles = p.by_grain_tiles;
   const int entries = count_entries(p, share.row, share.first_head, share.seq_len);
   share.splits = split_row(entries, share.grain, p.splits, p.min_split_tokens);
   share.begin = share.split * share.splits.entries_each;

@@ -37,10 +37,8 @@ TIDAL_DEVICE float or_zero_if_empty(float max) {
 
 // Over the four lanes that hold the scores of one head.
 TIDAL_DEVICE float largest_of_quad(float value) {
-  float other = shuffle_xor(value, 1);
-  value = other > value ? other : value;
-  other = shuffle_xor(value, 2);
-  return other > value ? other : value;
+  value = larger_of(value, shuffle_xor(value, 1));
+  return larger_of(value, shuffle_xor(value, 2));
 }
 
 TIDAL_DEVICE float sum_of_quad(float value) {
@@ -56,7 +54,7 @@ TIDAL_DEVICE void add_weights(const float (&maxima)[2], const float (&sums)[2],
                         OnlineSoftmax<S>& softmax, float (&keep)[2], float (&take)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float max = maxima[half] > softmax.max[half] ? maxima[half] : softmax.max[half];
+    const float max = larger_of(maxima[half], softmax.max[half]);
     keep[half] = exp2_of(softmax.max[half] - or_zero_if_empty(max));
     take[half] = exp2_of(maxima[half] - or_zero_if_empty(max));
     softmax.max[half] = max;

@@ -77,6 +77,12 @@ CASES = {
     "LNBHC": KernelCase(layout="LNBHC"),
     "LBNHC, slice of a bigger one": KernelCase(layout="LBNHC, slice of a bigger one"),
     "KV blocks of 48": KernelCase(block_size=48),
+    "fours in KV blocks of 544, over splits": KernelCase(
+        4, 2, 64, block_size=544, select_block_size=4, lens=(1700, 545, 133)
+    ),
+    "KV blocks of 8, smaller than a tile": KernelCase(
+        block_size=8, select_block_size=2, lens=(300, 7)
+    ),
     "single tokens": KernelCase(select_block_size=1),
     "selection blocks of 2": KernelCase(select_block_size=2),
     "selection blocks of 4": KernelCase(select_block_size=4),
@@ -96,6 +102,12 @@ CASES = {
         2, 1, lens=(1700, 1025), block_size=64, select_block_size=64, head_size=64
     ),
     "scores of hundreds": KernelCase(sharpness=30.0),
+    "16 heads, fours, scores of hundreds": KernelCase(
+        16, 1, 64, select_block_size=4, sharpness=30.0, lens=(300, 3)
+    ),
+    "eights and scores of hundreds": KernelCase(
+        select_block_size=8, sharpness=30.0, lens=(300, 3)
+    ),
     "rows left out": KernelCase(lens=(-1, 700, 0, -(2**31), 17, -1)),
     "all rows left out": KernelCase(lens=(-1, -40)),
 }

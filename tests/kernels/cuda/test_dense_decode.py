@@ -1,5 +1,6 @@
 """dense_decode, and score_blocks, which leaves the same scores without an output."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -133,3 +134,50 @@ def test_every_fp8_number_is_itself(kernels, dtype):
         batch = replace(batch, k_scale=1.0, v_scale=1.0)
         got = run_dense(kernels, batch, case)["output"][0, 0]
         assert torch.equal(got.float().nan_to_num(7e4), codes.float().nan_to_num(7e4))
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("size, power", [(128, 40), (128, -40), (256, 40)])
+def test_a_power_of_two_in_the_query_changes_no_bit_beside_fp8(kernels, size, power):
+    """bf16 holds 2.0**40 and 2.0**-40; fp16, which fp8 is multiplied in, does not."""
+    case = KernelCase(4, 2, size, fp8=True, lens=(90, 17))
+    batch = case.make()
+    plain = run_dense(kernels, batch, case)
+    factor = 2.0**power
+    scaled = replace(batch, query=batch.query * factor, scale=batch.scale / factor)
+    again = run_dense(kernels, scaled, case)
+    assert torch.equal(again["output"], plain["output"])
+    assert torch.equal(again["lse"], plain["lse"])
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("size", [128, 256])
+def test_a_huge_head_beside_fp8_takes_no_precision_from_another(kernels, size):
+    case = KernelCase(4, 2, size, fp8=True, lens=(90, 17))
+    batch = case.make()
+    plain = run_dense(kernels, batch, case)
+    huge = batch.query.clone()
+    huge[:, 1] *= 2.0**30
+    again = run_dense(kernels, replace(batch, query=huge), case)
+    others = [0, 2, 3]
+    assert torch.equal(again["output"][:, others], plain["output"][:, others])
+    assert torch.equal(again["lse"][:, others], plain["lse"][:, others])
+
+
+@pytest.mark.extended
+def test_many_small_weights_are_not_lost_in_fp16(kernels):
+    """999 weights of exp(-18), of which fp16 holds none beside a weight of 1."""
+    case = KernelCase(1, 1, 64, dtype=torch.float16, lens=(1000,))
+    batch = case.make()
+    batch.kv_cache.zero_()
+    block = batch.kv_cache[int(batch.block_table[0, 0]), 0]
+    block[0, 0] = 18.0
+    batch.kv_cache[..., 64:] = 500.0
+    block[0, 64:] = 0.0
+    query = torch.zeros_like(batch.query)
+    query[..., 0] = 1.0
+    got = run_dense(kernels, replace(batch, query=query, scale=1.0), case)
+    wanted = 999 * math.exp(-18) * 500
+    torch.testing.assert_close(
+        got["output"].float(), torch.full((1, 1, 64), wanted), rtol=2e-3, atol=0
+    )

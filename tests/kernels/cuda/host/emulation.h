@@ -133,6 +133,7 @@ inline unsigned float_bits(float value) {
   std::memcpy(&bits, &value, 4);
   return bits;
 }
+inline float larger_of(float a, float b) { return std::fmax(a, b); }
 inline float exp2_of(float value) { return std::exp2(value); }
 inline float log2_of(float value) { return std::log2(value); }
 
@@ -141,15 +142,35 @@ uint32_t pack(T, float low, float high) {
   return emulation::from_float(T{}, low) |
          static_cast<uint32_t>(emulation::from_float(T{}, high)) << 16;
 }
-template <class T>
-uint32_t times(T, uint32_t pair, float factor) {
-  return pack(T{}, emulation::to_float(T{}, static_cast<uint16_t>(pair)) * factor,
-              emulation::to_float(T{}, static_cast<uint16_t>(pair >> 16)) * factor);
+inline float float_of(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
 }
-inline uint32_t times_2_to_120(bf16, uint32_t pair) {
-  return times(bf16{}, pair, 0x1p120f);
+inline uint32_t times_256(uint32_t pair) {
+  return pack(fp16{}, emulation::half_to_float(static_cast<uint16_t>(pair)) * 256.f,
+              emulation::half_to_float(static_cast<uint16_t>(pair >> 16)) * 256.f);
 }
-inline uint32_t times_256(fp16, uint32_t pair) { return times(fp16{}, pair, 256.f); }
+inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t digits) {
+  const uint64_t bytes = uint64_t{high} << 32 | low;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<uint32_t>(bytes >> 8 * (digits >> 4 * i & 7) & 0xff) << 8 * i;
+  }
+  return result;
+}
+// OCP 8-bit floating point: a sign, four bits of exponent with a bias of 7, three of
+// mantissa; no infinity, and NaN where all bits below the sign are set.
+inline float e4m3_to_float(uint32_t byte) {
+  const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+  float value = exponent ? std::ldexp(1.f + mantissa / 8.f, exponent - 7)
+                         : std::ldexp(mantissa / 8.f, -6);
+  if ((byte & 0x7f) == 0x7f) value = std::nanf("");
+  return byte & 0x80 ? -value : value;
+}
+inline uint32_t convert_e4m3_pair(uint32_t bytes) {
+  return pack(fp16{}, e4m3_to_float(bytes & 0xff), e4m3_to_float(bytes >> 8 & 0xff));
+}
 
 inline void ldmatrix_x4(uint32_t (&to)[4], const char* row) {
   emulation::load_matrices(to, row, false);
@@ -161,6 +182,7 @@ template <class T>
 void mma(T, float (&to)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emulation::multiply<T>(to, a, b0, b1);
 }
+inline const char* opaque(const char* pointer) { return pointer; }
 template <int kPrefetchBytes>
 void copy_async_16(char* to, const char* from, bool valid) {
   emulation::copy_async(to, from, valid);

@@ -4,7 +4,9 @@
 #include <map>
 #include <vector>
 
-#include "primitives.cuh"
+#include "cache_units.h"
+#include "divisor.h"
+#include "fp8.cuh"
 
 using namespace tidal;
 
@@ -61,6 +63,55 @@ void transpose() {
   }
 }
 
+// sm_80 widens by shifts what later GPUs convert by an instruction.
+void widen() {
+  if (thread_index() > 0) return;
+  for (uint32_t bytes = 0; bytes < 1 << 16; ++bytes) {
+    const uint32_t shifted = widen_by_shifts(bytes), converted = convert_e4m3_pair(bytes);
+    for (int half = 0; half < 32; half += 16) {
+      const float a = emulation::half_to_float(static_cast<uint16_t>(shifted >> half));
+      const float b = emulation::half_to_float(static_cast<uint16_t>(converted >> half));
+      if (a != b && !(a != a && b != b)) emulation::fail("%x is %f, not %f", bytes, a, b);
+    }
+  }
+}
+
+// Around multiples of the divisor, at both ends of the numbers it takes.
+void divide() {
+  const int largest = 2147483647;
+  for (int value : {1, 2, 3, 7, 16, 48, 544, 65535, 65537, 1 << 30, largest - 1, largest}) {
+    const Divisor by(value);
+    for (int64_t multiple : {int64_t{0}, int64_t{1}, int64_t{2}, int64_t{1000},
+                             int64_t{largest / value - 1}, int64_t{largest / value}}) {
+      for (int64_t n = multiple * value - 1; n <= multiple * value + 1; ++n) {
+        if (n < 0 || n > largest) continue;
+        const int got = by.quotient(static_cast<int>(n));
+        if (got != n / value) emulation::fail("%d / %d is %d", int(n), value, got);
+      }
+    }
+  }
+}
+
+// Blocks are 2049 tokens apart. One block more than 32 bits can count is refused.
+void count_units() {
+  TensorView cache;
+  cache.rank = 4;
+  const int64_t blocks = (int64_t{1} << 32) / 2049;
+  const int64_t sizes[] = {blocks, 1, 2048, 256}, strides[] = {2049 * 256, 256, 256, 1};
+  for (int dim = 0; dim < 4; ++dim) {
+    cache.sizes[dim] = sizes[dim];
+    cache.strides[dim] = strides[dim];
+  }
+  const Checks checks("op", "cpu");
+  const CacheUnits units(cache, 2);
+  if (units.bytes != 512 || units.block != 2049 || units.token != 1) {
+    emulation::fail("units of %d bytes", int(units.bytes));
+  }
+  units.check(checks, cache);
+  ++cache.sizes[0];
+  units.check(checks, cache);
+}
+
 const std::map<std::string, void (*)()> kernels = {
     {"copy, wait, barrier, read", [] { copy_16(true, true, 0); }},
     {"read without a barrier", [] { copy_16(true, false, 0); }},
@@ -79,6 +130,8 @@ const std::map<std::string, void (*)()> kernels = {
     {"shared memory past its end", [] { shared_memory()[2048] = 1; }},
     {"mma", multiply},
     {"ldmatrix", transpose},
+    {"e4m3 by shifts", widen},
+    {"division", divide},
 };
 
 }  // namespace
@@ -86,6 +139,7 @@ const std::map<std::string, void (*)()> kernels = {
 int main(int, char** arguments) {
   const std::string name = arguments[1];
   try {
+    if (name == "a cache of too many units") count_units();
     const int threads = name == "barrier that a warp skips" ? 64 : 32;
     emulation::launch({}, threads, 2048, kernels.at(name));
     std::cout << "ok";
