@@ -12,8 +12,8 @@ from types import ModuleType
 import torch
 
 from tidal_vllm.config import KERNELS
+from tidal_vllm.extension import advise, how_to_build, stale
 from tidal_vllm.kernels import cuda_limits, reference
-from tidal_vllm.kernels.cuda_build import advise
 from tidal_vllm.kernels.interface import Kernels, Requirements
 from tidal_vllm.validators import TidalConfigError, check_choice
 
@@ -71,13 +71,14 @@ def describe(device: torch.device | str) -> Kernels:
 
 
 def _advise(needed: Requirements) -> str:
-    """How to build the CUDA extension where it is missing and would be used."""
-    if not _is_nvidia(needed.device):
+    """How to build the CUDA extension where it would be used: missing, or outdated."""
+    if not _is_nvidia(needed.device) or cuda_limits.uncovered(needed):
         return ""
     module, reason = _load("tidal_vllm.kernels.cuda")
-    if module is not None or cuda_limits.uncovered(needed):
-        return ""
-    return advise(reason)
+    if module is None:
+        return advise(reason)
+    outdated = stale()
+    return f"{outdated}. This builds it: {how_to_build()}" if outdated else ""
 
 
 def _is_nvidia(device: torch.device) -> bool:
