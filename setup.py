@@ -57,13 +57,13 @@ def decide():
         return False, "nvcc is not found"
     if find_cmake() is None:
         return False, "cmake is not found"
-    kind = "torch with CUDA"
+    kind = "a torch with CUDA"
     if not (torch / "lib/libtorch_cuda.so").exists():
         kind = "torch's headers"
         if switch() == "auto":
             reason = f"the torch in {torch} is built without CUDA"
             return False, f"{reason}; {SWITCH}=1 builds for another one"
-    return True, f"{find_nvcc()} and a {kind} are here ({SWITCH}={switch()})"
+    return True, f"{find_nvcc()} and {kind} are here ({SWITCH}={switch()})"
 
 
 class CMakeBuild(build_ext):

@@ -59,7 +59,8 @@ def choose(
         if kernels is not None:
             passed_over = f" ({'; '.join(reasons)})" if reasons else ""
             reason = kernels.reason + passed_over
-            return replace(kernels, reason=reason, advice=_advise(needed))
+            advice = kernels.advice or _advise(needed)
+            return replace(kernels, reason=reason, advice=advice)
         reasons.append(reason)
     allowed = f"no implementation covers this set-up: {'; '.join(reasons)}"
     raise TidalConfigError("tidal.kernels", requested, allowed)
@@ -71,14 +72,13 @@ def describe(device: torch.device | str) -> Kernels:
 
 
 def _advise(needed: Requirements) -> str:
-    """How to build the CUDA extension where it would be used: missing, or outdated."""
-    if not _is_nvidia(needed.device) or cuda_limits.uncovered(needed):
+    """How to build the CUDA extension where it is missing and would be used."""
+    if not _is_nvidia(needed.device):
         return ""
     module, reason = _load("tidal_vllm.kernels.cuda")
-    if module is None:
-        return advise(reason)
-    outdated = stale()
-    return f"{outdated}. This builds it: {how_to_build()}" if outdated else ""
+    if module is not None or cuda_limits.uncovered(needed):
+        return ""
+    return advise(reason)
 
 
 def _is_nvidia(device: torch.device) -> bool:
@@ -99,7 +99,9 @@ def _offer_cuda(needed: Requirements) -> tuple[str, Kernels | None]:
     reason = cuda_limits.uncovered(needed)
     if reason:
         return f"the CUDA extension does not cover {reason}", None
-    return "", Kernels("cuda", "CUDA extension", module, capturable=True)
+    outdated = stale()
+    advice = f"{outdated}. This builds it: {how_to_build()}" if outdated else ""
+    return "", Kernels("cuda", "CUDA extension", module, True, advice)
 
 
 def _offer_triton(needed: Requirements) -> tuple[str, Kernels | None]:
