@@ -87,6 +87,11 @@ class CMakeBuild(build_ext):
         jobs = str(self.parallel or os.cpu_count() or 1)
         # NOTE: cmake may be a script whose Python package pip's isolation hides.
         env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        # NOTE: nvcc 13.0 looks for these in lib64, its package has them in lib.
+        libraries = Path(find_nvcc()).parents[1] / "lib"
+        if (libraries / "libcudart_static.a").exists():
+            paths = [str(libraries), *filter(None, [env.get("LIBRARY_PATH")])]
+            env["LIBRARY_PATH"] = os.pathsep.join(paths)
         for command in (configure, [find_cmake(), "--build", str(build), "-j", jobs]):
             if subprocess.call(command, env=env):
                 raise CompileError(f"this failed: {' '.join(command)}")

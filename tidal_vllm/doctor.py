@@ -106,7 +106,7 @@ def _extension() -> Finding:
     """Which compiled kernels are installed; whether they run here is another stage."""
     if not LIBRARY.exists():
         return Finding("CUDA", True, "no compiled kernels in this installation")
-    record, outdated = read_record(), stale()
+    record, outdated = read_record(LIBRARY), stale(LIBRARY)
     found = f"{LIBRARY}: {record or 'says nothing of what it was made of'}"
     if outdated:
         return Finding("CUDA", True, f"{found}; {outdated}", how_to_build())
