@@ -142,7 +142,7 @@ class Environment:
             "Looking at " + ", ".join(BUILT_FOR_TORCH), (), self._keep_what_imports
         )
         if self.tests:
-            tools = tuple(self._test_requirements())
+            tools = tuple(self._extras("test", "lint", "bench"))
             yield Part("Installing what tests need", tools, self._install_test_tools)
 
     def _create(self, step: Step) -> None:
@@ -200,15 +200,17 @@ class Environment:
                 step.say(f"without {name}, which cannot be imported")
 
     def _install_test_tools(self, step: Step) -> None:
-        needed = self._test_requirements()
+        needed = self._extras("test", "lint")
         # Named again, so that nothing of vLLM's gets replaced.
         needed += [self.vllm] if self.full else self._required(step, "rest")
         step.run(self._installer.install(*needed, self.torch if self.full else "pip"))
+        # They require torch, and no more that is not there.
+        step.run(self._installer.install(*self._extras("bench"), bare=True))
 
-    def _test_requirements(self) -> list[str]:
+    def _extras(self, *names: str) -> list[str]:
         project = tomllib.loads((self.root / "pyproject.toml").read_text())["project"]
         extras = project["optional-dependencies"]
-        return [*extras["test"], *extras["lint"]]
+        return [requirement for name in names for requirement in extras[name]]
 
     def _required(self, step: Step, kind: str) -> list[str]:
         command = [self.python, "-I", str(REQUIREMENTS), kind, *BUILT_FOR_TORCH]

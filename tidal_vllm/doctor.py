@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 from tidal_vllm import __version__
 from tidal_vllm.child_process import TIMEOUT, last_words, python_command
+from tidal_vllm.extension import LIBRARY, how_to_build, read_record, stale
 from tidal_vllm.probe import MARK, STAGES
 from tidal_vllm.versions import (
     BUILT_FOR_TORCH,
@@ -84,6 +85,7 @@ def _findings(engine: bool, on_start: Callable[[str], None]) -> Iterator[Finding
     except PackageNotFoundError:
         yield Finding("torch", False, "not installed", _fix_torch())
     yield _profiles()
+    yield _extension()
     stages = [name for name in STAGES if engine or name != ON_REQUEST]
     yield from _probe_findings(stages, on_start)
 
@@ -98,6 +100,17 @@ def _profiles() -> Finding:
         return Finding("profiles", False, str(error), "mend or remove that file")
     fix = "" if names else "reinstall tidal_vllm"
     return Finding("profiles", bool(names), names or "none", fix)
+
+
+def _extension() -> Finding:
+    """Which compiled kernels are installed; whether they run here is another stage."""
+    if not LIBRARY.exists():
+        return Finding("CUDA", True, "no compiled kernels in this installation")
+    record, outdated = read_record(LIBRARY), stale(LIBRARY)
+    found = f"{LIBRARY}: {record or 'says nothing of what it was made of'}"
+    if outdated:
+        return Finding("CUDA", True, f"{found}; {outdated}", how_to_build())
+    return Finding("CUDA", True, found)
 
 
 def _probe_findings(

@@ -4,8 +4,10 @@ Each maker returns a call that launches one decode and returns its output; it ra
 whatever keeps it from running here, which the benches print as the reason.
 """
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -116,18 +118,30 @@ def triton_attn(decodes: DecodeBatch) -> Call:
     return run
 
 
-def xformers_split_k(decodes: DecodeBatch) -> Call:
-    """xformers' Triton split-K decode over pages."""
+def xformers_arguments(decodes: DecodeBatch) -> dict[str, Any]:
+    """What xformers' attention is given for these decodes, over views of the cache.
+
+    A token's place in its memory has to follow from the number of its page alone, as in
+    the layout LBNHC; of another layout the views become copies.
+    """
     from xformers.ops import fmha
 
     bias = fmha.attn_bias
     shape, size = decodes.shape, decodes.shape.block_size
-    per_row = decodes.block_table.shape[1]
-    paged = bias.BlockDiagonalPaddedKeysMask.from_seqlens(
+
+    class SplitK(fmha.triton_splitk.FwOp):
+        """The operator with tiles that fit into a page; its own have 64 tokens."""
+
+        BLOCK_N = math.gcd(size, fmha.triton_splitk.FwOp.BLOCK_N)
+        SUPPORTED_DEVICES = {"cuda", "cpu"}  # the latter by Triton's interpreter
+
+    seq_lens = decodes.seq_lens.tolist()
+    padded = bias.BlockDiagonalPaddedKeysMask.from_seqlens(
         q_seqlen=[1] * decodes.num_rows,
-        kv_seqlen=decodes.seq_lens.tolist(),
-        kv_padding=per_row * size,
-    ).make_paged(decodes.block_table, size, bias.PagedBlockDiagonalPaddedKeysMask)
+        kv_seqlen=seq_lens,
+        kv_padding=decodes.block_table.shape[1] * size,
+        device=decodes.query.device,
+    )
     groups = shape.num_heads // shape.num_kv_heads
     key, value = (
         part.reshape(1, -1, shape.num_kv_heads, 1, shape.head_size).expand(
@@ -135,12 +149,28 @@ def xformers_split_k(decodes: DecodeBatch) -> Call:
         )
         for part in split_cache(decodes)
     )
-    query = decodes.query.view(1, decodes.num_rows, shape.num_kv_heads, groups, -1)
+    return {
+        "query": decodes.query.view(
+            1, decodes.num_rows, shape.num_kv_heads, groups, shape.head_size
+        ),
+        "key": key,
+        "value": value,
+        "attn_bias": padded.make_paged(
+            decodes.block_table, size, bias.PagedBlockDiagonalPaddedKeysMask
+        ),
+        "scale": decodes.scale,
+        "op": SplitK,
+    }
+
+
+def xformers_split_k(decodes: DecodeBatch) -> Call:
+    """xformers' Triton split-K decode over pages."""
+    from xformers.ops import fmha
+
+    given = xformers_arguments(decodes)
 
     def run() -> torch.Tensor:
-        output = fmha.memory_efficient_attention_forward(
-            *(query, key, value, paged), scale=decodes.scale, op=fmha.triton_splitk.FwOp
-        )
+        output = fmha.memory_efficient_attention_forward(**given)
         return output.view(decodes.query.shape)
 
     return run

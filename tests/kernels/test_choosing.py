@@ -169,6 +169,16 @@ class TestAdvice:
         assert not self.advice()
         assert not self.advice(head_size=80)
 
+    @pytest.mark.parametrize("requested", ["auto", "cuda"])
+    def test_where_it_is_outdated(self, built, monkeypatch, requested):
+        built(cuda=stub(), triton=stub())
+        monkeypatch.setattr(
+            choosing, "stale", lambda: "_tidal_C.so is of other sources"
+        )
+        advice = self.advice(requested=requested)
+        assert advice.startswith("_tidal_C.so is of other sources. This builds it: ")
+        assert not self.advice(requested="triton")
+
     @pytest.mark.parametrize(
         "needed",
         [{"head_size": 80}, {"dtype": torch.float32}, {"select_block_size": 3}],

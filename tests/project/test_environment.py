@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -207,6 +208,15 @@ def test_a_gpu_or_a_wish_installs_everything(environment, monkeypatch):
     environment.full = True
     environment._write_record([], complete=False)
     assert left_out not in titles(), "what was once installed stays"
+
+
+def test_an_oracle_that_requires_torch_brings_none(environment):
+    """Where torch has not all of its requirements, the installer would fetch them."""
+    commands = []
+    step = SimpleNamespace(run=lambda command: commands.append(command) or "")
+    environment._install_test_tools(step)
+    (command,) = [c for c in commands if c[-1].startswith("xformers")]
+    assert "--no-deps" in command
 
 
 def test_the_package_knows_the_same_companions_of_torch():

@@ -14,6 +14,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # The rooms of the house from the bottom up: what each may import of the package. A
 # folder counts as one room here; inside it `test_no_module_imports_in_a_circle` holds.
 LEAVES = {"__init__", "names", "registry", "versions", "config", "validators"}
+LEAVES |= {"extension"}
 PROFILES = LEAVES | {"profiles"}
 PLAN = PROFILES | {"plan"}
 KERNELS = PLAN | {"kernels"}
@@ -41,7 +42,8 @@ MAY_IMPORT = {
 }
 # Loaded in every process of vLLM's, before the command line is read.
 WITHOUT_TORCH = ("names", "versions", "config", "plan", "profiles", "plugin", "cli")
-WITHOUT_VLLM = (*WITHOUT_TORCH, "kernels", "methods", "demo", "doctor", "probe")
+WITHOUT_TORCH += ("extension", "doctor")
+WITHOUT_VLLM = (*WITHOUT_TORCH, "kernels", "methods", "demo", "probe")
 
 
 def name_of(source: Path) -> str:

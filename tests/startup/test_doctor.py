@@ -1,5 +1,6 @@
 """`tidal-vllm doctor`: what it finds here, and what it says where all is not well."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,9 +8,9 @@ import pytest
 import torch
 
 from tests.support.processes import TIDAL_VLLM, run, run_python, write_distribution
-from tidal_vllm import child_process, doctor, probe
+from tidal_vllm import child_process, doctor, extension, probe
 
-AT_ONCE = ["package", "vLLM", "torch", "profiles"]
+AT_ONCE = ["package", "vLLM", "torch", "profiles", "CUDA"]
 
 
 def examine(*options: str, **kwargs) -> tuple[int, list[str]]:
@@ -31,6 +32,8 @@ def test_all_is_well_here():
         expected += [["...", name], ["ok", name]]
     assert [line.split()[:2] for line in findings] == expected
     found = "\n".join(findings)
+    if not extension.LIBRARY.exists():
+        assert "no compiled kernels in this installation" in found
     assert re.search(r"cpu, \d+ threads on \d+ cores \(TidalCpuPlatform\)", found)
     assert "PyTorch reference ops (CPU)" in found
     assert "vLLM configures a tiny model, with Tidal" in found
@@ -197,6 +200,35 @@ def test_a_broken_profile_of_the_users(tmp_path, monkeypatch):
     assert not finding.ok
     assert "tidal_profiles/mine.json" in finding.found
     assert finding.fix == "mend or remove that file"
+
+
+def test_kernels_of_other_sources(tmp_path, monkeypatch):
+    """Shown with what mends it, where the sources are at hand; without, only shown."""
+    record = {"targets": ["sm_80", "sm_90a"], "ptx": "compute_80", "nvcc": "13.0.88"}
+    record |= {"torch_abi": "2.11", "sources": "0123456789"}
+    library = tmp_path / "_tidal_C.so"
+    content = b"\x7fELF" + extension.MARK + json.dumps(record).encode() + b"\0more"
+    library.write_bytes(content)
+    monkeypatch.setattr(doctor, "LIBRARY", library)
+    finding = doctor._extension()
+    made = "sm_80, sm_90a and PTX of compute_80, by nvcc 13.0.88, for torch 2.11 or "
+    assert finding.found.startswith(f"{library}: {made}later, sources 01234567; ")
+    assert "was built from other sources (01234567) than" in finding.found
+    assert finding.fix.startswith("TIDAL_BUILD_CUDA=1 ")
+    assert extension.stale(library, root=tmp_path) == ""
+    library.write_bytes(b"\x7fELF")
+    assert doctor._extension().found.endswith("says nothing of what it was made of")
+
+
+def test_every_source_counts(tmp_path):
+    """A module is outdated by a change of any file that it is compiled from."""
+    (tmp_path / "csrc").mkdir()
+    seen = set()
+    for name in ("CMakeLists.txt", "csrc/b.cu", "csrc/a.cuh"):
+        for text in ("one", "two"):
+            (tmp_path / name).write_text(text)
+            seen.add(extension.digest_of_sources(tmp_path))
+    assert len(seen) == 6 and None not in seen
 
 
 def test_a_registration_that_does_not_survive_spawning(monkeypatch):

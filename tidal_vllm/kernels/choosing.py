@@ -12,8 +12,8 @@ from types import ModuleType
 import torch
 
 from tidal_vllm.config import KERNELS
+from tidal_vllm.extension import advise, how_to_build, stale
 from tidal_vllm.kernels import cuda_limits, reference
-from tidal_vllm.kernels.cuda_build import advise
 from tidal_vllm.kernels.interface import Kernels, Requirements
 from tidal_vllm.validators import TidalConfigError, check_choice
 
@@ -59,7 +59,8 @@ def choose(
         if kernels is not None:
             passed_over = f" ({'; '.join(reasons)})" if reasons else ""
             reason = kernels.reason + passed_over
-            return replace(kernels, reason=reason, advice=_advise(needed))
+            advice = kernels.advice or _advise(needed)
+            return replace(kernels, reason=reason, advice=advice)
         reasons.append(reason)
     allowed = f"no implementation covers this set-up: {'; '.join(reasons)}"
     raise TidalConfigError("tidal.kernels", requested, allowed)
@@ -98,7 +99,9 @@ def _offer_cuda(needed: Requirements) -> tuple[str, Kernels | None]:
     reason = cuda_limits.uncovered(needed)
     if reason:
         return f"the CUDA extension does not cover {reason}", None
-    return "", Kernels("cuda", "CUDA extension", module, capturable=True)
+    outdated = stale()
+    advice = f"{outdated}. This builds it: {how_to_build()}" if outdated else ""
+    return "", Kernels("cuda", "CUDA extension", module, True, advice)
 
 
 def _offer_triton(needed: Requirements) -> tuple[str, Kernels | None]:

@@ -20,14 +20,12 @@ allowed.
 
 from collections.abc import Callable
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from tidal_vllm.extension import LIBRARY
 from tidal_vllm.kernels.arguments import DecodeArgs, Rule
-
-LIBRARY = Path(__file__).parents[1] / "_tidal_C.so"
 
 if not LIBRARY.exists():
     raise ImportError(f"{LIBRARY.name} is not in {LIBRARY.parent}")

@@ -1,20 +1,25 @@
-"""How the CUDA extension is built: for setup.py, and to advise a user.
+"""What the CUDA extension is built with: for setup.py and the build backend.
 
-This module imports the standard library alone, since setup.py loads it by its path.
+This module imports the standard library alone, since both load it by its path.
 """
 
-import json
 import os
-import shlex
 import shutil
 import sys
 import sysconfig
-from importlib.metadata import PackageNotFoundError, distribution
+from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import unquote, urlparse
 
-# nvcc, and the headers and the static runtime that it compiles against.
-NVCC_PACKAGES = ("nvidia-cuda-nvcc", "nvidia-cuda-runtime", "nvidia-cuda-cccl")
+# A driver of CUDA 13.0 runs what any nvcc 13 compiled for its GPU, but compiles PTX for
+# a newer GPU only if nvcc was no newer than the driver. So the oldest nvcc is taken,
+# with its own parts: nvidia-cuda-nvcc requires them in any version.
+NVCC = "==13.0.*"
+NVCC_PACKAGES = (
+    *("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm"),
+    *("nvidia-cuda-runtime", "nvidia-cuda-cccl"),
+)
+TORCH = "torch>=2.11"  # the first whose stable ABI has what csrc/bindings.cpp uses
+CMAKE = "cmake>=3.18"  # as CMakeLists.txt says
 
 
 def find_nvcc() -> str | None:
@@ -23,46 +28,42 @@ def find_nvcc() -> str | None:
     vLLM's requirements bring one as a package.
     """
     home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
-    packages = Path(sysconfig.get_path("purelib")) / "nvidia"
-    # The packages of CUDA 13 lie in "cu13", those of CUDA 12 in "cuda_nvcc".
-    folders = [home, *sorted(packages.glob("cu[0-9]*"), reverse=True)]
-    folders.append(packages / "cuda_nvcc")
+    folders = [home]
+    for packages in _packages():
+        # The packages of CUDA 13 lie in "cu13", those of CUDA 12 in "cuda_nvcc".
+        nvidia = packages / "nvidia"
+        folders += sorted(nvidia.glob("cu[0-9]*"), reverse=True)
+        folders.append(nvidia / "cuda_nvcc")
     path = os.pathsep.join(str(folder / "bin") for folder in folders)
     return shutil.which("nvcc") or shutil.which("nvcc", path=path)
 
 
 def find_cmake() -> str | None:
-    """Look for cmake on PATH, and beside Python, where its package puts it."""
-    beside = str(Path(sys.executable).parent)
-    return shutil.which("cmake") or shutil.which("cmake", path=beside)
+    """Look for cmake among Python's packages, and on PATH.
+
+    The script that the package puts on PATH does not find its package where a build is
+    isolated, so the program itself comes first.
+    """
+    path = os.pathsep.join(str(p / "cmake/data/bin") for p in _packages())
+    return shutil.which("cmake", path=path) or shutil.which("cmake")
 
 
-def advise(reason: str) -> str:
-    """The advice for a user whose GPU has no CUDA kernels, for the given reason."""
-    return (
-        f"There is a GPU, but not the CUDA kernels for it: {reason}. "
-        f"This builds them: {how_to_build()}"
-    )
+def find_torch() -> Path | None:
+    """The folder of the torch package, whose headers and libraries a build takes."""
+    folders = (packages / "torch" for packages in _packages())
+    return next((folder for folder in folders if (folder / "include").is_dir()), None)
 
 
-def how_to_build() -> str:
-    """The command that builds the extension into this installation."""
-    pip = f"{shlex.quote(sys.executable)} -m pip install"
-    missing = [] if find_cmake() else ["cmake"]
-    missing += [] if find_nvcc() else NVCC_PACKAGES
-    first = f"{pip} {' '.join(missing)} && " if missing else ""
-    return f"{first}TIDAL_BUILD_CUDA=1 {pip} -v --no-deps {_source()}"
+def missing_requirements() -> list[str]:
+    """The packages that an isolated build of the extension has to install."""
+    missing = [] if find_torch() else [TORCH]
+    missing += [] if find_cmake() else [CMAKE]
+    missing += [] if find_nvcc() else [name + NVCC for name in NVCC_PACKAGES]
+    return missing
 
 
-def _source() -> str:
-    """What pip is to build: the place that this package was installed from."""
-    try:
-        text = distribution("tidal_vllm").read_text("direct_url.json")
-    except PackageNotFoundError:
-        text = None
-    origin = json.loads(text) if text else {}
-    url = urlparse(origin.get("url", ""))
-    if url.scheme != "file":
-        return "REPOSITORY"
-    folder = shlex.quote(unquote(url.path))
-    return f"-e {folder}" if origin.get("dir_info", {}).get("editable") else folder
+def _packages() -> Iterator[Path]:
+    """The folders of Python's packages, also those that pip's isolation hides."""
+    yield from map(Path, filter(None, sys.path))
+    for kind in ("purelib", "platlib"):
+        yield Path(sysconfig.get_path(kind))

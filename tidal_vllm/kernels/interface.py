@@ -50,7 +50,8 @@ class Kernels:
             graph, which rows an op works on.
         capturable: Whether a CUDA graph can hold the ops. The reference ops read
             lengths on the host.
-        advice: What would make faster kernels run here, and how; mostly empty.
+        advice: What would make faster kernels run here, or newer ones, and how;
+            mostly empty.
     """
 
     name: str

@@ -5,6 +5,7 @@ import torch
 
 from tests.kernels.cuda.emulator import CSRC, EMULATION, HERE, Emulator, built_once
 from tests.kernels.cuda.gpu import Gpu
+from tests.kernels.cuda.release import Release, build_release, build_sdist, copy_sources
 
 WHERE = ["emulation", *(["gpu"] if torch.cuda.is_available() else [])]
 
@@ -29,3 +30,15 @@ def kernels_of_module(request):
 @pytest.fixture
 def kernels(kernels_of_module):
     return kernels_of_module
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdist")
+    return build_sdist(copy_sources(folder / "sources"), folder / "out")
+
+
+@pytest.fixture(scope="session")
+def made(sdist, tmp_path_factory) -> Release:
+    """The release with every target: a build of minutes, once for all tests of it."""
+    return build_release(sdist, tmp_path_factory.mktemp("release"))
