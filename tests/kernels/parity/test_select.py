@@ -184,7 +184,7 @@ def small_tiles(monkeypatch, device) -> None:
     if device.type == "cpu":
         launch = "tidal_vllm.kernels.triton.select"
         monkeypatch.setattr(f"{launch}.CHOOSE_TILE", 64)
-        monkeypatch.setattr(f"{launch}.WEIGH_TILE", 64)
+        monkeypatch.setattr(f"{launch}.MAX_WEIGH_BLOCKS", 64)
 
 
 @extended

@@ -11,9 +11,12 @@ from tidal_vllm.kernels.arguments import DecodeArgs, Rule
 from tidal_vllm.kernels.triton.checks import check_select
 from tidal_vllm.kernels.triton.select_kernels import choose_blocks, weigh_blocks
 
-WEIGH_TILE = 512
-# A row of at most so many blocks is read once: 128K tokens in blocks of 16.
+# Numbers of block_lse that a program of `weigh_blocks` loads at once, 16 KiB, from so
+# many heads and blocks: all of its loads are under way together.
+WEIGH_ELEMENTS = 4096
+MAX_WEIGH_HEADS, MAX_WEIGH_BLOCKS = 32, 1024
 CHOOSE_TILE = 8192
+MAX_CHOOSE_WARPS = 16  # of 64 threads on some GPUs, and a program has 1024 at most
 
 
 def select_blocks(args: DecodeArgs, seq_lens: torch.Tensor, rule: Rule) -> None:
@@ -35,8 +38,11 @@ def select_blocks(args: DecodeArgs, seq_lens: torch.Tensor, rule: Rule) -> None:
     num_sets, max_blocks = topk_blocks.shape[1:]
     num_blocks, size = block_lse.shape[2], rule.select_block_size
     keep_all_len = max(rule.sparse_threshold, rule.token_budget)
-    weigh_blocks[(max(1, triton.cdiv(num_blocks, WEIGH_TILE)), num_sets, num_rows)](
-        *(block_lse, args.workspace.lse, seq_lens, mass),
+    heads_per_set = num_heads // num_sets
+    heads = min(MAX_WEIGH_HEADS, triton.next_power_of_2(heads_per_set))
+    weigh_tile = min(MAX_WEIGH_BLOCKS, WEIGH_ELEMENTS // heads)
+    weigh_blocks[(max(1, triton.cdiv(num_blocks, weigh_tile)), num_sets, num_rows)](
+        *(block_lse, args.workspace.lse, seq_lens, mass, num_blocks),
         *block_lse.stride()[:2],
         *mass.stride()[:2],
         SIZE=size,
@@ -44,8 +50,9 @@ def select_blocks(args: DecodeArgs, seq_lens: torch.Tensor, rule: Rule) -> None:
         SINKS=triton.cdiv(rule.sink_tokens, size),
         RECENT_TOKENS=max(rule.recent_tokens, 1),
         NUM_HEADS=num_heads,
-        HEADS_PER_SET=num_heads // num_sets,
-        TILE=WEIGH_TILE,
+        HEADS_PER_SET=heads_per_set,
+        TILE_HEADS=heads,
+        TILE=weigh_tile,
         num_warps=4,
     )
     tile = min(CHOOSE_TILE, triton.next_power_of_2(max(num_blocks, max_blocks, 64)))
@@ -58,6 +65,5 @@ def select_blocks(args: DecodeArgs, seq_lens: torch.Tensor, rule: Rule) -> None:
         KEEP_ALL=keep_all_len,
         BUDGET_BLOCKS=rule.token_budget // size,
         TILE=tile,
-        ONE_TILE=num_blocks <= tile,
-        num_warps=8 if tile >= 2048 else 4,
+        num_warps=min(MAX_CHOOSE_WARPS, max(4, tile // 256)),
     )
