@@ -42,14 +42,18 @@ SET_UPS = {
 }
 OF_TARGET = {
     "sm_80": ("d128 fp8",),
-    "sm_90": ("d128", "d64 tokens", "d256"),
+    "sm_90": ("d128", "d128 fp8", "d64 tokens", "d256"),
+    "sm_100": ("d128", "d128 fp8"),
+    "sm_120": ("d128", "d128 fp8"),
     "gfx942": ("d128 fp8",),
 }
 # As `tiling.device_limits` would answer.
 LIMITS = {
     "sm_80": DeviceLimits(108, 5, False),
     "sm_90": DeviceLimits(132, 5, True),
-    "gfx942": DeviceLimits(304, 2, False),
+    "sm_100": DeviceLimits(148, 5, True),
+    "sm_120": DeviceLimits(188, 3, True),
+    "gfx942": DeviceLimits(304, 2, False, warp_size=64),
 }
 RULE = rule_of(4096, 16, sinks=4, recent=1024)
 
@@ -95,7 +99,7 @@ def report(compiled: CompiledKernel, line: dict) -> None:
 
 def main(target: str, everything: bool) -> None:
     driver.set_active(AbsentDriver(target_of(target)))
-    attend.device_limits = lambda device: LIMITS[target]
+    attend.device_limits = select.device_limits = lambda device: LIMITS[target]
     current = [""]
     run = JITFunction.run
 

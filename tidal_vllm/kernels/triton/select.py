@@ -10,13 +10,14 @@ import triton
 from tidal_vllm.kernels.arguments import DecodeArgs, Rule
 from tidal_vllm.kernels.triton.checks import check_select
 from tidal_vllm.kernels.triton.select_kernels import choose_blocks, weigh_blocks
+from tidal_vllm.kernels.triton.tiling import device_limits
 
 # Numbers of block_lse that a program of `weigh_blocks` loads at once, 16 KiB, from so
 # many heads and blocks: all of its loads are under way together.
 WEIGH_ELEMENTS = 4096
 MAX_WEIGH_HEADS, MAX_WEIGH_BLOCKS = 32, 1024
 CHOOSE_TILE = 8192
-MAX_CHOOSE_WARPS = 16  # of 64 threads on some GPUs, and a program has 1024 at most
+MIN_CHOOSE_THREADS, MAX_CHOOSE_THREADS = 128, 512
 
 
 def select_blocks(args: DecodeArgs, seq_lens: torch.Tensor, rule: Rule) -> None:
@@ -56,6 +57,7 @@ def select_blocks(args: DecodeArgs, seq_lens: torch.Tensor, rule: Rule) -> None:
         num_warps=4,
     )
     tile = min(CHOOSE_TILE, triton.next_power_of_2(max(num_blocks, max_blocks, 64)))
+    threads = min(MAX_CHOOSE_THREADS, max(MIN_CHOOSE_THREADS, tile // 8))
     choose_blocks[(num_sets, num_rows)](
         *(mass, seq_lens, topk_blocks, topk_lens, max_blocks),
         *mass.stride()[:2],
@@ -65,5 +67,5 @@ def select_blocks(args: DecodeArgs, seq_lens: torch.Tensor, rule: Rule) -> None:
         KEEP_ALL=keep_all_len,
         BUDGET_BLOCKS=rule.token_budget // size,
         TILE=tile,
-        num_warps=min(MAX_CHOOSE_WARPS, max(4, tile // 256)),
+        num_warps=threads // device_limits(args.query.device).warp_size,
     )
