@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,7 @@ def test_compiles(target, tmp_path):
         attends = [line for line in lines if line["kernel"] == "attend_split"]
         check_that_values_are_not_read(attends)
         check_that_small_blocks_cost_no_more(attends)
+        check_the_page(attends)
 
 
 def check_that_values_are_not_read(attends: list[dict]) -> None:
@@ -77,3 +79,19 @@ def check_that_small_blocks_cost_no_more(attends: list[dict]) -> None:
             small = of[f"d128, blocks of {size}", op]
             assert 0 < small["instructions"] <= 1.05 * plain["instructions"], small
             assert small["async_16_bytes"] == plain["async_16_bytes"], small
+
+
+def check_the_page(attends: list[dict]) -> None:
+    """The counts of docs/triton.md, within what another release of Triton changes."""
+    page = (ROOT / "docs/triton.md").read_text()
+    table = re.search(r"<!-- table: sm_90 -->\n(.*?)<!-- end", page, re.DOTALL)[1]
+    of = {(line["setup"], line["op"]): line["instructions"] for line in attends}
+    head, _, *rows = (
+        [cell.strip(" `") for cell in row.strip("|").split("|")]
+        for row in table.splitlines()
+    )
+    assert len(rows) == 5
+    for setup, *counts in rows:
+        for op, count in zip(head[1:], counts, strict=True):
+            found = of[setup, op]
+            assert abs(int(count) - found) <= 0.1 * found, (setup, op, found)

@@ -121,10 +121,8 @@ class TestExactSets:
 
     @pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter does")
     @pytest.mark.parametrize("most, passes", [(1, 6), (2**20, 3)])
-    def test_a_row_is_read_few_times(
-        self, kernels, device, monkeypatch, most, passes
-    ):
-        """Once for each digit, three of the masses and three of equal masses' blocks."""
+    def test_a_row_is_read_few_times(self, kernels, device, monkeypatch, most, passes):
+        """Once for each digit: three of the masses, three of equal masses' blocks."""
         small_tiles(monkeypatch, device)
         counted = Mock(wraps=InterpreterBuilder().create_histogram)
         monkeypatch.setattr(InterpreterBuilder, "create_histogram", counted)
@@ -175,7 +173,7 @@ class TestExactSets:
         assert found == [[[0, 2]]]
 
     def test_heads_are_summed_in_parts(self, kernels, device, monkeypatch):
-        """Each head has masses of its own, and a set more heads than are loaded once."""
+        """Each head has its own masses, and a set more heads than are loaded at once."""
         if device.type == "cpu":
             launch = "tidal_vllm.kernels.triton.select"
             monkeypatch.setattr(f"{launch}.MAX_WEIGH_HEADS", 2)

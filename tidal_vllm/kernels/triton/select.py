@@ -1,7 +1,7 @@
 """`select_blocks` in Triton, on `select_kernels`.
 
-Compiled ahead of time for sm_80, sm_90 and gfx942 and run under Triton's interpreter;
-not yet run on a GPU.
+Compiled ahead of time for sm_80, sm_90, sm_100, sm_120 and gfx942, and run under
+Triton's interpreter; not yet run on a GPU. docs/triton.md has counts and a model.
 """
 
 import torch
@@ -23,8 +23,8 @@ MIN_CHOOSE_THREADS, MAX_CHOOSE_THREADS = 128, 512
 def select_blocks(args: DecodeArgs, seq_lens: torch.Tensor, rule: Rule) -> None:
     """Choose each set's blocks; `reference.select_blocks` defines it. Capturable.
 
-    Of block_lse, only the blocks that a row has are read; it must have room for the
-    longest row. The forced blocks must fit the budget, as `Rule` says. Neither is
+    Of block_lse, the blocks that a row has are used; it must have room for the longest
+    row. The forced blocks must fit the budget, as `Rule` says. Neither is
     checked here, and what topk_blocks has no room for is left out.
 
     Raises:

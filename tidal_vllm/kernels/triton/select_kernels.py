@@ -20,8 +20,8 @@ DIGIT_BITS = tl.constexpr(11)
 BINS = tl.constexpr(1 << 11)
 KEY_BITS = tl.constexpr(33)
 LARGEST_INT = tl.constexpr(2**31 - 1)
-# Counts and marks are summed in groups first: a sum or scan over a whole program at once
-# takes about twice the instructions.
+# Counts and marks are summed in groups first: a scan over a whole program at once takes
+# about twice the instructions.
 GROUP = tl.constexpr(32)
 
 
@@ -107,7 +107,7 @@ def _count_digits(masses, num_blocks, prefix, shift, tied, AMONG_TIES, TILE):
 
 @triton.jit
 def _last_reached(counts, room):
-    """Sum up from the end until `room` is reached: where, and the sums before, after."""
+    """Sum up from the end to the `room`-th: its index, the sums before and with it."""
     sums = tl.cumsum(counts, 0, reverse=True)
     reached = sums >= room
     before = tl.max(tl.where(reached, 0, sums), 0)
