@@ -173,7 +173,7 @@ class TestExactSets:
         assert found == [[[0, 2]]]
 
     def test_heads_are_summed_in_parts(self, kernels, device, monkeypatch):
-        """Each head has its own masses; a set has more heads than are loaded at once."""
+        """Each head has its own masses; a set, more heads than are loaded at once."""
         if device.type == "cpu":
             launch = "tidal_vllm.kernels.triton.select"
             monkeypatch.setattr(f"{launch}.MAX_WEIGH_HEADS", 2)
