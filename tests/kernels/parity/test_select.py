@@ -1,11 +1,14 @@
 """select_blocks: exactly the sets that its definition names, and the reference's."""
 
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpreterBuilder
 
 from tests.kernels import naive
+from tests.kernels.conftest import INTERPRETED
 from tests.kernels.harness import KEPT, batch_on, dense, select, selection_args
 from tests.support.rules import rule_of
 from tidal_vllm.kernels import reference
@@ -110,10 +113,23 @@ class TestExactSets:
 
     @extended
     def test_a_million_tokens(self, kernels, device):
-        lens, rule = [2**20, 2**20 - 5], rule_of(4096, 16, sinks=4, recent=1024)
-        masses = random_masses(lens, 1, 2**16, rule, most=3000)
+        """Of many blocks that weigh the same, some are kept: those of small indices."""
+        lens, rule = [2**20 - 5], rule_of(16384, 4, sinks=4, recent=1024)
+        masses = random_masses(lens, 1, 2**18, rule, most=300)
         found = chosen_on(kernels, device, scores_of(masses, 1), lens, rule)
         assert found == expected(masses, lens, rule)
+
+    @pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter does")
+    @pytest.mark.parametrize("most, passes", [(1, 6), (2**20, 3)])
+    def test_a_row_is_read_few_times(self, kernels, device, monkeypatch, most, passes):
+        """Once for each digit: three of the masses, three of equal masses' blocks."""
+        small_tiles(monkeypatch, device)
+        counted = Mock(wraps=InterpreterBuilder().create_histogram)
+        monkeypatch.setattr(InterpreterBuilder, "create_histogram", counted)
+        rule = rule_of(64, sinks=3, recent=6)
+        masses = random_masses([640], 1, 640, rule, most)
+        chosen_on(kernels, device, scores_of(masses, 1), [640], rule)
+        assert 0 < counted.call_count <= passes * 640 // 64
 
     @extended
     def test_a_set_keeps_many_tiles_of_blocks(self, kernels, device, monkeypatch):
@@ -156,6 +172,18 @@ class TestExactSets:
         found = chosen_on(kernels, device, (block_lse, lse), [3], rule)
         assert found == [[[0, 2]]]
 
+    def test_heads_are_summed_in_parts(self, kernels, device, monkeypatch):
+        """Each head has its own masses; a set, more heads than are loaded at once."""
+        if device.type == "cpu":
+            launch = "tidal_vllm.kernels.triton.select"
+            monkeypatch.setattr(f"{launch}.MAX_WEIGH_HEADS", 2)
+        lens, rule = [150, 90], rule_of(20, sinks=1, recent=2)
+        of_head = random_masses(lens, 10, 150, rule, most=2**16)
+        masses = of_head.unflatten(1, (2, 5)).sum(2)
+        scores = of_head.log(), torch.zeros(2, 10)
+        found = chosen_on(kernels, device, scores, lens, rule, num_sets=2)
+        assert found == expected(masses, lens, rule)
+
     def test_all_rows_left_out(self, kernels, device):
         scores = torch.zeros(2, 2, 5), torch.zeros(2, 2)
         assert chosen_on(kernels, device, scores, [-1, -5], rule_of(4)) == [None, None]
@@ -184,7 +212,7 @@ def small_tiles(monkeypatch, device) -> None:
     if device.type == "cpu":
         launch = "tidal_vllm.kernels.triton.select"
         monkeypatch.setattr(f"{launch}.CHOOSE_TILE", 64)
-        monkeypatch.setattr(f"{launch}.WEIGH_TILE", 64)
+        monkeypatch.setattr(f"{launch}.MAX_WEIGH_BLOCKS", 64)
 
 
 @extended

@@ -28,6 +28,8 @@ class DeviceLimits:
     """Stages of the pipeline that loads tiles."""
     native_fp8: bool
     """Whether the device converts fp8 e4m3 by itself."""
+    warp_size: int = 32
+    """Threads of a warp; 64 on AMD's data centre GPUs."""
 
 
 @functools.cache
@@ -38,7 +40,7 @@ def device_limits(device: torch.device) -> DeviceLimits:
     properties = torch.cuda.get_device_properties(device)
     num_sms = properties.multi_processor_count
     if torch.version.cuda is None:
-        return DeviceLimits(num_sms, 2, False)
+        return DeviceLimits(num_sms, 2, False, properties.warp_size)
     capability = (properties.major, properties.minor)
     # Of the stages that reading the block table leaves, 3 buffer one tile of K and V
     # and 5 buffer two (72 KiB), where there are at least 160 KiB of shared memory.
