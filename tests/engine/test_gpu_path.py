@@ -191,6 +191,7 @@ class TestComposition:
         with reconfigured(llm, **NARROW, kernels="triton"):
             (builder,) = builders(llm)
             batch = builder.build(0, common_metadata([1], [100]))
+            given.clear()  # what a new builder launches
             layer = SimpleNamespace(
                 layer_name="model.layers.2.self_attn.attn",
                 _k_scale_float=0.5,
