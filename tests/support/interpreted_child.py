@@ -72,6 +72,19 @@ def answers(llm: Any, requests: int = 4) -> dict:
     }
 
 
+def warmed(llm: Any) -> bool:
+    """Whether a new builder's launches leave the engine's buffers as they are."""
+    from tests.support.engines import builders, impls
+
+    state, (old,) = impls(llm)[0].state, builders(llm)
+    selection, workspace = vars(state.selection), vars(state.workspace)
+    buffers = [v for v in (selection | workspace).values() if torch.is_tensor(v)]
+    for buffer in buffers:
+        buffer.fill_(7)
+    type(old)(old.kv_cache_spec, old.layer_names, old.vllm_config, old.device)
+    return len(buffers) >= 7 and all(bool((buffer == 7).all()) for buffer in buffers)
+
+
 def replays(llm: Any) -> dict:
     """A replayed step of four rows, the last of them padding, and the same eagerly."""
     from tests.support.engines import impls, reconfigured, runner
@@ -107,9 +120,10 @@ def replays(llm: Any) -> dict:
 
 def main() -> None:
     from tests.support.engines import Engines
-    from tests.support.interpreter import patch_once
+    from tests.support.interpreter import patch_once, record_variants
 
     patch_once()
+    variants = record_variants()
     folder, windowed, results = map(Path, sys.argv[1:])
     # The interpreter runs one program after the other: fewer of them.
     workspace.MAX_SPLITS, workspace.MIN_SPLITS = 4, 2
@@ -117,12 +131,17 @@ def main() -> None:
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     engines = Engines()
     exact = start(engines, folder, kernels="triton", correction_interval=2, **EXACT)
+    reusing = start(engines, folder, kernels="triton", **REUSING)
     windows = start(engines, windowed, kernels="triton", **WINDOWED)
+    at_start = set(variants)
     found = {
-        "sparse": answers(start(engines, folder, kernels="triton", **REUSING)),
+        "sparse": answers(reusing),
         "exact": answers(exact),
         "windowed": answers(windows, 2),
+        "at start": sorted({name for name, *_ in at_start}),
+        "first in a request": sorted(map(list, variants - at_start)),
         "replay": replays(start(engines, folder, kernels="triton")),
+        "untouched": warmed(exact),
     }
     results.write_text(json.dumps(found))
 
