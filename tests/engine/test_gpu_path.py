@@ -177,6 +177,10 @@ class TestComposition:
         )
         query = torch.randn(3, 6, 32)
         layer = SimpleNamespace(_q_scale=torch.tensor(2.0))
+        with pytest.MonkeyPatch.context() as patch:  # memory profiling sees the copy
+            patch.setattr(attention, "_to_fp8", lambda *given: seen.append(given))
+            impl.forward(layer, query, query, query, None, None, query.clone())
+            assert seen.pop()[0] is query
         impl._attend_densely(layer, query, query, query, None, None, None)
         assert seen[0].dtype is torch.float8_e4m3fn
         assert torch.equal(seen[0], (query / 2).to(torch.float8_e4m3fn))

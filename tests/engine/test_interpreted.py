@@ -105,8 +105,9 @@ def compare(one, other) -> int:
 
 
 def test_captured_metadata_replays_bit_by_bit(results):
-    """With a row of padding, which comes out as zeros."""
+    """With a row of padding, which comes out as zeros; also where ranks agree."""
     replay = results["replay"]
     assert replay["equal"]
+    assert replay["agreed"]
     assert replay["padding"] == 0.0
     assert max(replay["differences"]) < 2e-3

@@ -89,6 +89,7 @@ def replays(llm: Any) -> dict:
     """A replayed step of four rows, the last of them padding, and the same eagerly."""
     from tests.support.engines import impls, reconfigured, runner
     from tests.support.replay import Graph, common_metadata, random_table, run_layers
+    from tidal_vllm.methods.ranks import AgreeingRanks
 
     generator = torch.Generator().manual_seed(1)
     layers = runner(llm).vllm_config.compilation_config.static_forward_context
@@ -107,12 +108,23 @@ def replays(llm: Any) -> dict:
     graph = Graph(llm, 4)
     found = graph.replay(lens, table, query)
     equal = torch.equal(found[:, :3], eager(graph))
+    summed: list[tuple[int, ...]] = []
+
+    def sum_over_ranks(mass: torch.Tensor) -> torch.Tensor:
+        summed.append(tuple(mass.shape))
+        return 2 * mass  # as if another rank had found the same
+
+    method = impl.state.method
+    method.ranks = AgreeingRanks(1, 0, sum_over_ranks)
+    agreed = torch.equal(found[:, :3], eager(graph)) and summed == [(3, 1, 29)]
+    method.ranks = None
     with reconfigured(llm, **SETTINGS, kernels="reference"):
         wanted = eager(Graph(llm, 4))
     differences = (found[:, :3] - wanted).abs().flatten(1).amax(1)
     # NOTE: layer 0 is vLLM's, which leaves rows of padding to whoever reads them.
     return {
         "equal": equal,
+        "agreed": agreed,
         "padding": found[1:, 3].abs().max().item(),
         "differences": differences.tolist(),
     }
