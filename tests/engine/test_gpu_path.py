@@ -15,7 +15,7 @@ from tests.support.models import NARROW, random_arrivals, random_prompt
 from tests.support.replay import captured, common_metadata, random_table
 from tests.support.watching import counters
 from tidal_vllm.config import SCOPES
-from tidal_vllm.engine import attention, state
+from tidal_vllm.engine import attention, metadata, state
 from tidal_vllm.engine.metadata import TidalMetadataBuilder
 from tidal_vllm.engine.state import choose_implementations
 from tidal_vllm.engine.torch_dense import ReferenceBackend
@@ -112,6 +112,17 @@ class TestWorkspace:
             made = (builder.kv_cache_spec, builder.layer_names, config, builder.device)
             with pytest.raises(ValueError, match="6 query and 2 KV heads of 32, .*12"):
                 TidalMetadataBuilder(*made)
+
+    def test_a_builder_that_is_made_again_says_nothing(self, llm, monkeypatch):
+        """vLLM makes builders twice where it measures what CUDA graphs take."""
+        said = []
+        monkeypatch.setattr(metadata.logger, "info", lambda *line: said.append(line))
+        with reconfigured(llm, **NARROW, sink_tokens=5):
+            (old,) = builders(llm)
+            made = (old.kv_cache_spec, old.layer_names, old.vllm_config, old.device)
+            TidalMetadataBuilder(*made)
+        ((_, text),) = said
+        assert "first 5 tokens" in text
 
     def test_no_sparse_layer_no_workspace(self, llm):
         with reconfigured(llm, **NARROW | {"select_layers": []}):
