@@ -103,9 +103,9 @@ def _selection_text(config: TidalConfig) -> str:
 
 
 def _rank_text(config: TidalConfig, num_ranks: int) -> str:
-    how = "a set is one choice of all ranks that have heads of it"
+    how = "those that share a set agree on it"
     if config.rank_choice == "own":
-        how = "each chooses by its own heads, so their number matters"
+        how = "each chooses by its own heads"
     return f"{num_ranks}, tensor parallel: {how}"
 
 
