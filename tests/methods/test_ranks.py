@@ -8,14 +8,16 @@ import torch
 from tests.support.rules import rule_of
 from tidal_vllm.config import SCOPES, TidalConfig
 from tidal_vllm.engine import ranks as engine_ranks
-from tidal_vllm.kernels import DecodeArgs, choose
+from tidal_vllm.kernels import DecodeArgs, Workspace, choose
+from tidal_vllm.methods.ranks import AgreeingRanks
 from tidal_vllm.methods.tidaldecode import TidalDecode
 from tidal_vllm.plan.rule import num_sets
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, KV_BLOCK, SIZE = 8, 2, 16, 8, 4
 RULE = rule_of(24, SIZE, sinks=2, recent=3)
 LENS = torch.tensor([70, 41, 0, -1, 64, 12], dtype=torch.int32)
-CPU = choose("cpu", head_size=HEAD_SIZE, dtype=torch.float32)
+CPU_DEVICE = torch.device("cpu")
+CPU = choose(CPU_DEVICE, head_size=HEAD_SIZE, dtype=torch.float32)
 
 
 def random(*shape, seed):
@@ -97,3 +99,23 @@ def test_does_not_depend_on_the_number_of_ranks(monkeypatch, scope, size):
 def test_chooses_by_itself(monkeypatch, size, choice):
     found = agreeing(monkeypatch, "sequence", 0, size, None, rank_choice=choice)
     assert found is None
+
+
+def test_what_select_blocks_gets_has_one_head_for_each_set():
+    """Buffers with a column for each head, and the kernels' others as they were."""
+    rows, blocks = 3, 18
+    workspace = Workspace.allocate(4, NUM_HEADS, 1, HEAD_SIZE, blocks, CPU_DEVICE)
+    workspace.lse.zero_()
+    workspace.block_lse.zero_()
+    query = torch.zeros(rows, NUM_HEADS, HEAD_SIZE)
+    args = DecodeArgs(query, KV_CACHE, TABLE, query, 1.0, workspace)
+    args.topk_blocks = torch.zeros(rows, 1, 6, dtype=torch.int32)
+    found = AgreeingRanks(1, 0, lambda mass: 2 * mass).weighed(args)
+    assert found.query.shape[1] == 1
+    assert found.workspace.block_lse.exp().allclose(torch.full((rows, 1, blocks), 16.0))
+    assert found.workspace.mass is workspace.mass
+    per_head = {n: b for n, b in vars(found.workspace).items() if torch.is_tensor(b)}
+    for name, buffer in per_head.items():
+        if buffer.dim() == 2:
+            assert buffer.shape[0] >= rows and buffer.shape[1] == 1, name
+            assert buffer.is_contiguous() and not buffer.any(), name
