@@ -31,6 +31,7 @@ NUM_SETS: dict[str, Callable[[int, int], int]] = {
 }
 SCOPES = tuple(NUM_SETS)
 SELECT_ATTENDS = ("everything", "chosen")
+RANK_CHOICES = ("agreed", "own")
 KERNELS = ("auto", "cuda", "triton", "reference")
 
 # What a preset stands for: a method of choosing blocks, and knobs.
@@ -75,9 +76,9 @@ class TidalConfig:
             Default 4096.
         select_block_size: Tokens per selection block, >= 1; must divide the KV cache
             block size (``check_kv_block_size``). Default 16; 1 selects single tokens.
-        scope: Which heads share one selection: "sequence" (all heads of the rank,
-            default), "kv_head" (the query heads of one KV head) or "query_head" (each
-            head has its own).
+        scope: Which heads share one selection: "sequence" (all heads, default),
+            "kv_head" (the query heads of one KV head) or "query_head" (each head has
+            its own). ``rank_choice`` says what becomes of heads on several ranks.
         sink_tokens: Tokens at the start of a sequence that are always kept, >= 0.
             Default 4.
         recent_fraction: Share of ``token_budget`` forced to the newest tokens, in
@@ -103,6 +104,11 @@ class TidalConfig:
             keys and values of the selected blocks. Null (default): "everything";
             "chosen" with a method by which every layer chooses, which allows nothing
             else.
+        rank_choice: Who chooses a selection whose heads lie on several tensor parallel
+            ranks: "agreed", the sum of their attention mass over all of them, so that
+            the choice does not depend on the number of ranks, or "own", each rank by
+            the heads that it has. Null (default): "agreed"; "own" with a method whose
+            ranks cannot agree. Changes nothing on one rank.
         correction_interval: Decode steps, >= 1, after which the KV that sparse layers
             wrote is recomputed densely. Null (default): never.
         publish_polluted: Whether vLLM's prefix cache may hand out KV that sparse
@@ -126,6 +132,7 @@ class TidalConfig:
     min_sparse_len: int | None = None
     reselect_interval: int = 1
     select_attends: str | None = None
+    rank_choice: str | None = None
     correction_interval: int | None = None
     publish_polluted: bool = False
     kernels: str = "auto"
@@ -138,6 +145,7 @@ class TidalConfig:
         check_choice("tidal.method", self.method, METHODS)
         check_choice("tidal.scope", self.scope, SCOPES)
         self._check_select_attends()
+        self._check_rank_choice()
         check_choice("tidal.kernels", self.kernels, KERNELS)
         self._check_kernels()
         allowed = "must be an integer >= 1 (decode steps)"
@@ -250,6 +258,18 @@ class TidalConfig:
                 "sparse: must be 'chosen', or null"
             )
             raise TidalConfigError("tidal.select_attends", self.select_attends, allowed)
+
+    def _check_rank_choice(self) -> None:
+        agree = METHODS[self.method].ranks_agree
+        if self.rank_choice is None:
+            self._set("rank_choice", "agreed" if agree else "own")
+        check_choice("tidal.rank_choice", self.rank_choice, RANK_CHOICES)
+        if self.rank_choice == "agreed" and not agree:
+            allowed = (
+                f"with method {self.method!r} ranks cannot agree: must be 'own', or "
+                "null"
+            )
+            raise TidalConfigError("tidal.rank_choice", self.rank_choice, allowed)
 
     def _check_tokens(self) -> None:
         size = self.select_block_size

@@ -183,7 +183,9 @@ def _read(
     """What one engine made of a prompt.
 
     Args:
-        before, after: The counters before the request and after it.
+        before, after: The counters before the request and after it. On a GPU the dense
+            engine runs vLLM's own backend, which counts nothing: each of its steps
+            attends to all tokens up to its own.
     """
     tokens = list(output.outputs[0].token_ids)
     right = 0
@@ -195,6 +197,9 @@ def _read(
     decoding = timing.last_token_ts - timing.first_token_ts
     steps = after["decode_tokens"] - before["decode_tokens"]
     attended = after["sparse_context_tokens"] - before["sparse_context_tokens"]
+    if not steps:
+        steps = len(tokens) - 1
+        attended = sum(len(prompt.prompt_token_ids) + 1 + i for i in range(steps))
     return Answer(
         text=output.outputs[0].text,
         right_tokens=right,

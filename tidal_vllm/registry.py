@@ -41,6 +41,8 @@ class MethodEntry:
         reference_only: Whether the method runs on the reference ops alone.
         follows_keys: Whether the method keeps something of each key that is written,
             so that KV may not arrive in another way.
+        ranks_agree: Whether tensor parallel ranks can come to one choice: by the sum of
+            their masses, or because no head is asked.
     """
 
     path: str
@@ -51,6 +53,7 @@ class MethodEntry:
     keeps_beside: Callable[[int], float] = nothing
     reference_only: bool = True
     follows_keys: bool = False
+    ranks_agree: bool = False
 
 
 METHODS: dict[str, MethodEntry] = {
@@ -67,6 +70,7 @@ METHODS: dict[str, MethodEntry] = {
             "recent_fraction": 0.0,
         },
         reference_only=False,
+        ranks_agree=True,
     ),
     # One set of tokens for all heads, r = 0.25 of the budget for the newest tokens and
     # "four tokens as attention sinks in all experiments" (arXiv 2508.07101v2, section
@@ -111,6 +115,7 @@ METHODS: dict[str, MethodEntry] = {
         },
         every_layer=True,
         scoring_reads=nothing,
+        ranks_agree=True,
     ),
     # What exact scores in every layer would give: a bound for the other methods.
     "oracle": MethodEntry(
@@ -124,5 +129,6 @@ METHODS: dict[str, MethodEntry] = {
         },
         every_layer=True,
         reference_only=False,
+        ranks_agree=True,
     ),
 }

@@ -151,7 +151,7 @@ def test_ctrl_c_leaves_a_state_that_resumes(capsys):
 
 @pytest.mark.extended
 def test_tensor_parallel():
-    """Each rank has half of the heads, and sets of its own."""
+    """Each rank has half of the heads; both choose one set."""
     spec, model = planted(2, 8)
     line = [sys.executable, "-m", "tidal_vllm.cli", "calibrate", model.name, *QUICK]
     line += ["--tensor-parallel-size", "2", "--engine-args"]

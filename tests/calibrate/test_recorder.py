@@ -7,6 +7,7 @@ import torch
 from tidal_vllm.calibrate.recorder import Recorder, merge_ranks
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.kernels import reference
+from tidal_vllm.methods.ranks import AgreeingRanks
 from tidal_vllm.plan.rule import num_sets
 
 HEADS, KV_HEADS, HEAD_SIZE, KV_BLOCK = 6, 2, 32, 16
@@ -73,6 +74,33 @@ def recorded(tmp_path_factory):
     assert recorder.save(path, 5) == 2
     assert recorder.save(path, 5) == 0, "a recording is saved once"
     return steps, merge_ranks([path])
+
+
+def test_ranks_that_choose_together_record_what_one_rank_records(recorded, tmp_path):
+    """Half of the heads each; the sum over both is taken from a first pass."""
+    steps, wanted = recorded
+    sums: list[torch.Tensor] = []
+
+    def record(rank: int, sum_over_ranks) -> Recorder:
+        ranks = [AgreeingRanks(1, 0, sum_over_ranks), None, None]
+        recorder = Recorder(LAYERS, HEADS // 2, 1, SETTINGS, ranks)
+        for _, step in steps:
+            for layer, (query, _, (cache, *rest)) in zip(LAYERS, step, strict=True):
+                query = query[:, rank * HEADS // 2 :][:, : HEADS // 2]
+                recorder.observe(layer, query, cache[:, [rank]], *rest, SCALE)
+        return recorder
+
+    for rank in range(2):
+        record(rank, lambda mass: sums.append(mass.clone()) or mass)
+    both = [one + other for one, other in zip(sums[:6], sums[6:], strict=True)]
+    paths = [tmp_path / f"rank-{rank}.npz" for rank in range(2)]
+    for rank, path in enumerate(paths):
+        given = iter(both)
+        record(rank, lambda _, given=given: next(given)).save(path, 2)
+    found = merge_ranks(paths)
+    for name in ("worst", "mean"):
+        assert found[name][:, 0] == pytest.approx(wanted[name][:, 0], abs=1e-5)
+    assert found["overlap"] == pytest.approx(wanted["overlap"])
 
 
 @pytest.mark.parametrize("number", range(len(SETTINGS)))

@@ -13,6 +13,7 @@ import signal
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,13 +32,18 @@ from vllm.v1.engine import utils as engine_utils
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.worker import cpu_worker as stock_cpu_worker
+from vllm.v1.worker import gpu_worker
+from vllm.v1.worker.gpu import model_runner as model_runner_v2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.utils import AttentionGroup
 
 from tests.support.signatures import parameters
 from tidal_vllm.cpu import log_filters as cpu_log_filters
 from tidal_vllm.cpu import shutdown
 from tidal_vllm.cpu.worker import update_short_conv
 from tidal_vllm.engine import log_filters
+from tidal_vllm.engine.backend import TidalBackend
+from tidal_vllm.engine.metrics import CountingWorker, DecodeCounters
 from tidal_vllm.names import ASYNC_SCHEDULER
 from tidal_vllm.plugin import register
 
@@ -91,6 +97,28 @@ class TestCommands:
         """An unknown variable would be ignored, with a warning."""
         given = {"ENABLE_V1_MULTIPROCESSING", "USE_V2_MODEL_RUNNER", "LOGGING_LEVEL"}
         assert {f"VLLM_{name}" for name in given} <= envs.environment_variables.keys()
+
+
+class TestCounters:
+    """engine/metrics.py"""
+
+    @pytest.mark.parametrize(
+        "worker_class", [gpu_worker.Worker, stock_cpu_worker.CPUWorker]
+    )
+    def test_any_worker_tells_its_counters(self, worker_class):
+        """vLLM makes the worker's class inherit from the extension."""
+        assert not hasattr(worker_class, "decode_counters"), "vLLM would refuse it"
+        extended = type("Extended", (worker_class, CountingWorker), {})
+        group = AttentionGroup(TidalBackend, ["a layer"], None, 0)
+        counters = DecodeCounters(decode_tokens=3)
+        group.metadata_builders = [SimpleNamespace(counters=counters)]
+        worker = object.__new__(extended)
+        worker.model_runner = SimpleNamespace(attn_groups=[[group]])
+        assert worker.decode_counters()["decode_tokens"] == 3
+
+    @pytest.mark.parametrize("runner", [GPUModelRunner, model_runner_v2.GPUModelRunner])
+    def test_both_runners_keep_their_builders_there(self, runner):
+        assert "self.attn_groups" in inspect.getsource(runner)
 
 
 FILTERED = log_filters.OF_THE_SCHEDULER | cpu_log_filters.OF_THE_CPU_PLATFORM

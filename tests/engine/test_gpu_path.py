@@ -15,7 +15,7 @@ from tests.support.models import NARROW, random_arrivals, random_prompt
 from tests.support.replay import captured, common_metadata, random_table
 from tests.support.watching import counters
 from tidal_vllm.config import SCOPES
-from tidal_vllm.engine import attention, state
+from tidal_vllm.engine import attention, metadata, state
 from tidal_vllm.engine.metadata import TidalMetadataBuilder
 from tidal_vllm.engine.state import choose_implementations
 from tidal_vllm.engine.torch_dense import ReferenceBackend
@@ -113,6 +113,17 @@ class TestWorkspace:
             with pytest.raises(ValueError, match="6 query and 2 KV heads of 32, .*12"):
                 TidalMetadataBuilder(*made)
 
+    def test_a_builder_that_is_made_again_says_nothing(self, llm, monkeypatch):
+        """vLLM makes builders twice where it measures what CUDA graphs take."""
+        said = []
+        monkeypatch.setattr(metadata.logger, "info", lambda *line: said.append(line))
+        with reconfigured(llm, **NARROW, sink_tokens=5):
+            (old,) = builders(llm)
+            made = (old.kv_cache_spec, old.layer_names, old.vllm_config, old.device)
+            TidalMetadataBuilder(*made)
+        ((_, text),) = said
+        assert "first 5 tokens" in text
+
     def test_no_sparse_layer_no_workspace(self, llm):
         with reconfigured(llm, **NARROW | {"select_layers": []}):
             assert impls(llm)[0].state is None
@@ -177,6 +188,10 @@ class TestComposition:
         )
         query = torch.randn(3, 6, 32)
         layer = SimpleNamespace(_q_scale=torch.tensor(2.0))
+        with pytest.MonkeyPatch.context() as patch:  # memory profiling sees the copy
+            patch.setattr(attention, "_to_fp8", lambda *given: seen.append(given))
+            impl.forward(layer, query, query, query, None, None, query.clone())
+            assert seen.pop()[0] is query
         impl._attend_densely(layer, query, query, query, None, None, None)
         assert seen[0].dtype is torch.float8_e4m3fn
         assert torch.equal(seen[0], (query / 2).to(torch.float8_e4m3fn))
@@ -191,6 +206,7 @@ class TestComposition:
         with reconfigured(llm, **NARROW, kernels="triton"):
             (builder,) = builders(llm)
             batch = builder.build(0, common_metadata([1], [100]))
+            given.clear()  # what a new builder launches
             layer = SimpleNamespace(
                 layer_name="model.layers.2.self_attn.attn",
                 _k_scale_float=0.5,

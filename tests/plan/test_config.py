@@ -11,6 +11,7 @@ from tidal_vllm.config import (
     KERNELS,
     KEYS,
     PRESETS,
+    RANK_CHOICES,
     SCOPES,
     SELECT_ATTENDS,
     TidalConfig,
@@ -97,6 +98,15 @@ BAD_SETTINGS = [
         "with method 'quest' every layer chooses",
         "must be 'chosen', or null",
         method="quest",
+    ),
+    bad("rank-choice-unknown", "rank_choice", "all", "one of", *RANK_CHOICES),
+    bad("rank-choice-number", "rank_choice", 1, "one of", *RANK_CHOICES),
+    bad(
+        "ranks-that-cannot-agree",
+        "rank_choice",
+        "agreed",
+        "with method 'lessismore' ranks cannot agree: must be 'own', or null",
+        method="lessismore",
     ),
     bad("method-unknown", "method", "quests", "one of", *METHODS, "mean 'quest'?"),
     bad("method-null", "method", None, "one of", *METHODS),
@@ -198,6 +208,7 @@ def test_defaults(additional_config):
         "min_sparse_len": None,
         "reselect_interval": 1,
         "select_attends": "everything",
+        "rank_choice": "agreed",
         "correction_interval": None,
         "publish_polluted": False,
         "kernels": "auto",
@@ -211,6 +222,13 @@ def test_a_select_layer_attends_to_what_it_chose_where_all_layers_choose(method)
     attends = "chosen" if METHODS[method].every_layer else "everything"
     assert read({"method": method}).select_attends == attends
     assert read({"method": method, "select_attends": None}).select_attends == attends
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ranks_agree_where_the_method_lets_them(method):
+    choice = "own" if method in ("lessismore", "quest") else "agreed"
+    assert read({"method": method}).rank_choice == choice
+    assert read({"method": method, "rank_choice": "own"}).rank_choice == "own"
 
 
 def test_a_preset_names_its_method():

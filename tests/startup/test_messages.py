@@ -38,11 +38,16 @@ PROFILE = Profile(
 def tables() -> Iterator[tuple[str, str]]:
     """Start-up tables: of a profile, without sparse layers, wrapped, of a hybrid."""
 
-    def table(plan: LayerPlan, name: str, **settings: object) -> str:
-        return format_plan(plan, TidalConfig(**settings), 1 << 17, name)
+    def table(plan: LayerPlan, name: str, ranks: int = 1, **settings: object) -> str:
+        return format_plan(plan, TidalConfig(**settings), 1 << 17, name, ranks)
 
     plan = plan_layers(TidalConfig(), 32, PROFILE)
     yield "table: a profile", table(plan, "org/model")
+    yield "table: two ranks that agree", table(plan, "org/model", 2)
+    own = {"scope": "kv_head", "rank_choice": "own"}
+    yield "table: four ranks that do not", table(plan, "org/model", 4, **own)
+    each = table(plan, "org/model", 2, scope="query_head")
+    yield "table: ranks that share no set", each
     plan = all_dense(8, "", "a test wants it")
     yield "table: off", table(plan, "this model")
     many = {"dense_layers": list(range(0, 126, 3)), "select_layers": [1, 2, 124]}

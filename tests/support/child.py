@@ -9,6 +9,7 @@ a job may have more keys:
     "exact_up_to": The longest sequence whose decoded tokens count as clean, or null for
         what the settings say. The scheduler is then looked at, so the engine core has
         to be in this process.
+    "chosen": Whether to tell which blocks each worker chose last.
 RESULTS is written: for each job the tokens, the workers' counters, and what was seen of
 the scheduler.
 """
@@ -20,6 +21,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tidal_vllm.engine.metrics import CountingWorker
+
 
 def run(job: dict) -> dict:
     from vllm import SamplingParams
@@ -30,6 +33,8 @@ def run(job: dict) -> dict:
         import ray
 
         ray.init(num_cpus=slots, num_gpus=slots, include_dashboard=False)
+    if job.get("chosen"):
+        job["kwargs"]["worker_extension_cls"] = f"{__package__}.child.ChoosingWorker"
     config = EngineArgs(**job["kwargs"]).create_engine_config()
     if job.get("async"):
         from tidal_vllm.names import ASYNC_SCHEDULER
@@ -60,8 +65,20 @@ def run(job: dict) -> dict:
         "counters": engine.collective_rpc("decode_counters"),
         "scheduler": look.found() if look else None,
     }
+    if job.get("chosen"):
+        result["chosen"] = engine.collective_rpc("chosen_blocks")
     engine.engine_core.shutdown()
     return result
+
+
+class ChoosingWorker(CountingWorker):
+    """Tells, beside its counters, which blocks its SELECT layers chose last."""
+
+    def chosen_blocks(self) -> list:
+        """Those of the first row, [selection][set][block]."""
+        layers = self.model_runner.compilation_config.static_forward_context.values()
+        state = next(layer.impl.state for layer in layers)
+        return state.selection.topk_blocks[:, 0].tolist()
 
 
 class Look:

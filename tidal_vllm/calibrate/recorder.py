@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from tidal_vllm.config import TidalConfig
-from tidal_vllm.kernels import reference
-from tidal_vllm.kernels.arguments import DecodeArgs
+from tidal_vllm.kernels import DecodeArgs, Workspace, reference
+from tidal_vllm.methods.ranks import AgreeingRanks
 from tidal_vllm.plan.rule import SelectionRule, num_sets
 
 WORST, MEAN, AVOIDABLE, OVERLAP = "worst", "mean", "avoidable", "overlap"
@@ -42,6 +43,8 @@ class Recorder:
         num_heads: Query heads of this rank.
         num_kv_heads: KV heads of this rank.
         settings: Settings to record for; their block sizes divide the KV block size.
+        ranks: For each setting the ranks that choose together, None where this rank
+            chooses by itself; left empty, it does under all settings.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Recorder:
         num_heads: int,
         num_kv_heads: int,
         settings: Sequence[TidalConfig],
+        ranks: Sequence[AgreeingRanks | None] = (),
     ) -> None:
         self._position = {layer: i for i, layer in enumerate(layers)}
         self._num_heads = num_heads
@@ -57,6 +61,7 @@ class Recorder:
         self._num_sets = [
             num_sets(config.scope, num_heads, num_kv_heads) for config in settings
         ]
+        self._ranks = ranks or [None] * len(settings)
         self._finest = math.gcd(*(rule.select_block_size for rule in self._rules))
         self._steps: list[dict[str, np.ndarray]] = []
         self._chosen: list[list[torch.Tensor]] = []
@@ -104,7 +109,7 @@ class Recorder:
                 fine, rule.select_block_size // self._finest
             )
             mass = (args.workspace.block_lse[0] - lse[0, :, None]).exp()
-            chosen = _select(args, seq_lens, rule, self._num_sets[s])
+            chosen = _select(args, seq_lens, rule, self._num_sets[s], self._ranks[s])
             self._chosen[s].append(chosen)
             given = torch.stack(self._chosen[s])
             captured = _captured(mass, given)
@@ -166,7 +171,11 @@ def merge_ranks(paths: Sequence[Path]) -> dict[str, np.ndarray]:
 
 
 def _select(
-    args: DecodeArgs, seq_lens: torch.Tensor, rule: SelectionRule, num_sets: int
+    args: DecodeArgs,
+    seq_lens: torch.Tensor,
+    rule: SelectionRule,
+    num_sets: int,
+    ranks: AgreeingRanks | None = None,
 ) -> torch.Tensor:
     """The blocks that the rule selects by attention mass.
 
@@ -179,6 +188,11 @@ def _select(
     kept = rule.num_kept_blocks(int(seq_lens[0]))
     args.topk_blocks = seq_lens.new_empty((1, num_sets, kept), dtype=torch.int32)
     args.topk_lens = seq_lens.new_empty((1, num_sets), dtype=torch.int32)
+    if ranks is not None:
+        block_lse = args.workspace.block_lse.clone()
+        args = ranks.weighed(
+            replace(args, workspace=Workspace(args.workspace.lse, block_lse))
+        )
     reference.select_blocks(args, seq_lens, rule)
     return args.topk_blocks[0].long()
 

@@ -13,6 +13,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from tidal_vllm.calibrate.recorder import Recorder
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.engine.attention import TidalImpl
+from tidal_vllm.engine.ranks import agreeing_ranks
 from tidal_vllm.engine.reconfigure import reconfigure
 
 
@@ -36,12 +37,10 @@ class CalibrationWorker:
         """
         layers = _full_layers(self.vllm_config)
         impl = next(iter(layers.values())).impl
-        recorder = Recorder(
-            sorted(layers),
-            impl.num_heads,
-            impl.num_kv_heads,
-            [TidalConfig(**setting) for setting in settings],
-        )
+        configs = [TidalConfig(**setting) for setting in settings]
+        heads = impl.num_heads, impl.num_kv_heads
+        ranks = [agreeing_ranks(c, self.vllm_config, *heads) for c in configs]
+        recorder = Recorder(sorted(layers), *heads, configs, ranks)
         for index, layer in layers.items():
             _watch(layer.impl, index, recorder)
         self.calibration_recorder = recorder

@@ -79,6 +79,7 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
         if sliding_window is None:
             self.state = self._find_state(config) or self.make_state(config)
         self.follows_keys = METHODS[startup.config.method].follows_keys
+        self.told_plan = ""  # the start-up table that was logged for this engine
 
     def _find_state(self, vllm_config: VllmConfig) -> SparseState | None:
         """The state of a layer that was made before, if the state fits this layer."""
@@ -159,6 +160,8 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
         """
         batch = attn_metadata
         if batch is None:
+            if self.quantizes_query:  # a copy, which memory profiling has to see
+                _to_fp8(query, layer)
             return output.zero_()
         role = batch.roles[layer.layer_name] if batch.sparse else Role.DENSE
         if role in (Role.DENSE, Role.OTHER):

@@ -36,6 +36,7 @@ from tidal_vllm.engine.state import (
     choose_implementations,
     max_num_decode_tokens,
 )
+from tidal_vllm.engine.warm_up import warm_up
 from tidal_vllm.names import NAME
 from tidal_vllm.plan.resolve import resolve
 from tidal_vllm.plan.roles import Role
@@ -54,6 +55,7 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
     """
 
     reorder_batch_threshold: int = 1
+    requires_block_table_width = True
 
     def __init__(
         self,
@@ -61,6 +63,7 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         layer_names: list[str],
         vllm_config: VllmConfig,
         device: torch.device,
+        block_table_width: int | None = None,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         startup = resolve(vllm_config)
@@ -84,16 +87,15 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
                 name: self.state.selection_index[extract_layer_index(name)]
                 for name in selective_here
             }
+        max_model_len = vllm_config.model_config.max_model_len
+        max_blocks_per_seq = -(-max_model_len // kv_cache_spec.block_size)
         self.max_decode_query_len = max_decode_query_len(vllm_config)
         if self.plan.sparse:
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.query_rows: QueryRows | None = None
         if self.state is not None and self.max_decode_query_len > 1:
-            max_model_len = vllm_config.model_config.max_model_len
             self.query_rows = QueryRows.allocate(
-                max_num_decode_tokens(vllm_config),
-                -(-max_model_len // kv_cache_spec.block_size),
-                device,
+                max_num_decode_tokens(vllm_config), max_blocks_per_seq, device
             )
         # Two builders: each may keep what its last metadata points to.
         backend = impls[layer_names[0]].dense_backend
@@ -102,7 +104,17 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         )
         self.dense_builder, self.prefill_builder = new_builder(), new_builder()
         if self.is_primary:
-            self._print_plan(startup.config, backend)
+            self._print_plan(startup.config, backend, next(iter(impls.values())))
+        if self.state is not None and self.state.kernels.capturable:
+            width = block_table_width or max_blocks_per_seq
+            table = torch.zeros(1, width, dtype=torch.int32, device=device)
+            if self.query_rows is not None:
+                table = self.query_rows.block_table
+            layers = vllm_config.compilation_config.static_forward_context
+            warm_up(
+                layers[selective_here[0]],
+                *(vllm_config, kv_cache_spec, table, self.state.selection, self.rule),
+            )
 
     @classmethod
     def get_cudagraph_support(
@@ -264,17 +276,26 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         return roles | {name: self.plan.roles[i] for name, i in indices.items()}
 
     def _print_plan(
-        self, config: TidalConfig, dense_backend: type[AttentionBackend]
+        self, config: TidalConfig, dense_backend: type[AttentionBackend], first: Any
     ) -> None:
+        """Log the plan, unless `first`, the engine's first impl, says that it was.
+
+        vLLM makes builders again once it has measured what CUDA graphs take.
+        """
         from vllm.distributed.parallel_state import is_global_first_rank
 
         if is_global_first_rank():
             model = self.vllm_config.model_config
-            lines = [format_plan(self.plan, config, model.max_model_len, model.model)]
+            ranks = self.vllm_config.parallel_config.tensor_parallel_size
+            told = (model.max_model_len, model.model, ranks)
+            lines = [format_plan(self.plan, config, *told)]
             if self.state is not None:
                 lines += [f"kernels: {self.state.kernels.reason}", str(self.state)]
             lines.append(f"dense attention: {dense_backend.get_name()}")
-            logger.info("%s", "\n".join(lines))
+            if (text := "\n".join(lines)) == first.told_plan:
+                return
+            first.told_plan = text
+            logger.info("%s", text)
             if self.state is not None and self.state.kernels.advice:
                 logger.warning("%s", self.state.kernels.advice)
 

@@ -10,6 +10,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.engine.dense import choose_dense_backend
+from tidal_vllm.engine.ranks import agreeing_ranks
 from tidal_vllm.engine.reuse import EveryStep, Reuse
 from tidal_vllm.engine.selection import Selection
 from tidal_vllm.kernels import Kernels, Workspace, choose
@@ -92,7 +93,12 @@ class SparseState:
             kernels=kernels,
             workspace=workspace(part_rows, device),
             selection=selection,
-            method=create_method(config, rule, kernels),
+            method=create_method(
+                config,
+                rule,
+                kernels,
+                agreeing_ranks(config, vllm_config, num_heads, num_kv_heads),
+            ),
             reuse=Reuse.allocate(interval, max_rows, device) if keeps else EveryStep(),
             selection_index=indices,
             max_part_rows=part_rows,

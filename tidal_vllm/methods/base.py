@@ -6,6 +6,7 @@ import torch
 
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.kernels import DecodeArgs, Kernels
+from tidal_vllm.methods.ranks import AgreeingRanks
 from tidal_vllm.plan.rule import SelectionRule
 from tidal_vllm.registry import METHODS
 
@@ -29,12 +30,18 @@ class Method:
         rule: How many tokens a set keeps, and which of them are forced.
         attends_to_chosen: Whether a SELECT layer attends to what it chose. Otherwise
             it attends to everything while it scores, and has written its output.
+        ranks: The tensor parallel ranks that choose together; None where each chooses
+            by its own heads.
     """
 
     def __init__(
-        self, kernels: Kernels, rule: SelectionRule, attends_to_chosen: bool
+        self,
+        kernels: Kernels,
+        rule: SelectionRule,
+        attends_to_chosen: bool,
+        ranks: AgreeingRanks | None = None,
     ) -> None:
-        self.kernels, self.rule = kernels, rule
+        self.kernels, self.rule, self.ranks = kernels, rule, ranks
         self.attends_to_chosen = attends_to_chosen
 
     def keys_written(
@@ -69,8 +76,20 @@ class Method:
         else:
             self.kernels.ops.dense_decode(args, seq_lens)
 
+    def choose_by_attention(self, args: DecodeArgs, seq_lens: torch.Tensor) -> None:
+        """Choose the blocks of the most mass, after `score_by_attention`."""
+        if self.ranks is not None:
+            args = self.ranks.weighed(args)
+        self.kernels.ops.select_blocks(args, seq_lens, self.rule)
 
-def create_method(config: TidalConfig, rule: SelectionRule, kernels: Kernels) -> Method:
+
+def create_method(
+    config: TidalConfig,
+    rule: SelectionRule,
+    kernels: Kernels,
+    ranks: AgreeingRanks | None = None,
+) -> Method:
     """The method that the configuration names."""
     cls: type[Method] = pkgutil.resolve_name(METHODS[config.method].path)
-    return cls(kernels, rule, attends_to_chosen=config.select_attends == "chosen")
+    chosen = config.select_attends == "chosen"
+    return cls(kernels, rule, attends_to_chosen=chosen, ranks=ranks)

@@ -5,6 +5,7 @@ import torch
 from tidal_vllm.kernels import DecodeArgs, Kernels
 from tidal_vllm.kernels.reference import top_blocks
 from tidal_vllm.methods.base import Method
+from tidal_vllm.methods.ranks import AgreeingRanks
 from tidal_vllm.plan.rule import SelectionRule
 
 
@@ -28,9 +29,13 @@ class Quest(Method):
     """
 
     def __init__(
-        self, kernels: Kernels, rule: SelectionRule, attends_to_chosen: bool
+        self,
+        kernels: Kernels,
+        rule: SelectionRule,
+        attends_to_chosen: bool,
+        ranks: AgreeingRanks | None = None,
     ) -> None:
-        super().__init__(kernels, rule, attends_to_chosen)
+        super().__init__(kernels, rule, attends_to_chosen, ranks)
         self.bounds: dict[str, torch.Tensor] = {}
         """By layer: `[num_kv_blocks * blocks of a KV block, num_kv_heads, 2,
         head_size]`, the lowest and the highest of a selection block's keys."""

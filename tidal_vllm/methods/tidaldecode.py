@@ -15,9 +15,11 @@ class TidalDecode(Method):
 
         mass[set, block] = sum over heads of the set: exp(block_lse - lse),
 
-    so heads weigh alike, and a set holds the most attention that its size allows.
+    so heads weigh alike, and a set holds the most attention that its size allows. Where
+    the heads of a set lie on several tensor parallel ranks, the sum goes over all of
+    them (`tidal_vllm.methods.ranks`).
     """
 
     def select(self, layer_name: str, args: DecodeArgs, seq_lens: torch.Tensor) -> None:
         self.score_by_attention(args, seq_lens)
-        self.kernels.ops.select_blocks(args, seq_lens, self.rule)
+        self.choose_by_attention(args, seq_lens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from tidal_vllm.config import TidalConfig
+from tidal_vllm.config import NUM_SETS, TidalConfig
 from tidal_vllm.plan.lengths import format_length, shown_lengths
 from tidal_vllm.plan.roles import LayerPlan, Role, format_layers
 from tidal_vllm.plan.rule import SelectionRule, may_differ_in_group
@@ -19,11 +19,13 @@ def format_plan(
     config: TidalConfig,
     max_model_len: int,
     model_name: str = "this model",
+    num_ranks: int = 1,
 ) -> str:
     """The start-up table: lines of at most 80 columns, no trailing newline.
 
     Args:
         max_model_len: vLLM's; what is read is not shown for longer sequences.
+        num_ranks: Tensor parallel ranks.
     """
     if len(model_name) > 40:
         model_name = "..." + model_name[-37:]
@@ -39,6 +41,8 @@ def format_plan(
         rows.append(("roles from", plan.source))
     if plan.sparse:
         rows += _budget_rows(plan, config, max_model_len)
+        if NUM_SETS[config.scope](num_ranks, 1) < num_ranks:
+            rows.append(("ranks", _rank_text(config, num_ranks)))
     lines = [line for row in rows for line in _row(*row)]
     if plan.off_reason:
         lines += _row("OFF", f"every step is dense: {plan.off_reason}")
@@ -96,6 +100,13 @@ def _selection_text(config: TidalConfig) -> str:
     often = "in every step" if steps == 1 else f"every {steps} steps"
     what = "everything" if config.select_attends == "everything" else "what they chose"
     return f"{often}; SELECT layers then attend to {what}"
+
+
+def _rank_text(config: TidalConfig, num_ranks: int) -> str:
+    how = "those that share a set agree on it"
+    if config.rank_choice == "own":
+        how = "each chooses by its own heads"
+    return f"{num_ranks}, tensor parallel: {how}"
 
 
 def _correction_text(config: TidalConfig) -> str:
