@@ -141,17 +141,22 @@ def _require_same_sets(
         assert abs(gained - lost) <= 1e-4 * mass.sum(), f"row {row} chose otherwise"
 
 
+def stands_in(name: str, device: torch.device) -> bool:
+    """Whether the reference stands in for an implementation.
+
+    On a CPU, for what needs a GPU: CUDA, and Triton without its interpreter.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return device.type == "cpu" and not (name == "triton" and interpreted)
+
+
 def kernels_here(shape: Shape, name: str, device: torch.device) -> Kernels:
     """An implementation of the decode ops.
-
-    On a CPU the reference stands in for what needs a GPU: CUDA, and Triton without its
-    interpreter.
 
     Raises:
         TidalConfigError: It does not run here; the message says why.
     """
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type == "cpu" and not (name == "triton" and interpreted):
+    if stands_in(name, device):
         name = "reference"
     return choose(
         device,

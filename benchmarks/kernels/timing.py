@@ -5,6 +5,7 @@ and are not written.
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -48,6 +49,8 @@ class Bench:
             raise SystemExit("no GPU here: only --smoke runs, and times nothing")
         self.packages = ("triton", "vllm", "tidal_vllm")
         self.about = describe_run(*self.packages)
+        if library := os.environ.get("TIDAL_CUDA_LIBRARY"):
+            self.about["library"] = Path(library).name
         self.copy_bytes_per_us, self.read_bytes_per_us = self._measure_bandwidth()
         copy, read = self.copy_bytes_per_us / 1e6, self.read_bytes_per_us / 1e6
         shown = f"copy {copy:.2f} TB/s, read {read:.2f} TB/s"

@@ -18,6 +18,7 @@ A wrong argument raises a ValueError, which names the argument, its value and wh
 allowed.
 """
 
+import os
 from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
@@ -27,7 +28,10 @@ import torch
 
 from tidal_vllm.kernels.arguments import DecodeArgs, Rule
 
-LIBRARY = Path(__file__).parents[1] / "_tidal_C.so"
+# TIDAL_CUDA_LIBRARY names another build of the extension, to compare two of them.
+LIBRARY = Path(
+    os.environ.get("TIDAL_CUDA_LIBRARY", Path(__file__).parents[1] / "_tidal_C.so")
+)
 
 if not LIBRARY.exists():
     raise ImportError(f"{LIBRARY.name} is not in {LIBRARY.parent}")
