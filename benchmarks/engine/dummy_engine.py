@@ -135,7 +135,7 @@ def _child(folder: str, args, engine: str, batch: int, context: int, eager=False
     env = os.environ | {"VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
     # The engine core gets a process of its own, as users have it.
     env["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(not args.smoke))
-    if args.runner:
+    if args.runner and not args.smoke:  # the V2 runner needs a GPU
         env["VLLM_USE_V2_MODEL_RUNNER"] = str(int(args.runner == "v2"))
     found = None
     with subprocess.Popen(

@@ -43,7 +43,9 @@ def run_child(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> Ended:
-    """Run a command; nothing of it is left when this returns.
+    """Run a command; nothing of its session is left when this returns, nor any child.
+
+    A process that has left the session and whose parent has ended is not found.
 
     Args:
         limit: Seconds after which the command, and what it has started, is killed.

@@ -62,7 +62,7 @@ def ask(folder: Path, args: argparse.Namespace) -> dict:
     from tidal_vllm.planted import PlantedSpec, build_planted_model, make_prompt
 
     dtype = "float32" if args.smoke else "bfloat16"
-    lengths = [n // 4 for n in LENGTHS] if args.smoke else list(LENGTHS)
+    lengths = [n // 3 for n in LENGTHS] if args.smoke else list(LENGTHS)
     spec = PlantedSpec(hops=2, num_layers=6, dtype=dtype)
     build_planted_model(folder, spec)
     prompts = [

@@ -143,7 +143,8 @@ class Run:
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
         }
-        if setup.rehearse:
+        if setup.rehearse and step.part == 1:
+            # NOTE: vLLM takes the variable for a sign that Triton has a device.
             fixed["CUDA_VISIBLE_DEVICES"] = ""
         return os.environ | fixed | command.env
 

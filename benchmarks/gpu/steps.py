@@ -181,7 +181,6 @@ def _counters(setup: Setup) -> Iterator[Command]:
 
 def _site(setup: Setup) -> Iterator[Command]:
     yield from _unpack(setup.site, "vllm", setup.work)
-    yield Command(["-m", "tidal_vllm.cli", "doctor"], _first(setup))
 
 
 def _planted(setup: Setup) -> Iterator[Command]:
@@ -205,7 +204,7 @@ STEPS = (
     Step("stack", 1, 35, "what a model's attention gains", _stack, True),
     Step("triton", 1, 50, "whether the Triton kernels are right", _triton, True),
     Step("counters", 1, 30, "what limits the kernels", _counters),
-    Step("site", 2, 60, "whether vLLM finds the plug-in", _site),
+    Step("site", 2, 60, "nothing: unpacks vLLM where it is packed", _site),
     Step("planted", 2, 80, "whether vLLM gives exact answers", _planted),
     Step("engine", 2, 215, "what an engine gains", _engine),
 )
