@@ -26,6 +26,17 @@ QUERY = (
     *("name", "driver_version", "pstate", "clocks.sm", "clocks.mem", "clocks.max.sm"),
     *("clocks.max.mem", "temperature.gpu", "power.draw", "power.limit", "memory.used"),
 )
+# Kernels and what their KV cache is stored in; selecting reads none.
+KERNELS = (
+    *(("dense_decode", "bfloat16"), ("score_blocks", "bfloat16")),
+    *(("sparse_decode", "bfloat16"), ("sparse_decode", "float8_e4m3fn")),
+    ("select_blocks", "bfloat16"),
+)
+# What torch.ops.tidal.occupancy gives: KernelUse of csrc/launch.h.
+OCCUPANCY = (
+    *("blocks_per_processor", "threads", "registers", "shared_bytes", "local_bytes"),
+    *("binary_version", "ptx_version", "programmatic"),
+)
 # Multiprocessors, shared memory, registers and L2 of torch's device properties.
 PROPERTIES = (
     *("name", "major", "minor", "multi_processor_count", "total_memory"),
@@ -82,16 +93,22 @@ def clocks() -> dict:
 
 
 def occupancy() -> dict:
-    """Thread blocks per multiprocessor by kernel, as CUDA counts and as computed."""
+    """What each CUDA kernel takes of this GPU, as CUDA says and as was computed.
+
+    Raises:
+        ImportError: The extension is not here.
+    """
     import tidal_vllm.kernels.cuda  # noqa: F401, which loads torch.ops.tidal
 
-    every = torch._C._dispatch_get_all_op_names()
-    ops = {n.split("::")[1] for n in every if n.startswith("tidal::")}
-    (name,) = {n.split(".")[0] for n in ops if "occupancy" in n}
+    counted = []
+    for op, stored in KERNELS:
+        numbers = torch.ops.tidal.occupancy(op, "bfloat16", stored, 128, 0)
+        about = {"kernel": op, "element": "bfloat16", "stored": stored}
+        counted.append(about | dict(zip(OCCUPANCY, numbers, strict=True)))
     computed = json.loads(MACHINE_CODE.read_text()) if MACHINE_CODE.exists() else []
     keys = ("kernel", "element", "stored", "head_size", "arch", "blocks_per_processor")
     return {
-        "counted": getattr(torch.ops.tidal, name)(),
+        "counted": counted,
         "computed": [{key: row.get(key) for key in keys} for row in computed],
     }
 

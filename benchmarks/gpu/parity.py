@@ -88,7 +88,8 @@ class Reporter:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        records.append(self.out, self.about | self.counts)
+        counts = {f"num_{outcome}": n for outcome, n in self.counts.items()}
+        records.append(self.out, self.about | counts)
         enough = "skipped" if self.rehearse else "passed"
         if not self.counts["passed"] and not self.counts[enough]:
             session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED

@@ -68,9 +68,9 @@ class Run:
         """Reasons to drop the second part: what is wrong, each in a few words."""
         found = records.read(self.setup.results, self.start)
         wrong = [
-            f"{r['failed']} tests of {r['implementation']}"
+            f"{r['num_failed']} tests of {r['implementation']}"
             for r in found
-            if r["benchmark"] == "parity" and r.get("failed")
+            if r["benchmark"] == "parity" and r.get("num_failed")
         ]
         wrong += [
             f"{r['implementation']} in {r['benchmark']} ({r['wrong']})"

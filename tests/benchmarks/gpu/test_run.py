@@ -65,9 +65,9 @@ def writes(**record) -> str:
     return WRITES.format(made)
 
 
-RIGHT = writes(benchmark="parity", implementation="cuda", passed=3, failed=0)
+RIGHT = writes(benchmark="parity", implementation="cuda", num_passed=3, num_failed=0)
 WRONG = {
-    "a test fails": writes(benchmark="parity", implementation="cuda", failed=1),
+    "a test fails": writes(benchmark="parity", implementation="cuda", num_failed=1),
     "a check fails": writes(benchmark="attend", implementation="triton", wrong="off"),
     "it ends badly": "import sys; sys.exit(3)",
     "it hangs": "import time; time.sleep(600)",
