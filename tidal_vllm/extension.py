@@ -7,6 +7,7 @@ Neither torch nor vLLM is imported here.
 import hashlib
 import json
 import mmap
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -14,7 +15,10 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-LIBRARY = Path(__file__).with_name("_tidal_C.so")
+# TIDAL_CUDA_LIBRARY names another build of the extension, to compare two of them.
+LIBRARY = Path(
+    os.environ.get("TIDAL_CUDA_LIBRARY", Path(__file__).with_name("_tidal_C.so"))
+)
 SOURCE_ROOT = Path(__file__).parents[1]  # of a checkout; site-packages holds no csrc/
 # CMakeLists.txt writes a JSON object behind these words into the module.
 MARK = b"tidal_vllm build record: "

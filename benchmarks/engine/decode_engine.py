@@ -241,6 +241,9 @@ def main() -> int:
     gpu.add_argument("--kernels", default="auto")
     gpu.add_argument("--runner", choices=["v1", "v2"])
     gpu.add_argument("--eager", action="store_true")
+    gpu.add_argument(
+        "--quick-start", action="store_true", help="no torch.compile, no exactness"
+    )
     gpu.add_argument("--smoke", action="store_true", help="tiny sizes, nothing timed")
     args = parser.parse_args()
     if args.dummy_weights:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.kernels import flash_attention
 from benchmarks.kernels.decode_batch import DecodeBatch
 
 Call = Callable[[], torch.Tensor]
@@ -23,18 +24,13 @@ def split_cache(decodes: DecodeBatch) -> tuple[torch.Tensor, torch.Tensor]:
 
 def flash_attn(decodes: DecodeBatch) -> Call:
     """vLLM's FLASH_ATTN, with the ahead-of-time schedule of its metadata builder."""
-    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
-    from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
-
-    shape = decodes.shape
-    version = get_flash_attn_version(head_size=shape.head_size)
-    if version is None:
-        raise RuntimeError("vLLM's FlashAttention does not load here")
+    shape, device = decodes.shape, decodes.query.device
+    found = flash_attention.load(device, shape.head_size)
     key, value = split_cache(decodes)
-    starts = torch.arange(decodes.num_rows + 1, dtype=torch.int32, device=key.device)
+    starts = torch.arange(decodes.num_rows + 1, dtype=torch.int32, device=device)
     output, schedule = torch.empty_like(decodes.query), None
-    if version == 3:
-        schedule = get_scheduler_metadata(
+    if found.version == 3:
+        schedule = found.schedule(
             batch_size=decodes.num_rows,
             max_seqlen_q=1,
             max_seqlen_k=decodes.context,
@@ -50,7 +46,7 @@ def flash_attn(decodes: DecodeBatch) -> Call:
         )
 
     def run() -> torch.Tensor:
-        flash_attn_varlen_func(
+        found.attend(
             q=decodes.query,
             k=key,
             v=value,
@@ -63,8 +59,8 @@ def flash_attn(decodes: DecodeBatch) -> Call:
             causal=True,
             block_table=decodes.block_table,
             scheduler_metadata=schedule,
-            fa_version=version,
-            num_splits=32 if version == 3 else 0,
+            fa_version=found.version,
+            num_splits=32 if found.version == 3 else 0,
         )
         return output
 
@@ -202,17 +198,10 @@ def flashinfer(decodes: DecodeBatch) -> Call:
     return lambda: wrapper.run(decodes.query, (key, value))
 
 
-DENSE = {
-    "vllm FLASH_ATTN": flash_attn,
-    "vllm TRITON_ATTN": triton_attn,
-    "xformers split-K": xformers_split_k,
+BASELINES: dict[str, Callable[[DecodeBatch], Call]] = {
+    "flash_attn": flash_attn,
+    "triton_attn": triton_attn,
+    "xformers": xformers_split_k,
+    "flashinfer": flashinfer,
 }
-
-
-def dense_baselines(
-    decodes: DecodeBatch, with_flashinfer: bool = False
-) -> dict[str, Callable]:
-    """Makers by name. FlashInfer only if asked: it may compile for minutes."""
-    more = {"FlashInfer": flashinfer} if with_flashinfer else {}
-    makers = DENSE | more
-    return {name: lambda make=make: make(decodes) for name, make in makers.items()}
+"""Makers of a call by name."""

@@ -5,31 +5,36 @@ r"""How long does choosing take, beside the top-k of others?
 `select_blocks` from `block_lse` of random attention: pool over heads, force, top-k,
 sort. Rivals get the pooled mass ready-made and only find the top-k: `torch.topk`, and
 vLLM's `top_k_per_row_decode`. The sets are checked against the reference before timing.
+Each implementation has a process of its own.
+
+A case is ROWSxCONTEXT:BLOCK:BUDGET, in sequences and tokens.
 """
 
+import argparse
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import torch
 
 from benchmarks.kernels import timing
-from benchmarks.kernels.decode_batch import Shape, default_rule, kernels_here, shape_of
+from benchmarks.kernels.alone import each_alone
+from benchmarks.kernels.decode_batch import Shape, default_rule, shape_of
+from benchmarks.kernels.decoder import kernels_here
+from tidal_vllm.config import SCOPES
 from tidal_vllm.kernels import DecodeArgs, Workspace, reference
 from tidal_vllm.plan.rule import num_sets
 
-# Rows, context, budget, selection block; target in us, on an H200, scope sequence.
-SMOKE = [(2, 96, 32, 8, None)]
-SIZES = [
-    (16, 65536, 4096, 16, 15),
-    (64, 131072, 4096, 16, 30),
-    (16, 131072, 4096, 16, None),
-    (64, 32768, 4096, 16, None),
-    (1, 131072, 4096, 16, None),
-    (16, 131072, 4096, 1, None),
-]
+OURS = ("cuda", "triton", "reference")
+SMOKE = ["2x96:8:32", "1x96:4:32"]
+CASES = ["16x65536:16:4096", "64x131072:16:4096", "16x65536:4:4096"]
+CASES += ["64x131072:4:4096", "16x131072:16:4096", "64x32768:16:4096"]
+CASES += ["1x131072:16:4096", "16x131072:1:4096"]
 
 
-def make_scores(batch: int, heads: int, context: int, size: int, device):
+def make_scores(
+    batch: int, heads: int, context: int, size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """block_lse and lse of scores with a few heavy blocks, as attention has."""
     num_blocks = -(-context // size)
     scores = torch.randn(batch, heads, num_blocks, device=device) * 2
@@ -37,51 +42,82 @@ def make_scores(batch: int, heads: int, context: int, size: int, device):
     return block_lse, block_lse.logsumexp(-1)
 
 
-def run(bench, shape: Shape, rows, context, budget, size, target, args) -> None:
-    about = {
-        "rows": rows,
-        "context": context,
-        "token_budget": budget,
-        "select_block_size": size,
-        "num_heads": shape.num_heads,
-    }
-    print(f"{rows} rows of {context}, block {size}, budget {budget}", flush=True)
-    block_lse, lse = make_scores(rows, shape.num_heads, context, size, bench.device)
+def measure(name: str, args: argparse.Namespace) -> int:
+    """Measure one implementation on all cases; 1 if it is wrong somewhere."""
+    bench = timing.start("select_blocks", args)
+    shape = shape_of(args)
+    cases = {case: read_case(case) for case in SMOKE if args.smoke}
+    cases = cases or {case: read_case(case) for case in args.cases}
+    for rows, context, size, budget in cases.values():
+        about = {
+            "op": "select",
+            "rows": rows,
+            "context": context,
+            "token_budget": budget,
+            "select_block_size": size,
+            "num_heads": shape.num_heads,
+        }
+        print(f"{rows} rows of {context}, block {size}, budget {budget}", flush=True)
+        given = (rows, shape.num_heads, context, size, bench.device)
+        with bench.case(about, name):
+            if name in RIVALS:
+                scores = make_scores(*given)
+                _run_rival(bench, name, about, *scores, context // size, budget // size)
+                continue
+        for scope in args.scopes:
+            with bench.case(about | {"scope": scope}, name):
+                scores = make_scores(*given)
+                _run_ours(bench, shape, name, about | {"scope": scope}, *scores)
+    return 1 if bench.num_wrong else 0
+
+
+def read_case(case: str) -> tuple[int, int, int, int]:
+    """Rows, context, selection block and budget of ROWSxCONTEXT:BLOCK:BUDGET."""
+    try:
+        sizes, size, budget = case.split(":")
+        rows, context = map(int, sizes.split("x"))
+        return rows, context, int(size), int(budget)
+    except ValueError:
+        raise SystemExit(
+            f"--cases {case}: allowed is ROWSxCONTEXT:BLOCK:BUDGET, such as {CASES[0]}"
+        ) from None
+
+
+def _run_ours(
+    bench: timing.Bench,
+    shape: Shape,
+    name: str,
+    about: dict,
+    block_lse: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    rows, context = about["rows"], about["context"]
+    size, budget = about["select_block_size"], about["token_budget"]
+    kernels = kernels_here(shape, name, bench.device)
     lens = torch.full((rows,), context, dtype=torch.int32, device=bench.device)
     rule, kept = default_rule(budget, size), budget // size
-    pooled = (block_lse - lse[..., None]).exp().sum(1)
-    for name, call in _rivals(pooled, lens // size, kept).items():
-        try:
-            bench.add(about, name, bench.time_us(call), pooled.nbytes)
-        except Exception as error:  # this rival does not run on this machine
-            bench.skip(about, name, error)
-    for kernels in kernels_here(bench, shape, args.kernels):
-        for scope in args.scopes:
-            sets = num_sets(scope, shape.num_heads, shape.num_kv_heads)
-            # What dense_decode would have left.
-            workspace = kernels.allocate_workspace(
-                *(rows, shape.num_heads, sets, shape.head_size),
-                *(block_lse.shape[2], bench.device),
-            )
-            if kernels.name == "reference":
-                workspace.block_lse, workspace.lse = block_lse, lse
-            else:
-                workspace.block_lse.copy_(block_lse)
-                workspace.lse.copy_(lse)
-            found = _make_args(shape, workspace, rows, sets, kept, bench.device)
-            select = partial(kernels.ops.select_blocks, found, lens, rule)
-            select()
-            scores = Workspace(lse=lse, block_lse=block_lse)
-            wanted = _make_args(shape, scores, rows, sets, kept, bench.device)
-            reference.select_blocks(wanted, lens, rule)
-            same = (found.topk_blocks == wanted.topk_blocks).float().mean().item()
-            # Sums in another order: blocks at the edge may change places.
-            assert same > 0.99, f"only {same:.1%} of the blocks are the reference's"
-            record = about | {"scope": scope, "target_us": target}
-            record |= {"same_as_reference": same}
-            num_bytes = block_lse.nbytes
-            times = bench.time_us(select)
-            bench.add(record, f"tidal {kernels.name}, {scope}", times, num_bytes)
+    sets = num_sets(about["scope"], shape.num_heads, shape.num_kv_heads)
+    # What dense_decode would have left.
+    workspace = kernels.allocate_workspace(
+        *(rows, shape.num_heads, sets, shape.head_size),
+        *(block_lse.shape[2], bench.device),
+    )
+    if kernels.name == "reference":
+        workspace.block_lse, workspace.lse = block_lse, lse
+    else:
+        workspace.block_lse.copy_(block_lse)
+        workspace.lse.copy_(lse)
+    found = _make_args(shape, workspace, rows, sets, kept, bench.device)
+    select = partial(kernels.ops.select_blocks, found, lens, rule)
+    select()
+    scores = Workspace(lse=lse, block_lse=block_lse)
+    wanted = _make_args(shape, scores, rows, sets, kept, bench.device)
+    reference.select_blocks(wanted, lens, rule)
+    same = (found.topk_blocks == wanted.topk_blocks).float().mean().item()
+    # Sums in another order: blocks at the edge may change places.
+    assert same > 0.99, f"only {same:.1%} of the blocks are the reference's"
+    times = bench.time_us(select)
+    bench.add(about | {"same_as_reference": same}, name, times, block_lse.nbytes)
 
 
 def _make_args(
@@ -107,34 +143,54 @@ def _make_args(
     )
 
 
-def _rivals(pooled: torch.Tensor, counts: torch.Tensor, kept: int) -> dict:
-    indices = torch.empty(
-        pooled.shape[0], kept, dtype=torch.int32, device=pooled.device
-    )
+def _run_rival(
+    bench: timing.Bench,
+    name: str,
+    about: dict,
+    block_lse: torch.Tensor,
+    lse: torch.Tensor,
+    num_blocks: int,
+    kept: int,
+) -> None:
+    pooled = (block_lse - lse[..., None]).exp().sum(1)
+    call = RIVALS[name](pooled, num_blocks, kept)
+    try:
+        call()
+    except (ImportError, RuntimeError, AttributeError) as error:
+        bench.skip(about, name, error)  # not on this machine
+        return
+    bench.add(about, name, bench.time_us(call), pooled.nbytes)
 
-    def vllm_top_k():
+
+def _torch_topk(pooled: torch.Tensor, num_blocks: int, kept: int) -> Callable:
+    return lambda: pooled.topk(kept, sorted=False)
+
+
+def _vllm_top_k(pooled: torch.Tensor, num_blocks: int, kept: int) -> Callable:
+    rows, device = pooled.shape[0], pooled.device
+    indices = torch.empty(rows, kept, dtype=torch.int32, device=device)
+    counts = torch.full((rows,), num_blocks, dtype=torch.int32, device=device)
+
+    def run() -> None:
         from vllm import _custom_ops
 
-        rows = pooled.shape[0]
         _custom_ops.top_k_per_row_decode(
             pooled, 1, counts, indices, rows, pooled.stride(0), 1, kept
         )
 
-    return {
-        "torch.topk": lambda: pooled.topk(kept, sorted=False),
-        "vllm top_k_per_row_decode": vllm_top_k,
-    }
+    return run
+
+
+RIVALS = {"torch.topk": _torch_topk, "top_k_per_row_decode": _vllm_top_k}
 
 
 def main() -> int:
     parser = timing.parser(__doc__)
-    parser.add_argument("--scopes", nargs="+", default=["sequence", "kv_head"])
-    args = parser.parse_args()
-    bench = timing.start("select_blocks", args)
-    shape = shape_of(args)
-    for size in SMOKE if args.smoke else SIZES:
-        run(bench, shape, *size, args)
-    return 0
+    parser.add_argument("--cases", nargs="+", default=CASES)
+    parser.add_argument(
+        "--scopes", nargs="+", choices=SCOPES, default=["sequence", "kv_head"]
+    )
+    return each_alone(parser, [*OURS, *RIVALS], measure, ("cuda", "triton", *RIVALS))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
 """Decoding sequences over a shuffled paged KV cache, and what is right for them."""
 
 import argparse
-import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.kernels.timing import Bench
 from tidal_vllm.config import TidalConfig
-from tidal_vllm.kernels import DecodeArgs, Kernels, Workspace, choose, reference
-from tidal_vllm.plan.rule import SelectionRule, num_sets
-from tidal_vllm.validators import TidalConfigError
+from tidal_vllm.kernels import DecodeArgs, reference
+from tidal_vllm.plan.rule import SelectionRule
+
+FP8 = torch.float8_e4m3fn
 
 
 @dataclass
@@ -22,17 +21,24 @@ class Shape:
     head_size: int = 128
     block_size: int = 16
     dtype: str = "bfloat16"
+    kv_cache_dtype: str = "auto"
+    """As in vLLM: "auto" is `dtype`, "fp8" is e4m3, here with scales of 1."""
+
+    @property
+    def fp8(self) -> bool:
+        return self.kv_cache_dtype == "fp8"
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's K and V in one layer."""
-        return self.num_kv_heads * 2 * self.head_size * 2
+        return self.num_kv_heads * 2 * self.head_size * (1 if self.fp8 else 2)
 
 
 def shape_of(args: argparse.Namespace) -> Shape:
     """The shape that a script measures; a tiny one with `--smoke`."""
     tiny = (4, 2, 32) if args.smoke else ()
-    return Shape(*tiny, dtype=args.dtype)
+    stored = getattr(args, "kv_cache_dtype", "auto")
+    return Shape(*tiny, dtype=args.dtype, kv_cache_dtype=stored)
 
 
 @dataclass
@@ -46,6 +52,8 @@ class DecodeBatch:
     kv_cache: torch.Tensor
     block_table: torch.Tensor
     seq_lens: torch.Tensor
+    oracles: dict[tuple[int, int | None], DecodeArgs] = field(default_factory=dict)
+    """What `oracle` gave, by row and select_block_size."""
 
     @classmethod
     def make(
@@ -56,11 +64,11 @@ class DecodeBatch:
         per_row = -(-context // size)
         num_blocks = num_rows * per_row + 1  # block 0 is vLLM's null block
         heads, width = shape.num_kv_heads, 2 * shape.head_size
+        stored = FP8 if shape.fp8 else dtype
         physical = torch.empty(
-            num_blocks, size, heads, width, dtype=dtype, device=device
+            num_blocks, size, heads, width, dtype=stored, device=device
         )
-        for part in physical.split(4096):
-            part.normal_()
+        fill_randomly(physical)
         table = 1 + torch.randperm(num_blocks - 1, dtype=torch.int32, device=device)
         lens = torch.full((num_rows,), context - 5, dtype=torch.int32, device=device)
         query_shape = (num_rows, shape.num_heads, shape.head_size)
@@ -98,6 +106,7 @@ class DecodeBatch:
             "head_size": shape.head_size,
             "block_size": shape.block_size,
             "dtype": shape.dtype,
+            "kv_cache_dtype": shape.kv_cache_dtype,
         }
 
     def rows(self) -> list[int]:
@@ -120,22 +129,38 @@ class DecodeBatch:
             _require_close(output[row], args.output[0])
 
     def oracle(self, row: int, select_block_size: int | None = None) -> DecodeArgs:
-        """One row after `reference.dense_decode`, in fp32."""
-        one = slice(row, row + 1)
-        args = self._oracle_args(one, select_block_size)
-        reference.dense_decode(args, self.seq_lens[one])
-        return args
+        """One row after `reference.dense_decode`, in fp32; computed once."""
+        if (row, select_block_size) not in self.oracles:
+            one = slice(row, row + 1)
+            args = self._oracle_args(one, select_block_size)
+            reference.dense_decode(args, self.seq_lens[one])
+            args.kv_cache = self.kv_cache  # a copy of it would take much memory
+            self.oracles[row, select_block_size] = args
+        return self.oracles[row, select_block_size]
 
     def _oracle_args(self, rows: slice, select_block_size: int | None) -> DecodeArgs:
-        query = self.query[rows].float()
+        """Of one row; the reference reads no fp8, so that row's blocks are widened."""
+        query, table, cache = self.query[rows].float(), self.block_table[rows], None
+        if self.shape.fp8:
+            used = self.kv_cache[table[0].long()]
+            cache, table = used.float(), torch.arange(table.shape[1])[None]
         return DecodeArgs(
             query=query,
-            kv_cache=self.kv_cache,
-            block_table=self.block_table[rows],
+            kv_cache=self.kv_cache if cache is None else cache,
+            block_table=table.to(query.device, torch.int32),
             output=torch.empty_like(query),
             scale=self.scale,
             select_block_size=select_block_size,
         )
+
+
+def fill_randomly(kv_cache: torch.Tensor) -> None:
+    """Fill a cache `[num_blocks, ...]` with normal numbers, part by part."""
+    for part in kv_cache.split(4096):
+        if part.dtype is FP8:  # nothing draws random numbers in fp8
+            part.copy_(torch.randn(part.shape, device=part.device))
+        else:
+            part.normal_()
 
 
 def _require_close(output: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -151,151 +176,3 @@ def default_rule(token_budget: int, select_block_size: int = 16) -> SelectionRul
     """The rule of TIDAL's default settings at a budget, in tokens."""
     config = TidalConfig(token_budget=token_budget, select_block_size=select_block_size)
     return SelectionRule.from_config(config)
-
-
-@dataclass
-class Decoder:
-    """The decode ops on one batch, with the buffers that they need.
-
-    Each op takes lengths of its own, `lens`, which leave rows out where negative. By
-    default these are the lengths of the batch.
-    """
-
-    decodes: DecodeBatch
-    rule: SelectionRule
-    kernels: Kernels
-    scope: str = "sequence"
-
-    def __post_init__(self) -> None:
-        decodes, shape = self.decodes, self.decodes.shape
-        device, longest = decodes.query.device, self.rule.num_blocks(decodes.context)
-        sets = num_sets(self.scope, shape.num_heads, shape.num_kv_heads)
-        workspace = self.kernels.allocate_workspace(
-            decodes.num_rows, shape.num_heads, sets, shape.head_size, longest, device
-        )
-        kept = min(self.rule.budget_blocks, longest)
-        blocks = torch.full((decodes.num_rows, sets, kept), -1, dtype=torch.int32)
-        self.args = DecodeArgs(
-            query=decodes.query,
-            kv_cache=decodes.kv_cache,
-            block_table=decodes.block_table,
-            output=torch.empty_like(decodes.query),
-            scale=decodes.scale,
-            workspace=workspace,
-            select_block_size=self.rule.select_block_size,
-            topk_blocks=blocks.to(device),
-            topk_lens=torch.zeros(
-                decodes.num_rows, sets, dtype=torch.int32, device=device
-            ),
-        )
-        self.nobody = torch.full_like(decodes.seq_lens, -1)
-        """Lengths that leave all rows out."""
-
-    def over(self, decodes: DecodeBatch) -> "Decoder":
-        """The same buffers, selection included, over another KV cache."""
-        other = copy.copy(self)
-        other.decodes = decodes
-        other.args = replace(
-            self.args,
-            query=decodes.query,
-            kv_cache=decodes.kv_cache,
-            block_table=decodes.block_table,
-        )
-        return other
-
-    def dense(
-        self, keep_scores: bool = False, lens: torch.Tensor | None = None
-    ) -> None:
-        """`dense_decode`; with `keep_scores` also block_lse, as a SELECT layer."""
-        args = self.args
-        if not keep_scores:
-            args = replace(args, select_block_size=None)
-        self.kernels.ops.dense_decode(args, self._lens(lens))
-
-    def score(self, lens: torch.Tensor | None = None) -> None:
-        self.kernels.ops.score_blocks(self.args, self._lens(lens))
-
-    def select(self, lens: torch.Tensor | None = None) -> None:
-        self.kernels.ops.select_blocks(self.args, self._lens(lens), self.rule)
-
-    def sparse(self, lens: torch.Tensor | None = None) -> None:
-        self.kernels.ops.sparse_decode(self.args, self._lens(lens))
-
-    def check(self) -> None:
-        """Raise unless all ops are right on this batch."""
-        self.dense()
-        self.decodes.check_dense(self.args.output)
-        self.dense(keep_scores=True)
-        self.decodes.check_dense(self.args.output)
-        self.select()
-        self._check_selection()
-        self.score()
-        self.select()
-        self._check_selection()
-        self.args.output.zero_()
-        self.sparse()
-        self.check_sparse()
-
-    def check_sparse(self) -> None:
-        """Raise unless the output is attention to the blocks that are selected."""
-        self.decodes.check_sparse(self.args.output, self.args)
-
-    def _check_selection(self) -> None:
-        """Raise unless the sets are the reference's, given the same block_lse."""
-        args, lens = self.args, self.decodes.seq_lens
-        longest = self.rule.num_blocks(int(lens.max()))
-        block_lse = args.workspace.block_lse[: self.decodes.num_rows, :, :longest]
-        lse = args.workspace.lse[: self.decodes.num_rows]
-        exact = self.decodes.oracle(0, self.rule.select_block_size).workspace
-        torch.testing.assert_close(lse[:1], exact.lse, atol=2e-3, rtol=1e-3)
-        torch.testing.assert_close(block_lse[:1], exact.block_lse, atol=2e-2, rtol=1e-3)
-        wanted = replace(
-            args,
-            workspace=Workspace(lse=lse, block_lse=block_lse),
-            topk_blocks=torch.full_like(args.topk_blocks, -1),
-            topk_lens=torch.zeros_like(args.topk_lens),
-        )
-        reference.select_blocks(wanted, lens, self.rule)
-        assert torch.equal(args.topk_lens, wanted.topk_lens), "wrong number of blocks"
-        if self.kernels.name == "reference":
-            assert torch.equal(args.topk_blocks, wanted.topk_blocks)
-            return
-        _require_same_sets(args.topk_blocks, wanted.topk_blocks, block_lse, lse)
-
-    def _lens(self, lens: torch.Tensor | None) -> torch.Tensor:
-        return self.decodes.seq_lens if lens is None else lens
-
-
-def _require_same_sets(
-    found: torch.Tensor,
-    wanted: torch.Tensor,
-    block_lse: torch.Tensor,
-    lse: torch.Tensor,
-) -> None:
-    """Raise unless sets are equal, but for blocks whose masses differ by rounding."""
-    num_sets, num_heads = found.shape[1], block_lse.shape[1]
-    for row, set_id in (found != wanted).any(-1).nonzero().tolist():
-        first, end = (i * num_heads // num_sets for i in (set_id, set_id + 1))
-        heads = slice(first, end)
-        mass = (block_lse[row, heads] - lse[row, heads, None]).exp().sum(0)
-        one, other = ({*blocks[row, set_id].tolist()} for blocks in (found, wanted))
-        gained, lost = (mass[sorted(part)].sum() for part in (one - other, other - one))
-        assert abs(gained - lost) <= 1e-4 * mass.sum(), f"row {row} chose otherwise"
-
-
-def kernels_here(bench: Bench, shape: Shape, asked: list[str] | None) -> list[Kernels]:
-    """The implementations that run on this machine; prints why others do not."""
-    found = []
-    for name in asked or ["cuda", "triton"]:
-        try:
-            kernels = choose(
-                bench.device,
-                requested=name,
-                head_size=shape.head_size,
-                dtype=getattr(torch, shape.dtype),
-            )
-        except (TidalConfigError, ValueError) as error:
-            bench.skip({}, name, error)
-        else:
-            found.append(kernels)
-    return found

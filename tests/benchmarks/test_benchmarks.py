@@ -12,7 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.kernels.decode_batch import DecodeBatch, Decoder, Shape, default_rule
+from benchmarks.kernels import bench_stack, flash_attention, timing
+from benchmarks.kernels.decode_batch import DecodeBatch, Shape, default_rule
+from benchmarks.kernels.decoder import Decoder
 from tidal_vllm.kernels import DecodeArgs, choose, reference
 
 ROOT = Path(__file__).parents[2]
@@ -44,37 +46,40 @@ def run(*scripts: tuple[str, list[str]], **env: str) -> list[str]:
     return done.stdout.split("script: ")[1:]
 
 
+TRITON = ["--smoke", "--implementations", "triton", "--dtype", "float16"]
 # Each GPU benchmark, and the lines of ours that it checks.
-SCRIPTS = {"dense_decode": 2, "sparse_decode": 3, "select": 2, "stack": 4}
+SCRIPTS = {
+    "attend": (["kernels.bench_attend", *TRITON, "--select-blocks", "16", "4"], 8),
+    "attend fp8": (["kernels.bench_attend", *TRITON, "--kv-cache-dtype", "fp8"], 4),
+    "select": (["kernels.bench_select", *TRITON], 4),
+    "stack": (["kernels.bench_stack", *TRITON], 4),
+}
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory) -> tuple[Path, dict[str, str]]:
-    out = tmp_path_factory.mktemp("smoke") / "out.jsonl"
-    given = ["--smoke", "--kernels", "triton", "--dtype", "float16", "--out", str(out)]
-    jobs = [(f"kernels.bench_{name}", given) for name in SCRIPTS]
-    jobs += [("kernels.bench_select", [])]
+def smoke() -> dict[str, str]:
+    jobs = [(name, given) for (name, *given), _ in SCRIPTS.values()]
+    jobs += [("kernels.bench_select", ["--implementations", "triton"])]
     interpreted = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
     printed = run(*jobs, **interpreted)
-    return out, dict(zip([*SCRIPTS, "without a GPU"], printed, strict=True))
+    return dict(zip([*SCRIPTS, "without a GPU"], printed, strict=True))
 
 
 @pytest.mark.extended
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_smoke(smoke, script):
-    out, printed = smoke
-    *lines, end = printed[script].splitlines()
-    assert end == "ended: 0", printed[script]
+    *lines, end = smoke[script].splitlines()
+    assert end == "ended: 0", smoke[script]
     right = [line for line in lines if line.endswith("right")]
-    assert sum(line.startswith("tidal triton") for line in right) == SCRIPTS[script]
-    if script in ("dense_decode", "stack"):
-        assert any(line.startswith("vllm TRITON_ATTN") for line in right)
-    assert not out.exists()
+    ours = sum(line.startswith("triton ") for line in right)
+    assert ours == SCRIPTS[script][1], smoke[script]
+    if script == "stack":  # FlashAttention needs a GPU
+        assert any(line.startswith("triton_attn all dense") for line in right)
 
 
 @pytest.mark.extended
 def test_nothing_is_timed_without_a_gpu(smoke):
-    end = smoke[1]["without a GPU"].splitlines()[-1]
+    end = smoke["without a GPU"].splitlines()[-1]
     assert end == "ended: no GPU here: only --smoke runs, and times nothing"
 
 
@@ -102,6 +107,98 @@ def spoil_after(decoder: Decoder, op: str, spoil: Callable[[DecodeArgs], None]) 
 
     found[op] = spoilt
     decoder.kernels = replace(decoder.kernels, ops=SimpleNamespace(**found))
+
+
+ALONE = """
+import argparse, os, sys
+from benchmarks.kernels.alone import each_alone
+def measure(name, args):
+    print(name, args.size, flush=True)
+    os._exit(139) if name == "breaks" else None
+    return 0
+parser = argparse.ArgumentParser()
+parser.add_argument("--implementations", nargs="+")
+parser.add_argument("--size", type=int)
+sys.exit(each_alone(parser, ["one", "breaks", "other"], measure))
+"""
+
+
+@pytest.mark.parametrize(
+    "given, status, printed",
+    [
+        ([], 139, ["one 3", "breaks 3", "other 3"]),
+        (["--implementations", "other", "one"], 0, ["other 3", "one 3"]),
+        (["--implementations", "none"], 2, []),
+    ],
+    ids=["all", "some", "unknown"],
+)
+def test_what_breaks_takes_no_other_implementation_along(
+    tmp_path, given, status, printed
+):
+    script = tmp_path / "script.py"
+    script.write_text(ALONE)
+    done = subprocess.run(
+        [sys.executable, script, "--size", "3", *given],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout.splitlines()) == (status, printed)
+
+
+@pytest.fixture
+def bench(tmp_path) -> timing.Bench:
+    return timing.Bench("test", smoke=True, trials=1, out=tmp_path / "out.jsonl")
+
+
+class TestCases:
+    """A failure ends its own case."""
+
+    @pytest.mark.parametrize("error", [AssertionError("off"), ValueError("no")])
+    def test_a_failure_is_kept(self, bench, error):
+        with bench.case({"batch": 1}, "cuda"):
+            raise error
+        (record,) = bench.records
+        assert record["wrong"] == f"{type(error).__name__}: {error}"
+        assert (record["batch"], bench.num_wrong) == (1, 1)
+
+    def test_too_little_memory_is_nobodys_mistake(self, bench):
+        with bench.case({}, "cuda"):
+            raise torch.OutOfMemoryError("all taken")
+        assert (bench.records[0].keys() & {"wrong", "skipped"}) == {"skipped"}
+
+    def test_a_gpu_that_refuses_work_ends_the_process(self, bench, monkeypatch):
+        def refuse() -> None:
+            raise RuntimeError("an illegal memory access was encountered")
+
+        bench.device = torch.device("cuda")
+        monkeypatch.setattr(torch.cuda, "synchronize", refuse)
+        with pytest.raises(SystemExit) as end, bench.case({}, "cuda"):
+            raise RuntimeError("an illegal memory access was encountered")
+        assert end.value.code == timing.POISONED
+        assert "illegal" in bench.records[0]["wrong"]
+
+    def test_a_stack_that_the_l2_may_hold_is_left_out(self, bench, monkeypatch):
+        monkeypatch.setattr(timing.Bench, "l2_bytes", 1 << 30)
+        args = SimpleNamespace(caches=2, layers=4, intervals=[1])
+        case = {"batch": 1, "context": 96, "token_budget": 48}
+        bench_stack._run(bench, Shape(4, 2, 32), case, "cuda", args)
+        (record,) = bench.records
+        assert record["skipped"].endswith("may be L2 hits")
+        assert record["kv_caches"] == 2
+
+
+def test_flash_attention_is_called_as_its_interface_says(monkeypatch):
+    """The stand-in of a machine without a GPU takes nothing that it would refuse."""
+    interface = SimpleNamespace(
+        flash_attn_varlen_func=lambda q, k, v, out: None,
+        get_scheduler_metadata=lambda batch_size: None,
+    )
+    found = flash_attention._stand_in(interface)
+    with pytest.raises(TypeError, match="page_size"):
+        found.schedule(batch_size=1, page_size=16)
+    with pytest.raises(TypeError, match="softmax_scale"):
+        found.attend(q=0, k=0, v=0, out=0, softmax_scale=1.0)
 
 
 class TestChecks:
