@@ -10,7 +10,7 @@ namespace tidal {
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
-constexpr int kMostRows = 65535;  // the limit of a grid in y and z: splits and rows
+constexpr int kMostRows = 65535;  // the limit of a grid in z
 
 // What tells the three ops that attend apart. The numbers are not yet measured on a GPU.
 struct AttendOp {
@@ -79,8 +79,7 @@ void check_inputs(Checks& checks, const AttendArguments& a) {
                 "kv_cache.stride(" + std::to_string(dim) + ")", cache.stride(dim),
                 "multiples of 16 bytes, " + std::to_string(16 / bytes) + " elements");
   }
-  const auto address = reinterpret_cast<uintptr_t>(cache.data);
-  checks.that(address % 16 == 0, "kv_cache.data_ptr()", address, "multiples of 16");
+  checks.aligned(cache, "kv_cache");
   checks.tensor(a.block_table, "block_table", 2, {"int32"});
   checks.size_at_least(a.block_table, "block_table", 0, rows, "as query has rows");
   checks.tensor(a.seq_lens, "seq_lens", 1, {"int32"});
@@ -102,6 +101,13 @@ void check_block_lse(Checks& checks, const TensorView& t, int64_t rows, int64_t 
   checks.in_range("block_lse.size(2)", t.size(2), 0);
 }
 
+void check_arrivals(Checks& checks, const TensorView& t, int64_t rows, int64_t heads) {
+  checks.tensor(t, "arrivals", 2, {"int32"});
+  checks.size_at_least(t, "arrivals", 0, rows, "as there are rows");
+  checks.size(t, "arrivals", 1, heads, "the number of heads");
+  checks.contiguous(t, "arrivals");
+}
+
 void check_results(Checks& checks, const AttendArguments& a) {
   const int64_t rows = a.query.size(0), heads = a.query.size(1), dims = a.query.size(2);
   if (a.output) {
@@ -115,6 +121,7 @@ void check_results(Checks& checks, const AttendArguments& a) {
     checks.in_range("partial_out.size(2)", a.partial_out->size(2), 1);
     checks.size(*a.partial_out, "partial_out", 3, dims, "the head size");
     checks.contiguous(*a.partial_out, "partial_out");
+    checks.aligned(*a.partial_out, "partial_out");
   }
   checks.tensor(a.lse, "lse", 2, {"float32"});
   checks.size_at_least(a.lse, "lse", 0, rows, "as query has rows");
@@ -129,6 +136,7 @@ void check_results(Checks& checks, const AttendArguments& a) {
                 "as in partial_out");
   }
   checks.contiguous(a.partial_lse, "partial_lse");
+  check_arrivals(checks, a.arrivals, rows, heads);
   if (a.block_lse) {
     check_block_lse(checks, *a.block_lse, rows, heads);
     const int64_t size = *a.select_block_size;
@@ -166,6 +174,7 @@ AttendParams params_of(const AttendArguments& a) {
   p.seq_lens = static_cast<const int*>(a.seq_lens.data);
   p.lse = static_cast<float*>(a.lse.data);
   p.partial_lse = static_cast<float*>(a.partial_lse.data);
+  p.arrivals = static_cast<unsigned*>(a.arrivals.data);
   p.query_row_stride = a.query.stride(0);
   p.query_head_stride = a.query.stride(1);
   p.cache_block_stride = a.kv_cache.stride(0);
@@ -217,11 +226,17 @@ void attend(const AttendOp& op, const AttendArguments& a) {
   if (op.sparse) check_sets(checks, a);
   if (a.query.size(0) == 0) return;
   AttendParams p = params_of(a);
-  p.splits = smaller(kMostRows, limit_splits(p.num_rows, thread_blocks(p),
+  p.splits = smaller(kMostSplits, limit_splits(p.num_rows, thread_blocks(p),
                                              count_processors(checks.device_index()),
                                              p.split_capacity, op.splits_at_least));
   p.min_split_tokens = op.min_split_tokens;
   op.launch(p, current_stream(checks.device_index()));
+}
+
+// Whether the last dimension of a float tensor can be read four at a time.
+bool in_quads(const TensorView& t) {
+  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.stride(0) % 4 == 0 &&
+         t.stride(1) % 4 == 0;
 }
 
 void check_rule(const Checks& checks, const SelectArguments& a) {
@@ -261,6 +276,7 @@ void select_blocks(const SelectArguments& a) {
   checks.size_at_least(a.mass, "mass", 0, rows, "as seq_lens has rows");
   checks.size(a.mass, "mass", 1, a.topk_blocks.size(1), "as in topk_blocks");
   checks.size_at_least(a.mass, "mass", 2, a.block_lse.size(2), "as in block_lse");
+  check_arrivals(checks, a.arrivals, rows, heads);
   check_rule(checks, a);
   const int64_t keep_all =
       a.sparse_threshold > a.token_budget ? a.sparse_threshold : a.token_budget;
@@ -276,6 +292,7 @@ void select_blocks(const SelectArguments& a) {
   p.topk_blocks = static_cast<int*>(a.topk_blocks.data);
   p.topk_lens = static_cast<int*>(a.topk_lens.data);
   p.mass = static_cast<float*>(a.mass.data);
+  p.arrivals = static_cast<unsigned*>(a.arrivals.data);
   p.block_lse_row_stride = a.block_lse.stride(0);
   p.block_lse_head_stride = a.block_lse.stride(1);
   p.topk_row_stride = a.topk_blocks.stride(0);
@@ -283,6 +300,8 @@ void select_blocks(const SelectArguments& a) {
   p.topk_lens_row_stride = a.topk_lens.stride(0);
   p.mass_row_stride = a.mass.stride(0);
   p.mass_set_stride = a.mass.stride(1);
+  p.block_lse_in_quads = in_quads(a.block_lse);
+  p.mass_in_quads = in_quads(a.mass);
   p.num_rows = static_cast<int>(rows);
   p.num_heads = static_cast<int>(heads);
   p.num_sets = static_cast<int>(a.topk_blocks.size(1));

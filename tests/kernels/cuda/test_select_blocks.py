@@ -45,8 +45,11 @@ def select(kernels, mass, seq_lens, rule, *, num_sets=1, max_blocks=None, stride
         "topk_blocks": blocks[..., :max_blocks],
         "topk_lens": lens[:, :num_sets],
         "mass": torch.full((rows + 1, num_sets, used + 3), math.nan),
+        "arrivals": torch.zeros(rows + 1, heads, dtype=torch.int32),
     }
-    kernels.run("select_blocks", tensors, ("topk_blocks", "topk_lens"), **vars(rule))
+    outputs = ("topk_blocks", "topk_lens", "arrivals")
+    kernels.run("select_blocks", tensors, outputs, **vars(rule))
+    assert not tensors["arrivals"].any(), "arrivals do not end as zeros"
     return tensors, blocks, lens
 
 
@@ -121,6 +124,7 @@ def test_masses_that_differ_in_any_bit(kernels, spread):
         "topk_blocks": torch.zeros(1, 1, 700, dtype=torch.int32),
         "topk_lens": torch.zeros(1, 1, dtype=torch.int32),
         "mass": torch.zeros(1, 1, 3000),
+        "arrivals": torch.zeros(1, 1, dtype=torch.int32),
     }
     if spread == 80.0:
         tensors["block_lse"] /= 16
@@ -171,6 +175,7 @@ def test_heads_weigh_alike_whatever_their_lse(kernels):
         "topk_blocks": torch.zeros(1, 1, 2, dtype=torch.int32),
         "topk_lens": torch.zeros(1, 1, dtype=torch.int32),
         "mass": torch.zeros(1, 1, 4),
+        "arrivals": torch.zeros(1, 2, dtype=torch.int32),
     }
     outputs = ("topk_blocks", "topk_lens", "mass")
     kernels.run("select_blocks", tensors, outputs, **vars(rule_of(2, 1)))

@@ -11,6 +11,8 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -53,6 +55,7 @@ namespace {
 
 constexpr size_t kStackBytes = 256 << 10;
 constexpr int kPage = 4096;
+constexpr int kBlocksAtOnce = 3;  // in a random schedule
 
 struct Barrier {
   int expected = 0, arrived = 0;
@@ -65,11 +68,17 @@ struct Copy {
   bool valid;
 };
 
+struct Block;
+
+using Store = std::pair<float*, float>;
+
 struct Fiber {
   void* stack_pointer;
   char* stack;  // lowest usable byte
   void* fake_stack = nullptr;
+  Block* block = nullptr;
   int thread = 0;
+  bool waited = false;  // for earlier kernels
   bool done = false;
   const Barrier* waits_for = nullptr;
   unsigned waits_since = 0;
@@ -77,6 +86,7 @@ struct Fiber {
   unsigned exchanges = 0;
   std::vector<Copy> open_group;
   std::deque<std::vector<Copy>> groups;
+  std::vector<Store> stores;  // since the last fence
 };
 
 struct Warp {
@@ -89,15 +99,20 @@ struct Warp {
 
 struct Block {
   Dim index;
+  int live = 0;  // threads that have not ended
   std::vector<Warp> warps;
   Barrier barrier;
+  bool any[2] = {false, false};  // of any_in_block, by the barrier's generation
   std::unique_ptr<char[]> shared;
 };
 
 struct Machine {
-  std::vector<Fiber> fibers;
+  std::vector<Fiber> fibers;  // those of one thread block, then those of the next
   Fiber* current = nullptr;
-  Block* block = nullptr;
+  std::unordered_map<const float*, float> fenced;  // L2: what was published and fenced
+  std::vector<Store> unfenced;  // what threads have left behind
+  std::vector<std::pair<void*, size_t>> guarded;
+  std::mt19937 random;
   const std::function<void()>* kernel = nullptr;
   void* scheduler = nullptr;
   void* scheduler_fake_stack = nullptr;
@@ -107,6 +122,16 @@ struct Machine {
 } machine;
 
 unsigned schedule_seed = 0;
+
+void set_guards(bool closed) {
+#if defined(__SANITIZE_ADDRESS__)
+  for (const auto& [memory, bytes] : machine.guarded) {
+    closed ? __asan_poison_memory_region(memory, bytes)
+           : __asan_unpoison_memory_region(memory, bytes);
+  }
+#endif
+  (void)closed;
+}
 
 void leave(bool for_good) {
   Fiber& fiber = *machine.current;
@@ -142,12 +167,15 @@ void run_thread() {
   if (!fiber.open_group.empty() || !fiber.groups.empty()) {
     fail("copies that nobody waited for at the end");
   }
+  if (!fiber.waited) fail("the end without wait_for_earlier_kernels");
+  auto& left = machine.unfenced;
+  left.insert(left.end(), fiber.stores.begin(), fiber.stores.end());
   fiber.done = true;
   leave(true);
   std::abort();
 }
 
-void prepare(Fiber& fiber, int thread) {
+void prepare(Fiber& fiber, Block& block, int thread) {
   if (fiber.stack == nullptr) {
     void* memory = mmap(nullptr, kStackBytes + kPage, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -163,6 +191,7 @@ void prepare(Fiber& fiber, int thread) {
 #endif
   fiber = Fiber{};
   fiber.stack = stack;
+  fiber.block = &block;
   fiber.thread = thread;
   // The stack looks as tidal_switch leaves it: six registers, then the address to go on
   // at. A null return address stands above, so that the ABI's alignment holds.
@@ -190,39 +219,94 @@ bool blocked(const Fiber& fiber) {
   return fiber.waits_for && fiber.waits_for->generation == fiber.waits_since;
 }
 
-Warp& my_warp() { return machine.block->warps[machine.current->thread / 32]; }
+Block& my_block() { return *machine.current->block; }
+Warp& my_warp() { return my_block().warps[machine.current->thread / 32]; }
 
-void run_block(int threads, std::vector<int>& order, std::mt19937& random) {
-  int live = threads;
-  bool progress = true;
-  while (live > 0) {
-    // In a random schedule most warps sleep in each round, so that one warp can get far
-    // ahead of another.
-    unsigned awake = ~0u;
-    if (schedule_seed > 1) {
-      std::shuffle(order.begin(), order.end(), random);
-      if (progress) awake = static_cast<unsigned>(random() & random());
-    }
-    progress = false;
-    for (int thread : order) {
-      Fiber& fiber = machine.fibers[thread];
-      if (fiber.done || blocked(fiber) || !(awake >> thread / 32 & 1)) continue;
-      fiber.waits_for = nullptr;
-      resume(fiber);
-      progress = true;
-      if (!machine.error.empty()) throw std::runtime_error(machine.error);
-      if (fiber.done) --live;
-    }
-    if (!progress && awake == ~0u) {
-      std::string where = "deadlock:";
-      for (const Fiber& fiber : machine.fibers) {
-        if (fiber.thread < threads && !fiber.done && fiber.thread % 32 < 2) {
-          where += " thread " + std::to_string(fiber.thread) + " at " + fiber.at + ";";
-        }
-      }
-      throw std::runtime_error(where);
+// In a random schedule, lets other threads run first, sometimes.
+void pause() {
+  if (schedule_seed > 1 && machine.random() % 2) leave(false);
+}
+
+void start(Block& block, Dim grid, int number, Fiber* fibers) {
+  const int threads = static_cast<int>(block.warps.size()) * 32;
+  block.index = {number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y};
+  block.live = threads;
+  block.barrier = Barrier{threads};
+  for (Warp& warp : block.warps) {
+    warp.barrier = Barrier{32};
+    warp.unsynced_copies = false;
+  }
+  for (int thread = 0; thread < threads; ++thread) prepare(fibers[thread], block, thread);
+}
+
+// Gives each thread one turn in the given order, unless it waits or its warp sleeps.
+// Returns whether any thread went on.
+bool run_round(const std::vector<int>& order, const std::vector<bool>& awake) {
+  bool progress = false;
+  for (int i : order) {
+    Fiber& fiber = machine.fibers[i];
+    if (fiber.done || blocked(fiber) || !awake[i / 32]) continue;
+    fiber.waits_for = nullptr;
+    resume(fiber);
+    progress = true;
+    if (!machine.error.empty()) throw std::runtime_error(machine.error);
+    if (fiber.done) --fiber.block->live;
+  }
+  return progress;
+}
+
+[[noreturn]] void report_deadlock(const std::vector<int>& order) {
+  std::string where = "deadlock:";
+  for (int i : order) {
+    const Fiber& fiber = machine.fibers[i];
+    if (!fiber.done && fiber.thread % 32 < 2) {
+      where += " thread " + std::to_string(fiber.thread) + " at " + fiber.at + ";";
     }
   }
+  throw std::runtime_error(where);
+}
+
+// Runs the thread blocks of `numbers`, as many at once as there are `blocks`.
+void run_blocks(Dim grid, const std::vector<int>& numbers, std::vector<Block>& blocks,
+                size_t shared_bytes) {
+  const int threads = static_cast<int>(blocks[0].warps.size()) * 32;
+  const int at_once = static_cast<int>(blocks.size());
+  std::vector<int> order(threads * at_once);
+  std::iota(order.begin(), order.end(), 0);
+  if (schedule_seed == 1) std::reverse(order.begin(), order.end());
+  std::vector<bool> awake(order.size() / 32, true);
+  size_t next = 0;
+  bool progress = true;
+  for (;;) {
+    bool any_live = false;
+    for (int slot = 0; slot < at_once; ++slot) {
+      if (blocks[slot].live == 0 && next < numbers.size()) {
+        if (at_once == 1) set_guards(true);
+        std::memset(blocks[slot].shared.get(), 0xff, shared_bytes);
+        start(blocks[slot], grid, numbers[next++], &machine.fibers[slot * threads]);
+      }
+      any_live = any_live || blocks[slot].live > 0;
+    }
+    if (!any_live) return;
+    // In a random schedule most warps sleep in each round, so that one warp can get far
+    // ahead of another.
+    const bool all_awake = schedule_seed <= 1 || !progress;
+    for (size_t warp = 0; warp < awake.size(); ++warp) {
+      awake[warp] = all_awake || machine.random() % 4 == 0;
+    }
+    if (schedule_seed > 1) std::shuffle(order.begin(), order.end(), machine.random);
+    progress = run_round(order, awake);
+    if (!progress && all_awake) report_deadlock(order);
+  }
+}
+
+void end_launch() {
+  set_guards(false);
+  machine.current = nullptr;
+  for (const auto& [to, value] : machine.fenced) *const_cast<float*>(to) = value;
+  for (const auto& [to, value] : machine.unfenced) *to = value;
+  machine.fenced.clear();
+  machine.unfenced.clear();
 }
 
 }  // namespace
@@ -249,45 +333,90 @@ void launch(Dim grid, int threads, int shared_bytes,
   }
   machine.kernel = &kernel;
   machine.error.clear();
-  const auto count = static_cast<size_t>(threads);
-  if (machine.fibers.size() < count) machine.fibers.resize(count);
-  std::vector<int> order(threads);
-  std::iota(order.begin(), order.end(), 0);
-  if (schedule_seed == 1) std::reverse(order.begin(), order.end());
-  std::mt19937 random(schedule_seed);
-  Block block;
-  block.shared.reset(new char[shared_bytes]);
-  block.warps.resize(threads / 32);
-  machine.block = &block;
-  const int blocks = grid.x * grid.y * grid.z;
-  for (int i = 0; i < blocks; ++i) {
-    const int n = schedule_seed == 1 ? blocks - 1 - i : i;
-    block.index = {n % grid.x, n / grid.x % grid.y, n / grid.x / grid.y};
-    std::memset(block.shared.get(), 0xff, shared_bytes);
-    block.barrier = Barrier{threads};
-    for (Warp& warp : block.warps) {
-      warp.barrier = Barrier{32};
-      warp.unsynced_copies = false;
-    }
-    for (int thread = 0; thread < threads; ++thread) {
-      prepare(machine.fibers[thread], thread);
-    }
-    run_block(threads, order, random);
+  machine.random.seed(schedule_seed);
+  std::vector<int> numbers(static_cast<size_t>(grid.x) * grid.y * grid.z);
+  std::iota(numbers.begin(), numbers.end(), 0);
+  if (schedule_seed == 1) std::reverse(numbers.begin(), numbers.end());
+  if (schedule_seed > 1) std::shuffle(numbers.begin(), numbers.end(), machine.random);
+  const size_t at_once = schedule_seed > 1 ? kBlocksAtOnce : 1;
+  std::vector<Block> blocks(std::min(at_once, numbers.size()));
+  for (Block& block : blocks) {
+    block.shared.reset(new char[shared_bytes]);
+    block.warps.resize(threads / 32);
   }
-  machine.current = nullptr;
-  machine.block = nullptr;
+  const size_t fibers = blocks.size() * threads;
+  if (machine.fibers.size() < fibers) machine.fibers.resize(fibers);
+  // Of an earlier launch, perhaps of other thread blocks.
+  for (size_t i = 0; i < fibers; ++i) machine.fibers[i].done = true;
+  set_guards(true);
+  try {
+    run_blocks(grid, numbers, blocks, shared_bytes);
+  } catch (...) {
+    end_launch();
+    throw;
+  }
+  end_launch();
 }
 
-int thread_index() { return machine.current->thread; }
-Dim block_index() { return machine.block->index; }
-char* shared_memory() { return machine.block->shared.get(); }
+void guard(void* memory, size_t bytes) { machine.guarded.emplace_back(memory, bytes); }
 
-void sync_block() {
-  Barrier& barrier = machine.block->barrier;
-  if (barrier.arrived + 1 == barrier.expected) {
-    for (Warp& warp : machine.block->warps) warp.unsynced_copies = false;
+int thread_index() { return machine.current->thread; }
+Dim block_index() { return my_block().index; }
+char* shared_memory() { return my_block().shared.get(); }
+
+void sync_block() { any_in_block(false); }
+
+bool any_in_block(bool yes) {
+  Block& block = my_block();
+  const unsigned now = block.barrier.generation % 2;
+  block.any[now] = block.any[now] || yes;
+  if (block.barrier.arrived + 1 == block.barrier.expected) {
+    block.any[1 - now] = false;  // all threads have seen what it was
+    for (Warp& warp : block.warps) warp.unsynced_copies = false;
   }
-  arrive(barrier, "sync_block");
+  arrive(block.barrier, "sync_block");
+  return block.any[now];
+}
+
+void wait_for_earlier_kernels() {
+  machine.current->waited = true;
+  set_guards(false);
+}
+
+void let_later_kernels_start() {
+  if (!machine.current->waited) {
+    fail("let_later_kernels_start without wait_for_earlier_kernels");
+  }
+}
+
+void fence_device() {
+  pause();
+  for (const auto& [to, value] : machine.current->stores) machine.fenced[to] = value;
+  machine.current->stores.clear();
+  pause();
+}
+
+void publish(float* to, float value) {
+  *static_cast<volatile float*>(to) = *to;  // so that a sanitizer sees a wrong address
+  machine.current->stores.emplace_back(to, value);
+}
+
+float read_published(const float* from) {
+  const auto found = machine.fenced.find(from);
+  return found == machine.fenced.end() ? *from : found->second;
+}
+
+unsigned atomic_inc_wrapping(unsigned* counter, unsigned most) {
+  pause();
+  const unsigned before = *counter;
+  *counter = before >= most ? 0 : before + 1;
+  return before;
+}
+
+void check_quad(const float* address) {
+  if (reinterpret_cast<uintptr_t>(address) % 16) {
+    fail("four floats at an address that is not a multiple of 16");
+  }
 }
 
 void sync_warp() {

@@ -87,7 +87,10 @@ int main(int, char** arguments) {
   const std::string name = arguments[1];
   try {
     const int threads = name == "barrier that a warp skips" ? 64 : 32;
-    emulation::launch({}, threads, 2048, kernels.at(name));
+    emulation::launch({}, threads, 2048, [&] {
+      wait_for_earlier_kernels();
+      kernels.at(name)();
+    });
     std::cout << "ok";
   } catch (const std::exception& error) {
     std::cout << error.what();

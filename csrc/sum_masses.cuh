@@ -1,0 +1,107 @@
+// The first part of select_blocks: the mass of selection blocks, summed over the heads of
+// a set. Has run under the CPU emulation only, not yet on a GPU.
+//
+// Nearly all bytes of select_blocks are read here, so each thread has several loads of 16
+// bytes under way. Where a set has many heads, they are dealt out over the threads too.
+#pragma once
+
+#include "params.h"
+#include "primitives.cuh"
+
+namespace tidal {
+
+inline constexpr int kSelectThreads = 512;
+inline constexpr int kHeadDepth = 8;  // loads of four blocks that a thread has under way
+inline constexpr int kMostHeadParts = 4;
+inline constexpr int kSumSharedBytes =
+    (kMostHeadParts - 1) * (kSelectThreads / kMostHeadParts) * 4 * int{sizeof(float)};
+
+// How the threads of a thread block share the selection blocks and the heads of a set.
+struct MassTile {
+  int head_parts;  // threads that share four selection blocks, each with heads of its own
+
+  TIDAL_HOST_DEVICE int quads() const { return kSelectThreads / head_parts; }
+  TIDAL_HOST_DEVICE int blocks() const { return 4 * quads(); }
+};
+
+// A thread gets two heads or more, so that it has two loads or more under way.
+TIDAL_HOST_DEVICE MassTile tile_of(const SelectParams& p) {
+  const int heads = p.num_heads / p.num_sets;
+  return {heads >= 2 * kMostHeadParts ? kMostHeadParts : heads >= 4 ? 2 : 1};
+}
+
+// The thread blocks that the longest sequence needs for one set; at least one.
+inline int count_tiles(const SelectParams& p) {
+  return larger(1, ceil_div(p.num_blocks, tile_of(p).blocks()));
+}
+
+// Loads the lse of four selection blocks, the first being number `block`. Those beyond
+// num_blocks stay as they are.
+TIDAL_DEVICE void load_lse(const SelectParams& p, const float* block_lse, int block,
+                           float (&to)[4]) {
+  if (p.block_lse_in_quads && block + 4 <= p.num_blocks) {
+    load_quad(to, block_lse + block);
+  } else {
+#pragma unroll
+    for (int d = 0; d < 4; ++d) {
+      if (block + d < p.num_blocks) to[d] = block_lse[block + d];
+    }
+  }
+}
+
+// Publishes to `mass`, the line of this row and set, the masses of this thread block's
+// tile. `blocks` is how many there are in the row.
+TIDAL_DEVICE void sum_masses(const SelectParams& p, int row, int set, int blocks,
+                             float* mass) {
+  const MassTile tile = tile_of(p);
+  const int part = thread_index() / tile.quads(), quad = thread_index() % tile.quads();
+  const int block = block_x() * tile.blocks() + 4 * quad;
+  const int heads = p.num_heads / p.num_sets, first = set * heads;
+  const float* from =
+      p.block_lse + row * p.block_lse_row_stride + first * p.block_lse_head_stride;
+  const float* lse = p.lse + static_cast<int64_t>(row) * p.num_heads + first;
+  float sum[4] = {};
+#pragma unroll 1
+  for (int base = part; base < heads; base += kHeadDepth * tile.head_parts) {
+    float found[kHeadDepth][4] = {}, of_head[kHeadDepth] = {};
+#pragma unroll
+    for (int i = 0; i < kHeadDepth; ++i) {
+      const int head = base + i * tile.head_parts;
+      if (head >= heads || block >= blocks) continue;
+      of_head[i] = lse[head];
+      load_lse(p, from + head * p.block_lse_head_stride, block, found[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kHeadDepth; ++i) {
+      if (base + i * tile.head_parts >= heads || block >= blocks) continue;
+#pragma unroll
+      for (int d = 0; d < 4; ++d) sum[d] += exp2_of((found[i][d] - of_head[i]) * kLog2E);
+    }
+  }
+  if (tile.head_parts > 1) {
+    float* const parts = reinterpret_cast<float*>(shared_memory());
+#pragma unroll
+    for (int d = 0; d < 4; ++d) {
+      if (part > 0) parts[(part - 1) * tile.blocks() + 4 * quad + d] = sum[d];
+    }
+    sync_block();
+    if (part > 0) return;
+    for (int other = 0; other < tile.head_parts - 1; ++other) {
+#pragma unroll
+      for (int d = 0; d < 4; ++d) sum[d] += parts[other * tile.blocks() + 4 * quad + d];
+    }
+  }
+  if (block >= blocks) return;
+#pragma unroll
+  for (int d = 0; d < 4; ++d) sum[d] = sum[d] > 0.f ? sum[d] : 0.f;  // NaN weighs nothing
+  if (p.mass_in_quads && block + 4 <= p.num_blocks) {
+    publish_quad(mass + block, sum);
+  } else {
+#pragma unroll
+    for (int d = 0; d < 4; ++d) {
+      if (block + d < p.num_blocks) publish(mass + block + d, sum[d]);
+    }
+  }
+}
+
+}  // namespace tidal
