@@ -20,14 +20,16 @@ struct AttendOp {
   int splits_at_least;   // where a row is long enough for them
   int min_split_tokens;  // a row is split no finer than this
   void (*launch)(const AttendParams&, const Stream&);
+  KernelUse (*use)(const AttendParams&, int device_index);
 };
 
 // The lengths of dense rows differ more, so they get some splits in any batch.
-constexpr AttendOp kDenseDecode{"dense_decode", true, false, 8, 512, launch_dense_decode};
-constexpr AttendOp kScoreBlocks{"score_blocks",     false, false, 8, 512,
-                                launch_score_blocks};
-constexpr AttendOp kSparseDecode{"sparse_decode",     true, true, 1, 128,
-                                 launch_sparse_decode};
+constexpr AttendOp kDenseDecode{
+    "dense_decode", true, false, 8, 512, launch_dense_decode, use_of_dense_decode};
+constexpr AttendOp kScoreBlocks{
+    "score_blocks", false, false, 8, 512, launch_score_blocks, use_of_score_blocks};
+constexpr AttendOp kSparseDecode{
+    "sparse_decode", true, true, 1, 128, launch_sparse_decode, use_of_sparse_decode};
 
 Element element_of(const std::string& dtype) {
   if (dtype == "bfloat16") return Element::kBf16;
@@ -56,6 +58,11 @@ void check_given(const Checks& checks, const AttendOp& op, const AttendArguments
   }
 }
 
+void check_head_size(const Checks& checks, int64_t size) {
+  checks.that(size == 64 || size == 96 || size == 128 || size == 256, "head_size", size,
+              "64, 96, 128 or 256");
+}
+
 void check_scale(const Checks& checks, const char* name, double value, bool free) {
   checks.that(std::isfinite(value), name, value, "finite numbers");
   checks.that(free || value == 1.0, name, value, "1.0 unless kv_cache is fp8");
@@ -65,8 +72,7 @@ void check_inputs(Checks& checks, const AttendArguments& a) {
   checks.tensor(a.query, "query", 3, {"bfloat16", "float16"});
   const int64_t rows = a.query.size(0), heads = a.query.size(1), dims = a.query.size(2);
   checks.that(rows <= kMostRows, "query.size(0)", rows, "up to 65535");
-  checks.that(dims == 64 || dims == 96 || dims == 128 || dims == 256, "head_size", dims,
-              "64, 96, 128 or 256");
+  check_head_size(checks, dims);
   const TensorView& cache = a.kv_cache;
   checks.tensor(cache, "kv_cache", 4, {a.query.dtype.c_str(), "float8_e4m3fn", "uint8"});
   checks.size(cache, "kv_cache", 3, 2 * dims, "K and V side by side");
@@ -226,9 +232,9 @@ void attend(const AttendOp& op, const AttendArguments& a) {
   if (op.sparse) check_sets(checks, a);
   if (a.query.size(0) == 0) return;
   AttendParams p = params_of(a);
-  p.splits = smaller(kMostSplits, limit_splits(p.num_rows, thread_blocks(p),
-                                             count_processors(checks.device_index()),
-                                             p.split_capacity, op.splits_at_least));
+  p.splits = limit_splits(p.num_rows, thread_blocks(p),
+                          count_processors(checks.device_index()),
+                          smaller(p.split_capacity, kMostSplits), op.splits_at_least);
   p.min_split_tokens = op.min_split_tokens;
   op.launch(p, current_stream(checks.device_index()));
 }
@@ -313,6 +319,38 @@ void select_blocks(const SelectArguments& a) {
   p.recent_tokens = static_cast<int>(a.recent_tokens);
   p.keep_all_len = static_cast<int>(keep_all);
   launch_select_blocks(p, current_stream(checks.device_index()));
+}
+
+std::vector<int64_t> occupancy(const std::string& op, const std::string& dtype,
+                               const std::string& kv_cache_dtype, int64_t head_size,
+                               int64_t device_index) {
+  const Checks checks("occupancy", kDeviceType);
+  checks.that(device_index >= 0, "device_index", device_index, "0 or more");
+  const int device = static_cast<int>(device_index);
+  KernelUse use{};
+  if (op == "select_blocks") {
+    use = use_of_select_blocks(device);
+  } else {
+    const AttendOp* const found = op == "dense_decode"    ? &kDenseDecode
+                                  : op == "score_blocks"  ? &kScoreBlocks
+                                  : op == "sparse_decode" ? &kSparseDecode
+                                                          : nullptr;
+    checks.that(found != nullptr, "op", op,
+                "dense_decode, score_blocks, sparse_decode or select_blocks");
+    checks.that(dtype == "bfloat16" || dtype == "float16", "dtype", dtype,
+                "bfloat16 or float16");
+    checks.that(kv_cache_dtype == dtype || kv_cache_dtype == "float8_e4m3fn",
+                "kv_cache_dtype", kv_cache_dtype, dtype + " or float8_e4m3fn");
+    check_head_size(checks, head_size);
+    AttendParams p{};
+    p.element = element_of(dtype);
+    p.stored = element_of(kv_cache_dtype);
+    p.head_size = static_cast<int>(head_size);
+    use = found->use(p, device);
+  }
+  return {use.blocks_per_processor, use.threads,        use.registers,
+          use.shared_bytes,         use.local_bytes,    use.binary_version,
+          use.ptx_version,          use.programmatic};
 }
 
 }  // namespace tidal

@@ -61,25 +61,28 @@ TIDAL_DEVICE Kept kept_of(const SelectParams& p, int seq_len) {
 template <class Visit>
 TIDAL_DEVICE void for_masses(const SelectParams& p, const float* mass, int begin, int end,
                              Visit&& visit) {
+  const bool in_quads = p.mass_in_quads && ceil_div(end, 4) * 4 <= p.num_blocks;
 #pragma unroll 1
   for (int base = begin; base < end; base += kChunk) {
     float found[kMassDepth][4] = {};
+    const int first = base + 4 * thread_index();
+    const float* from = mass + first;
+    if (in_quads) {
 #pragma unroll
-    for (int j = 0; j < kMassDepth; ++j) {
-      const int i = base + 4 * (j * kSelectThreads + thread_index());
-      if (i >= end) continue;
-      if (p.mass_in_quads && i + 4 <= p.num_blocks) {
-        read_published_quad(found[j], mass + i);
-      } else {
+      for (int j = 0; j < kMassDepth; ++j) {
+        const int offset = 4 * j * kSelectThreads;
+        if (first < end - offset) read_published_quad(found[j], from + offset);
+      }
+    } else {
 #pragma unroll
-        for (int d = 0; d < 4; ++d) {
-          if (i + d < end) found[j][d] = read_published(mass + i + d);
-        }
+      for (int j = 0; j < 4 * kMassDepth; ++j) {
+        const int offset = 4 * (j / 4) * kSelectThreads + j % 4;
+        if (first < end - offset) found[j / 4][j % 4] = read_published(from + offset);
       }
     }
 #pragma unroll
     for (int j = 0; j < kMassDepth; ++j) {
-      visit(base + 4 * (j * kSelectThreads + thread_index()), found[j]);
+      visit(first + 4 * j * kSelectThreads, found[j]);
     }
   }
 }

@@ -35,16 +35,37 @@ inline int count_tiles(const SelectParams& p) {
   return larger(1, ceil_div(p.num_blocks, tile_of(p).blocks()));
 }
 
-// Loads the lse of four selection blocks, the first being number `block`. Those beyond
-// num_blocks stay as they are.
-TIDAL_DEVICE void load_lse(const SelectParams& p, const float* block_lse, int block,
-                           float (&to)[4]) {
-  if (p.block_lse_in_quads && block + 4 <= p.num_blocks) {
-    load_quad(to, block_lse + block);
-  } else {
+// Adds to `sum` the masses of four selection blocks, from number `block` on, of every
+// `step`-th head from `head` to `heads`. Without kQuads, those beyond num_blocks are left
+// as they are.
+template <bool kQuads>
+TIDAL_DEVICE void add_heads(const SelectParams& p, const float* block_lse,
+                            const float* lse, int head, int heads, int step, int block,
+                            float (&sum)[4]) {
+  block_lse += block;
+#pragma unroll 1
+  for (; head < heads; head += kHeadDepth * step) {
+    float found[kHeadDepth][4] = {}, of_head[kHeadDepth] = {};
 #pragma unroll
-    for (int d = 0; d < 4; ++d) {
-      if (block + d < p.num_blocks) to[d] = block_lse[block + d];
+    for (int i = 0; i < kHeadDepth; ++i) {
+      const int at = head + i * step;
+      if (at >= heads) continue;
+      const float* from = block_lse + at * p.block_lse_head_stride;
+      of_head[i] = lse[at];
+      if constexpr (kQuads) {
+        load_quad(found[i], from);
+      } else {
+#pragma unroll
+        for (int d = 0; d < 4; ++d) {
+          if (block + d < p.num_blocks) found[i][d] = from[d];
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kHeadDepth; ++i) {
+      if (head + i * step >= heads) continue;
+#pragma unroll
+      for (int d = 0; d < 4; ++d) sum[d] += exp2_of((found[i][d] - of_head[i]) * kLog2E);
     }
   }
 }
@@ -61,21 +82,11 @@ TIDAL_DEVICE void sum_masses(const SelectParams& p, int row, int set, int blocks
       p.block_lse + row * p.block_lse_row_stride + first * p.block_lse_head_stride;
   const float* lse = p.lse + static_cast<int64_t>(row) * p.num_heads + first;
   float sum[4] = {};
-#pragma unroll 1
-  for (int base = part; base < heads; base += kHeadDepth * tile.head_parts) {
-    float found[kHeadDepth][4] = {}, of_head[kHeadDepth] = {};
-#pragma unroll
-    for (int i = 0; i < kHeadDepth; ++i) {
-      const int head = base + i * tile.head_parts;
-      if (head >= heads || block >= blocks) continue;
-      of_head[i] = lse[head];
-      load_lse(p, from + head * p.block_lse_head_stride, block, found[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < kHeadDepth; ++i) {
-      if (base + i * tile.head_parts >= heads || block >= blocks) continue;
-#pragma unroll
-      for (int d = 0; d < 4; ++d) sum[d] += exp2_of((found[i][d] - of_head[i]) * kLog2E);
+  if (block < blocks) {
+    if (p.block_lse_in_quads && block + 4 <= p.num_blocks) {
+      add_heads<true>(p, from, lse, part, heads, tile.head_parts, block, sum);
+    } else {
+      add_heads<false>(p, from, lse, part, heads, tile.head_parts, block, sum);
     }
   }
   if (tile.head_parts > 1) {

@@ -30,6 +30,17 @@ void launch_attend(const AttendParams& p, const KernelOf& kernel_of) {
   });
 }
 
+// As far as it is known without a GPU.
+template <bool kReadValues>
+KernelUse use_of_attend(const AttendParams& p) {
+  KernelUse use{};
+  for_shape<kReadValues>(p, [&](auto shape) {
+    use.threads = decltype(shape)::threads;
+    use.shared_bytes = decltype(shape)::shared_bytes;
+  });
+  return use;
+}
+
 }  // namespace
 
 void launch_dense_decode(const AttendParams& p, const Stream&) {
@@ -44,6 +55,20 @@ void launch_score_blocks(const AttendParams& p, const Stream&) {
 void launch_sparse_decode(const AttendParams& p, const Stream&) {
   launch_attend<true>(p,
                       [](auto shape) { return sparse_decode_kernel<decltype(shape)>; });
+}
+
+KernelUse use_of_dense_decode(const AttendParams& p, int) { return use_of_attend<true>(p); }
+KernelUse use_of_score_blocks(const AttendParams& p, int) {
+  return use_of_attend<false>(p);
+}
+KernelUse use_of_sparse_decode(const AttendParams& p, int) {
+  return use_of_attend<true>(p);
+}
+KernelUse use_of_select_blocks(int) {
+  KernelUse use{};
+  use.threads = kSelectThreads;
+  use.shared_bytes = kSelectSharedBytes;
+  return use;
 }
 
 void launch_select_blocks(const SelectParams& p, const Stream&) {

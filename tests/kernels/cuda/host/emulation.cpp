@@ -1,206 +1,15 @@
-#include "primitives.cuh"
-
-#include <sys/mman.h>
+#include "fibers.h"
 
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
-#include <deque>
-#include <memory>
 #include <numeric>
-#include <random>
 #include <stdexcept>
-#include <string>
-#include <unordered_map>
-#include <utility>
-#include <vector>
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
-
-#ifndef __x86_64__
-#error "The fibers are switched in x86-64 assembly."
-#endif
-
-// Saves the registers that a call must preserve, stores the stack pointer in *from, and
-// goes on where the stack pointer `to` was stored.
-asm(R"(
-.text
-.globl tidal_switch
-.type tidal_switch, @function
-tidal_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size tidal_switch, .-tidal_switch
-)");
-extern "C" void tidal_switch(void** from, void* to);
 
 namespace tidal::emulation {
 namespace {
 
-constexpr size_t kStackBytes = 256 << 10;
-constexpr int kPage = 4096;
 constexpr int kBlocksAtOnce = 3;  // in a random schedule
-
-struct Barrier {
-  int expected = 0, arrived = 0;
-  unsigned generation = 0;
-};
-
-struct Copy {
-  char* to;
-  const char* from;
-  bool valid;
-};
-
-struct Block;
-
-using Store = std::pair<float*, float>;
-
-struct Fiber {
-  void* stack_pointer;
-  char* stack;  // lowest usable byte
-  void* fake_stack = nullptr;
-  Block* block = nullptr;
-  int thread = 0;
-  bool waited = false;  // for earlier kernels
-  bool done = false;
-  const Barrier* waits_for = nullptr;
-  unsigned waits_since = 0;
-  const char* at = "the start";
-  unsigned exchanges = 0;
-  std::vector<Copy> open_group;
-  std::deque<std::vector<Copy>> groups;
-  std::vector<Store> stores;  // since the last fence
-};
-
-struct Warp {
-  Barrier barrier;
-  char slots[2][32 * kSlotBytes];
-  const char* what[2];
-  bool in_sync = false;  // the lanes that wait do so at sync_warp
-  bool unsynced_copies = false;
-};
-
-struct Block {
-  Dim index;
-  int live = 0;  // threads that have not ended
-  std::vector<Warp> warps;
-  Barrier barrier;
-  bool any[2] = {false, false};  // of any_in_block, by the barrier's generation
-  std::unique_ptr<char[]> shared;
-};
-
-struct Machine {
-  std::vector<Fiber> fibers;  // those of one thread block, then those of the next
-  Fiber* current = nullptr;
-  std::unordered_map<const float*, float> fenced;  // L2: what was published and fenced
-  std::vector<Store> unfenced;  // what threads have left behind
-  std::vector<std::pair<void*, size_t>> guarded;
-  std::mt19937 random;
-  const std::function<void()>* kernel = nullptr;
-  void* scheduler = nullptr;
-  void* scheduler_fake_stack = nullptr;
-  const void* scheduler_stack = nullptr;
-  size_t scheduler_stack_bytes = 0;
-  std::string error;
-} machine;
-
-unsigned schedule_seed = 0;
-
-void set_guards(bool closed) {
-#if defined(__SANITIZE_ADDRESS__)
-  for (const auto& [memory, bytes] : machine.guarded) {
-    closed ? __asan_poison_memory_region(memory, bytes)
-           : __asan_unpoison_memory_region(memory, bytes);
-  }
-#endif
-  (void)closed;
-}
-
-void leave(bool for_good) {
-  Fiber& fiber = *machine.current;
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(for_good ? nullptr : &fiber.fake_stack,
-                                 machine.scheduler_stack, machine.scheduler_stack_bytes);
-#endif
-  (void)for_good;
-  tidal_switch(&fiber.stack_pointer, machine.scheduler);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(fiber.fake_stack, nullptr, nullptr);
-#endif
-}
-
-void resume(Fiber& fiber) {
-  machine.current = &fiber;
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&machine.scheduler_fake_stack, fiber.stack, kStackBytes);
-#endif
-  tidal_switch(&machine.scheduler, fiber.stack_pointer);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(machine.scheduler_fake_stack, nullptr, nullptr);
-#endif
-}
-
-void run_thread() {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack,
-                                  &machine.scheduler_stack_bytes);
-#endif
-  Fiber& fiber = *machine.current;
-  (*machine.kernel)();
-  if (!fiber.open_group.empty() || !fiber.groups.empty()) {
-    fail("copies that nobody waited for at the end");
-  }
-  if (!fiber.waited) fail("the end without wait_for_earlier_kernels");
-  auto& left = machine.unfenced;
-  left.insert(left.end(), fiber.stores.begin(), fiber.stores.end());
-  fiber.done = true;
-  leave(true);
-  std::abort();
-}
-
-void prepare(Fiber& fiber, Block& block, int thread) {
-  if (fiber.stack == nullptr) {
-    void* memory = mmap(nullptr, kStackBytes + kPage, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED || mprotect(memory, kPage, PROT_NONE) != 0) {
-      throw std::runtime_error("no memory for a fiber's stack");
-    }
-    fiber.stack = static_cast<char*>(memory) + kPage;
-  }
-  char* const stack = fiber.stack;
-#if defined(__SANITIZE_ADDRESS__)
-  // Frames that never returned have left the stack poisoned.
-  __asan_unpoison_memory_region(stack, kStackBytes);
-#endif
-  fiber = Fiber{};
-  fiber.stack = stack;
-  fiber.block = &block;
-  fiber.thread = thread;
-  // The stack looks as tidal_switch leaves it: six registers, then the address to go on
-  // at. A null return address stands above, so that the ABI's alignment holds.
-  void** top = reinterpret_cast<void**>(stack + kStackBytes);
-  *--top = nullptr;
-  *--top = reinterpret_cast<void*>(&run_thread);
-  for (int i = 0; i < 6; ++i) *--top = nullptr;
-  fiber.stack_pointer = top;
-}
 
 void arrive(Barrier& barrier, const char* at) {
   Fiber& fiber = *machine.current;
@@ -217,14 +26,6 @@ void arrive(Barrier& barrier, const char* at) {
 
 bool blocked(const Fiber& fiber) {
   return fiber.waits_for && fiber.waits_for->generation == fiber.waits_since;
-}
-
-Block& my_block() { return *machine.current->block; }
-Warp& my_warp() { return my_block().warps[machine.current->thread / 32]; }
-
-// In a random schedule, lets other threads run first, sometimes.
-void pause() {
-  if (schedule_seed > 1 && machine.random() % 2) leave(false);
 }
 
 void start(Block& block, Dim grid, int number, Fiber* fibers) {
@@ -303,10 +104,7 @@ void run_blocks(Dim grid, const std::vector<int>& numbers, std::vector<Block>& b
 void end_launch() {
   set_guards(false);
   machine.current = nullptr;
-  for (const auto& [to, value] : machine.fenced) *const_cast<float*>(to) = value;
-  for (const auto& [to, value] : machine.unfenced) *to = value;
-  machine.fenced.clear();
-  machine.unfenced.clear();
+  write_published();
 }
 
 }  // namespace
@@ -358,8 +156,6 @@ void launch(Dim grid, int threads, int shared_bytes,
   end_launch();
 }
 
-void guard(void* memory, size_t bytes) { machine.guarded.emplace_back(memory, bytes); }
-
 int thread_index() { return machine.current->thread; }
 Dim block_index() { return my_block().index; }
 char* shared_memory() { return my_block().shared.get(); }
@@ -376,47 +172,6 @@ bool any_in_block(bool yes) {
   }
   arrive(block.barrier, "sync_block");
   return block.any[now];
-}
-
-void wait_for_earlier_kernels() {
-  machine.current->waited = true;
-  set_guards(false);
-}
-
-void let_later_kernels_start() {
-  if (!machine.current->waited) {
-    fail("let_later_kernels_start without wait_for_earlier_kernels");
-  }
-}
-
-void fence_device() {
-  pause();
-  for (const auto& [to, value] : machine.current->stores) machine.fenced[to] = value;
-  machine.current->stores.clear();
-  pause();
-}
-
-void publish(float* to, float value) {
-  *static_cast<volatile float*>(to) = *to;  // so that a sanitizer sees a wrong address
-  machine.current->stores.emplace_back(to, value);
-}
-
-float read_published(const float* from) {
-  const auto found = machine.fenced.find(from);
-  return found == machine.fenced.end() ? *from : found->second;
-}
-
-unsigned atomic_inc_wrapping(unsigned* counter, unsigned most) {
-  pause();
-  const unsigned before = *counter;
-  *counter = before >= most ? 0 : before + 1;
-  return before;
-}
-
-void check_quad(const float* address) {
-  if (reinterpret_cast<uintptr_t>(address) % 16) {
-    fail("four floats at an address that is not a multiple of 16");
-  }
 }
 
 void sync_warp() {
