@@ -10,9 +10,8 @@ import torch
 MAX_SPLITS = 128
 MIN_SPLITS = 8
 PARTIAL_ROWS = 1024
+# Floats that a CUDA kernel loads at once; lines of block_lse begin at multiples of it.
 QUAD = 4
-"""Floats that a CUDA kernel loads at once: a row's line of block_lse begins at a multiple
-of so many."""
 
 
 @dataclass

@@ -111,6 +111,20 @@ def test_dense_decode_in_any_order_of_threads(runner, size):
     each_order(runner, results)
 
 
+def test_splits_are_added_in_their_own_order(runner):
+    """Four splits that weigh alike; any order but theirs loses one of the 2.0."""
+    case = KernelCase(1, 1, 64, lens=(2048,), splits=4)
+    batch = case.make()
+    batch = replace(batch, query=torch.zeros_like(batch.query))
+    of_splits = torch.tensor([2.0**30, -(2.0**30), 2.0, 2.0])
+    of_blocks = of_splits.repeat_interleave(32).to(batch.kv_cache.dtype)
+    blocks = batch.block_table[0, :128].long()
+    batch.kv_cache[blocks, 0, :, 64:] = of_blocks[:, None, None]
+    for schedule in SCHEDULES:
+        kernels = Emulator(runner, schedule)
+        assert (run_dense(kernels, batch, case)["output"] == 1.0).all(), schedule
+
+
 def test_score_blocks_in_any_order_of_threads(runner):
     case = KernelCase(4, 2, 256, fp8=True, lens=(1300, -1, 33))
     batch = case.make()

@@ -9,7 +9,7 @@
 namespace tidal::emulation {
 namespace {
 
-constexpr int kBlocksAtOnce = 3;  // in a random schedule
+constexpr int kBlocksAtOnce = 8;  // in a random schedule
 
 void arrive(Barrier& barrier, const char* at) {
   Fiber& fiber = *machine.current;

@@ -27,7 +27,7 @@ struct Dim {
 // Runs `kernel` in every thread of every thread block of the grid.
 void launch(Dim grid, int threads, int shared_bytes, const std::function<void()>& kernel);
 // Schedule 0 runs the thread blocks one after the other and their threads in order, 1 in
-// reverse. Any other number is a seed: thread blocks start in a random order, three of
+// reverse. Any other number is a seed: thread blocks start in a random order, eight of
 // them are under way at once, and their threads run in a new random order in each round.
 void set_schedule(unsigned schedule);
 // Memory that kernels must not touch before wait_for_earlier_kernels: AddressSanitizer
