@@ -163,7 +163,6 @@ TIDAL_DEVICE Threshold find_threshold(const SelectParams& p, ChooseShared* share
     known |= digits << shift;
     room = shared->room;
     if (shared->in_bin == room) return {prefix, 0};
-    sync_block();
   }
   return {prefix + 1, room};
 }
@@ -183,7 +182,6 @@ TIDAL_DEVICE void write_heaviest(const SelectParams& p, ChooseShared* shared,
   int kept = 0, ties = 0;  // in the chunks before
 #pragma unroll 1
   for (int chunk = begin / kChunk * kChunk; chunk < end; chunk += kChunk) {
-    sync_block();  // of the chunk before, all words and totals were read
     const int chunk_end = smaller(chunk + kChunk, end);
     for_masses(p, mass, chunk, chunk_end, [&](int first, const float (&masses)[4]) {
       unsigned is_kept = 0, is_tie = 0;

@@ -99,8 +99,9 @@ def each_order(runner, results):
 
 @pytest.mark.parametrize("size", [1, 32])
 def test_dense_decode_in_any_order_of_threads(runner, size):
+    """Three splits, of eight heads: so every warp leaves some of a split's result."""
     case = KernelCase(
-        4, 2, 64, lens=(1300, -1, 33), select_block_size=size, block_size=32
+        8, 1, 64, lens=(1300, -1, 33), select_block_size=size, block_size=32
     )
     batch = case.make()
 
@@ -151,7 +152,7 @@ def test_sparse_decode_in_any_order_of_threads(runner, case):
     each_order(runner, results)
 
 
-@pytest.mark.parametrize("blocks, levels", [(1500, 50), (17000, 7)])
+@pytest.mark.parametrize("blocks, levels", [(1500, 50), (17000, 4096)])
 def test_select_blocks_in_any_order_of_threads(runner, blocks, levels):
     """Also of more masses than threads look at in one round."""
     rule = rule_of(300, 1, 2, 9)

@@ -9,7 +9,9 @@
 namespace tidal::emulation {
 namespace {
 
-constexpr int kBlocksAtOnce = 8;  // in a random schedule
+// In a random schedule.
+constexpr int kBlocksAtOnce = 8;
+constexpr int kRoundsAsleep = 32;
 
 void arrive(Barrier& barrier, const char* at) {
   Fiber& fiber = *machine.current;
@@ -78,6 +80,7 @@ void run_blocks(Dim grid, const std::vector<int>& numbers, std::vector<Block>& b
   std::vector<bool> awake(order.size() / 32, true);
   size_t next = 0;
   bool progress = true;
+  int round = 0, asleep_in_vain = 0;
   for (;;) {
     bool any_live = false;
     for (int slot = 0; slot < at_once; ++slot) {
@@ -89,14 +92,18 @@ void run_blocks(Dim grid, const std::vector<int>& numbers, std::vector<Block>& b
       any_live = any_live || blocks[slot].live > 0;
     }
     if (!any_live) return;
-    // In a random schedule most warps sleep in each round, so that one warp can get far
-    // ahead of another.
-    const bool all_awake = schedule_seed <= 1 || !progress;
-    for (size_t warp = 0; warp < awake.size(); ++warp) {
-      awake[warp] = all_awake || machine.random() % 4 == 0;
+    // In a random schedule a quarter of the warps sleep for some rounds, so that one warp
+    // can get far ahead of another.
+    const bool all_awake = schedule_seed <= 1 || (!progress && asleep_in_vain++ > 8);
+    if (all_awake || !progress || round % kRoundsAsleep == 0) {
+      for (size_t warp = 0; warp < awake.size(); ++warp) {
+        awake[warp] = all_awake || machine.random() % 4 != 0;
+      }
     }
+    ++round;
     if (schedule_seed > 1) std::shuffle(order.begin(), order.end(), machine.random);
     progress = run_round(order, awake);
+    if (progress) asleep_in_vain = 0;
     if (!progress && all_awake) report_deadlock(order);
   }
 }
