@@ -14,16 +14,17 @@
 namespace tidal {
 
 inline constexpr int kSelectWarps = kSelectThreads / 32;
-inline constexpr int kMassDepth = 8;  // loads of four masses that a thread has under way
+inline constexpr int kMassDepth = 4;  // loads of four masses that a thread has under way
 inline constexpr int kChunk = 4 * kMassDepth * kSelectThreads;  // masses of one such round
 inline constexpr int kDigitBits = 11;
 inline constexpr int kBins = 1 << kDigitBits;
-static_assert(kChunk / 32 == kSelectThreads);  // each thread writes one word of a chunk
+inline constexpr int kWords = kChunk / 32;  // bit masks of a chunk, one for a thread
+static_assert(kWords <= kSelectThreads);
 
 struct ChooseShared {
   int bins[kBins];
-  unsigned kept[kSelectThreads];  // a bit per mass of a chunk: it is kept
-  unsigned ties[kSelectThreads];  // it is kept if there is room
+  unsigned kept[kWords];  // a bit per mass of a chunk: it is kept
+  unsigned ties[kWords];  // it is kept if there is room
   int warp_totals[kSelectWarps];
   int digit;
   int in_bin;
@@ -200,8 +201,10 @@ TIDAL_DEVICE void write_heaviest(const SelectParams& p, ChooseShared* shared,
       }
     });
     sync_block();
-    const unsigned is_kept = shared->kept[thread_index()];
-    const unsigned is_tie = threshold.ties > 0 ? shared->ties[thread_index()] : 0;
+    const bool has_word = thread_index() < kWords;
+    const unsigned is_kept = has_word ? shared->kept[thread_index()] : 0;
+    const unsigned is_tie =
+        has_word && threshold.ties > 0 ? shared->ties[thread_index()] : 0;
     const int counts = bit_count(is_kept) + (bit_count(is_tie) << 16);
     const int before = sum_before(counts, shared->warp_totals);
     int ties_before = ties + (before >> 16);

@@ -42,12 +42,13 @@ template <bool kQuads>
 TIDAL_DEVICE void add_heads(const SelectParams& p, const float* block_lse,
                             const float* lse, int head, int heads, int step, int block,
                             float (&sum)[4]) {
+  constexpr int kDepth = kQuads ? kHeadDepth : 1;
   block_lse += block;
 #pragma unroll 1
-  for (; head < heads; head += kHeadDepth * step) {
-    float found[kHeadDepth][4] = {}, of_head[kHeadDepth] = {};
+  for (; head < heads; head += kDepth * step) {
+    float found[kDepth][4] = {}, of_head[kDepth] = {};
 #pragma unroll
-    for (int i = 0; i < kHeadDepth; ++i) {
+    for (int i = 0; i < kDepth; ++i) {
       const int at = head + i * step;
       if (at >= heads) continue;
       const float* from = block_lse + at * p.block_lse_head_stride;
@@ -62,7 +63,7 @@ TIDAL_DEVICE void add_heads(const SelectParams& p, const float* block_lse,
       }
     }
 #pragma unroll
-    for (int i = 0; i < kHeadDepth; ++i) {
+    for (int i = 0; i < kDepth; ++i) {
       if (head + i * step >= heads) continue;
 #pragma unroll
       for (int d = 0; d < 4; ++d) sum[d] += exp2_of((found[i][d] - of_head[i]) * kLog2E);
