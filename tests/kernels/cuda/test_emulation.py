@@ -152,12 +152,12 @@ def test_sparse_decode_in_any_order_of_threads(runner, case):
     each_order(runner, results)
 
 
-@pytest.mark.parametrize("blocks, levels", [(1500, 50), (17000, 4096)])
-def test_select_blocks_in_any_order_of_threads(runner, blocks, levels):
-    """Also of more masses than threads look at in one round."""
+@pytest.mark.parametrize("heads, blocks, levels", [(16, 1500, 50), (2, 17000, 4096)])
+def test_select_blocks_in_any_order_of_threads(runner, heads, blocks, levels):
+    """Of heads that threads share, and of more masses than they look at in one round."""
     rule = rule_of(300, 1, 2, 9)
     lens = [blocks, -1, blocks * 3 // 5]
-    mass = masses(3, 2, blocks, levels=levels)
+    mass = masses(3, heads, blocks, levels=levels)
     each_order(
         runner, lambda kernels: select(kernels, mass, lens, rule, num_sets=2)[1:]
     )
