@@ -154,7 +154,7 @@ def test_sparse_decode_in_any_order_of_threads(runner, case):
 
 @pytest.mark.parametrize("heads, blocks, levels", [(16, 1500, 50), (2, 17000, 4096)])
 def test_select_blocks_in_any_order_of_threads(runner, heads, blocks, levels):
-    """Of heads that threads share, and of more masses than they look at in one round."""
+    """Of heads that threads share; of more masses than one round of them takes."""
     rule = rule_of(300, 1, 2, 9)
     lens = [blocks, -1, blocks * 3 // 5]
     mass = masses(3, heads, blocks, levels=levels)
