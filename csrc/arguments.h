@@ -17,7 +17,7 @@ namespace tidal {
 // For dense_decode, score_blocks and sparse_decode.
 struct AttendArguments {
   TensorView query, kv_cache, block_table, seq_lens;
-  WrittenTensor lse, partial_lse;
+  WrittenTensor lse, partial_lse, arrivals;
   double scale = 0, k_scale = 0, v_scale = 0;
   std::optional<int64_t> select_block_size;          // with block_lse or topk_blocks
   std::optional<WrittenTensor> output, partial_out;  // not for score_blocks
@@ -33,6 +33,7 @@ void for_each_argument(AttendArguments& a, Visit&& visit) {
   visit("seq_lens", a.seq_lens);
   visit("lse", a.lse);
   visit("partial_lse", a.partial_lse);
+  visit("arrivals", a.arrivals);
   visit("scale", a.scale);
   visit("k_scale", a.k_scale);
   visit("v_scale", a.v_scale);
@@ -46,7 +47,7 @@ void for_each_argument(AttendArguments& a, Visit&& visit) {
 
 struct SelectArguments {
   TensorView block_lse, lse, seq_lens;
-  WrittenTensor topk_blocks, topk_lens, mass;
+  WrittenTensor topk_blocks, topk_lens, mass, arrivals;
   int64_t token_budget = 0, select_block_size = 0, sink_tokens = 0, recent_tokens = 0,
           sparse_threshold = 0;
 };
@@ -59,6 +60,7 @@ void for_each_argument(SelectArguments& a, Visit&& visit) {
   visit("topk_blocks", a.topk_blocks);
   visit("topk_lens", a.topk_lens);
   visit("mass", a.mass);
+  visit("arrivals", a.arrivals);
   visit("token_budget", a.token_budget);
   visit("select_block_size", a.select_block_size);
   visit("sink_tokens", a.sink_tokens);

@@ -124,6 +124,19 @@ void boxed(StableIValue* stack, uint64_t num_arguments, uint64_t) {
   op(arguments);
 }
 
+constexpr char kOccupancySchema[] =
+    "occupancy(str op, str dtype, str kv_cache_dtype, int head_size, int device_index) "
+    "-> int[]";
+
+void boxed_occupancy(StableIValue* stack, uint64_t, uint64_t) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  const auto op = to<std::string>(stack[0]), dtype = to<std::string>(stack[1]);
+  const auto kv_cache_dtype = to<std::string>(stack[2]);
+  stack[0] = from(tidal::occupancy(op, dtype, kv_cache_dtype, to<int64_t>(stack[3]),
+                                   to<int64_t>(stack[4])));
+}
+
 template <class Arguments>
 std::string schema_of(const char* op) {
   Arguments arguments;
@@ -139,12 +152,15 @@ STABLE_TORCH_LIBRARY(tidal, m) {
   m.def(schema_of<AttendArguments>("score_blocks").c_str());
   m.def(schema_of<AttendArguments>("sparse_decode").c_str());
   m.def(schema_of<SelectArguments>("select_blocks").c_str());
+  m.def(kOccupancySchema);
 }
 
-// These serve tensors of any device, so that the checks can name one on a wrong device.
+// These serve tensors of any device, so that the checks can name one on a wrong device,
+// and calls without any tensor.
 STABLE_TORCH_LIBRARY_IMPL(tidal, CompositeExplicitAutograd, m) {
   m.impl("dense_decode", &boxed<AttendArguments, tidal::dense_decode>);
   m.impl("score_blocks", &boxed<AttendArguments, tidal::score_blocks>);
   m.impl("sparse_decode", &boxed<AttendArguments, tidal::sparse_decode>);
   m.impl("select_blocks", &boxed<SelectArguments, tidal::select_blocks>);
+  m.impl("occupancy", &boxed_occupancy);
 }

@@ -86,6 +86,12 @@ class Checks {
     }
   }
 
+  // For copies and loads of 16 bytes.
+  void aligned(const TensorView& t, const std::string& name) const {
+    const auto address = reinterpret_cast<uintptr_t>(t.data);
+    that(address % 16 == 0, name + ".data_ptr()", address, "multiples of 16");
+  }
+
   void in_range(const std::string& name, int64_t value, int64_t least) const {
     constexpr int64_t most = std::numeric_limits<int>::max();
     that(value >= least && value <= most, name, value,

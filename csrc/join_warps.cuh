@@ -1,9 +1,8 @@
 // The end of a thread block's work: the results of its warps become one.
 #pragma once
 
-#include "share.cuh"
-#include "softmax.cuh"
-#include "tile.cuh"
+#include "arrivals.cuh"
+#include "merge_splits.cuh"
 
 namespace tidal {
 
@@ -11,31 +10,27 @@ namespace tidal {
 TIDAL_DEVICE void write_lse(const AttendParams& p, const Share& share, int head, float lse) {
   const int64_t at = static_cast<int64_t>(share.row) * p.num_heads + head;
   if (share.splits.used > 1) {
-    p.partial_lse[at * p.split_capacity + share.split] = lse;
+    publish(p.partial_lse + at * p.split_capacity + share.split, lse);
   } else {
     p.lse[at] = lse;
   }
 }
 
-// Writes two neighbouring dims of the output of a row, or of this split of it.
+// Writes four neighbouring dims of the output of a row, or of this split of it.
 template <class S>
 TIDAL_DEVICE void write_output(const AttendParams& p, const Share& share, int head, int dim,
-                         float first, float second) {
+                               const float (&out)[4]) {
   if (share.splits.used > 1) {
     const int64_t at = static_cast<int64_t>(share.row) * p.num_heads + head;
     const int64_t partial = at * p.split_capacity + share.split;
-    p.partial_out[partial * S::head_size + dim] = first;
-    p.partial_out[partial * S::head_size + dim + 1] = second;
-    return;
+    publish_quad(p.partial_out + partial * S::head_size + dim, out);
+  } else {
+    write_row<S>(p, share.row, head, dim, out);
   }
-  const uint32_t pair = pack(typename S::T{}, first, second);
-  uint16_t* output = static_cast<uint16_t*>(p.output) + share.row * p.output_row_stride +
-                     head * p.output_head_stride + dim;
-  output[0] = static_cast<uint16_t>(pair);
-  output[1] = static_cast<uint16_t>(pair >> 16);
 }
 
-// Joins what the warps attended to, and writes it.
+// Joins what the warps attended to, and writes it. Where the row was split, the last of
+// its thread blocks then writes the row.
 template <class S>
 TIDAL_DEVICE void join_warps(const AttendParams& p, const Share& share,
                        const OnlineSoftmax<S>& softmax) {
@@ -62,23 +57,23 @@ TIDAL_DEVICE void join_warps(const AttendParams& p, const Share& share,
     }
   }
   sync_block();
-  constexpr int kPairs = S::read_values ? S::head_size / 2 : 1;
+  constexpr int kQuads = S::read_values ? S::head_size / 4 : 1;
 #pragma unroll 1
-  for (int i = thread_index(); i < share.num_heads * kPairs; i += S::threads) {
-    const int head = i / kPairs, dim = i % kPairs * 2;
+  for (int i = thread_index(); i < share.num_heads * kQuads; i += S::threads) {
+    const int head = i / kQuads, dim = i % kQuads * 4;
     float max = kMinusInfinity;
     for (int w = 0; w < S::warps; ++w) {
       const float other = maxima[w * kTileHeads + head];
       max = other > max ? other : max;
     }
-    float sum = 0.f, out[2] = {0.f, 0.f};
+    float sum = 0.f, out[4] = {};
     for (int w = 0; w < S::warps; ++w) {
       const int at = w * kTileHeads + head;
       const float weight = exp2_of(maxima[at] - or_zero_if_empty(max));
       sum += weight * sums[at];
       if constexpr (S::read_values) {
-        out[0] += weight * outs[at * S::out_stride + dim];
-        out[1] += weight * outs[at * S::out_stride + dim + 1];
+#pragma unroll
+        for (int d = 0; d < 4; ++d) out[d] += weight * outs[at * S::out_stride + dim + d];
       }
     }
     const bool empty = sum == 0.f;
@@ -88,10 +83,14 @@ TIDAL_DEVICE void join_warps(const AttendParams& p, const Share& share,
     }
     if constexpr (S::read_values) {
       const float factor = empty ? 0.f : p.v_scale / sum;
-      write_output<S>(p, share, share.first_head + head, dim, out[0] * factor,
-                      out[1] * factor);
+#pragma unroll
+      for (int d = 0; d < 4; ++d) out[d] *= factor;
+      write_output<S>(p, share, share.first_head + head, dim, out);
     }
   }
+  if (share.splits.used <= 1) return;
+  const int64_t counter = static_cast<int64_t>(share.row) * p.num_heads + share.first_head;
+  if (arrives_last(p.arrivals + counter, share.splits.used)) merge_splits<S>(p, share);
 }
 
 }  // namespace tidal

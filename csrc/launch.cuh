@@ -8,15 +8,13 @@
 
 namespace tidal {
 
-// Makes the stream's device the current one until the end of the scope.
+// Makes a device the current one until the end of the scope.
 class OnDevice {
  public:
-  explicit OnDevice(const Stream& stream) {
+  explicit OnDevice(int device_index) {
     check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
-    if (before_ != stream.device_index) {
-      check_cuda(cudaSetDevice(stream.device_index), "cudaSetDevice");
-    }
-    changed_ = before_ != stream.device_index;
+    changed_ = before_ != device_index;
+    if (changed_) check_cuda(cudaSetDevice(device_index), "cudaSetDevice");
   }
   ~OnDevice() {
     if (changed_) cudaSetDevice(before_);
@@ -29,17 +27,23 @@ class OnDevice {
   bool changed_ = false;
 };
 
+// A kernel and how its thread blocks are shaped.
+struct Kernel {
+  const char* name;
+  const void* function;
+  int threads;
+  int shared_bytes;
+};
+
+// Both work on the current device, whose index they are told.
+void launch_kernel(const Kernel& kernel, dim3 grid, void* params, const Stream& stream);
+KernelUse use_of_kernel(const Kernel& kernel, int device_index);
+
 template <class Params>
-void launch_kernel(const char* name, void (*kernel)(const Params), dim3 grid, int threads,
-                   int shared_bytes, const Params& params, const Stream& stream) {
-  if (shared_bytes > 48 << 10) {  // more has to be asked for
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    shared_bytes),
-               name);
-  }
-  const auto on = static_cast<cudaStream_t>(stream.handle);
-  kernel<<<grid, threads, shared_bytes, on>>>(params);
-  check_cuda(cudaGetLastError(), name);
+void launch_kernel(const Kernel& kernel, dim3 grid, const Params& params,
+                   const Stream& stream) {
+  Params copy = params;  // CUDA asks for a pointer to what is not const
+  launch_kernel(kernel, grid, static_cast<void*>(&copy), stream);
 }
 
 }  // namespace tidal

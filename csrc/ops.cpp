@@ -11,7 +11,7 @@ namespace tidal {
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
-constexpr int kMostRows = 65535;  // the limit of a grid in y and z: splits and rows
+constexpr int kMostRows = 65535;  // the limit of a grid in z
 
 // What tells the three ops that attend apart. The numbers are not yet measured on a GPU.
 struct AttendOp {
@@ -21,14 +21,16 @@ struct AttendOp {
   int splits_at_least;   // where a row is long enough for them
   int min_split_tokens;  // a row is split no finer than this
   void (*launch)(const AttendParams&, const Stream&);
+  KernelUse (*use)(const AttendParams&, int device_index);
 };
 
 // The lengths of dense rows differ more, so they get some splits in any batch.
-constexpr AttendOp kDenseDecode{"dense_decode", true, false, 8, 512, launch_dense_decode};
-constexpr AttendOp kScoreBlocks{"score_blocks",     false, false, 8, 512,
-                                launch_score_blocks};
-constexpr AttendOp kSparseDecode{"sparse_decode",     true, true, 1, 128,
-                                 launch_sparse_decode};
+constexpr AttendOp kDenseDecode{
+    "dense_decode", true, false, 8, 512, launch_dense_decode, use_of_dense_decode};
+constexpr AttendOp kScoreBlocks{
+    "score_blocks", false, false, 8, 512, launch_score_blocks, use_of_score_blocks};
+constexpr AttendOp kSparseDecode{
+    "sparse_decode", true, true, 1, 128, launch_sparse_decode, use_of_sparse_decode};
 
 Element element_of(const std::string& dtype) {
   if (dtype == "bfloat16") return Element::kBf16;
@@ -57,6 +59,11 @@ void check_given(const Checks& checks, const AttendOp& op, const AttendArguments
   }
 }
 
+void check_head_size(const Checks& checks, int64_t size) {
+  checks.that(size == 64 || size == 96 || size == 128 || size == 256, "head_size", size,
+              "64, 96, 128 or 256");
+}
+
 void check_scale(const Checks& checks, const char* name, double value, bool free) {
   checks.that(std::isfinite(value), name, value, "finite numbers");
   checks.that(free || value == 1.0, name, value, "1.0 unless kv_cache is fp8");
@@ -66,8 +73,7 @@ void check_inputs(Checks& checks, const AttendArguments& a) {
   checks.tensor(a.query, "query", 3, {"bfloat16", "float16"});
   const int64_t rows = a.query.size(0), heads = a.query.size(1), dims = a.query.size(2);
   checks.that(rows <= kMostRows, "query.size(0)", rows, "up to 65535");
-  checks.that(dims == 64 || dims == 96 || dims == 128 || dims == 256, "head_size", dims,
-              "64, 96, 128 or 256");
+  check_head_size(checks, dims);
   const TensorView& cache = a.kv_cache;
   checks.tensor(cache, "kv_cache", 4, {a.query.dtype.c_str(), "float8_e4m3fn", "uint8"});
   checks.size(cache, "kv_cache", 3, 2 * dims, "K and V side by side");
@@ -80,8 +86,7 @@ void check_inputs(Checks& checks, const AttendArguments& a) {
                 "kv_cache.stride(" + std::to_string(dim) + ")", cache.stride(dim),
                 "multiples of 16 bytes, " + std::to_string(16 / bytes) + " elements");
   }
-  const auto address = reinterpret_cast<uintptr_t>(cache.data);
-  checks.that(address % 16 == 0, "kv_cache.data_ptr()", address, "multiples of 16");
+  checks.aligned(cache, "kv_cache");
   CacheUnits(cache, bytes).check(checks, cache);
   checks.tensor(a.block_table, "block_table", 2, {"int32"});
   checks.size_at_least(a.block_table, "block_table", 0, rows, "as query has rows");
@@ -104,6 +109,13 @@ void check_block_lse(Checks& checks, const TensorView& t, int64_t rows, int64_t 
   checks.in_range("block_lse.size(2)", t.size(2), 0);
 }
 
+void check_arrivals(Checks& checks, const TensorView& t, int64_t rows, int64_t heads) {
+  checks.tensor(t, "arrivals", 2, {"int32"});
+  checks.size_at_least(t, "arrivals", 0, rows, "as there are rows");
+  checks.size(t, "arrivals", 1, heads, "the number of heads");
+  checks.contiguous(t, "arrivals");
+}
+
 void check_results(Checks& checks, const AttendArguments& a) {
   const int64_t rows = a.query.size(0), heads = a.query.size(1), dims = a.query.size(2);
   if (a.output) {
@@ -117,6 +129,7 @@ void check_results(Checks& checks, const AttendArguments& a) {
     checks.in_range("partial_out.size(2)", a.partial_out->size(2), 1);
     checks.size(*a.partial_out, "partial_out", 3, dims, "the head size");
     checks.contiguous(*a.partial_out, "partial_out");
+    checks.aligned(*a.partial_out, "partial_out");
   }
   checks.tensor(a.lse, "lse", 2, {"float32"});
   checks.size_at_least(a.lse, "lse", 0, rows, "as query has rows");
@@ -131,6 +144,7 @@ void check_results(Checks& checks, const AttendArguments& a) {
                 "as in partial_out");
   }
   checks.contiguous(a.partial_lse, "partial_lse");
+  check_arrivals(checks, a.arrivals, rows, heads);
   if (a.block_lse) {
     check_block_lse(checks, *a.block_lse, rows, heads);
     const int64_t size = *a.select_block_size;
@@ -168,6 +182,7 @@ AttendParams params_of(const AttendArguments& a) {
   p.seq_lens = static_cast<const int*>(a.seq_lens.data);
   p.lse = static_cast<float*>(a.lse.data);
   p.partial_lse = static_cast<float*>(a.partial_lse.data);
+  p.arrivals = static_cast<unsigned*>(a.arrivals.data);
   p.query_row_stride = a.query.stride(0);
   p.query_head_stride = a.query.stride(1);
   p.cache_head_stride = a.kv_cache.stride(1);
@@ -226,12 +241,18 @@ void attend(const AttendOp& op, const AttendArguments& a) {
   if (op.sparse) check_sets(checks, a);
   if (a.query.size(0) == 0) return;
   AttendParams p = params_of(a);
-  p.splits = smaller(kMostRows, limit_splits(p.num_rows, thread_blocks(p),
-                                             count_processors(checks.device_index()),
-                                             p.split_capacity, op.splits_at_least,
-                                             op.sparse));
+  p.splits = limit_splits(p.num_rows, thread_blocks(p),
+                          count_processors(checks.device_index()),
+                          smaller(p.split_capacity, kMostSplits), op.splits_at_least,
+                          op.sparse);
   p.min_split_tokens = op.min_split_tokens;
   op.launch(p, current_stream(checks.device_index()));
+}
+
+// Whether the last dimension of a float tensor can be read four at a time.
+bool in_quads(const TensorView& t) {
+  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.stride(0) % 4 == 0 &&
+         t.stride(1) % 4 == 0;
 }
 
 void check_rule(const Checks& checks, const SelectArguments& a) {
@@ -271,6 +292,7 @@ void select_blocks(const SelectArguments& a) {
   checks.size_at_least(a.mass, "mass", 0, rows, "as seq_lens has rows");
   checks.size(a.mass, "mass", 1, a.topk_blocks.size(1), "as in topk_blocks");
   checks.size_at_least(a.mass, "mass", 2, a.block_lse.size(2), "as in block_lse");
+  check_arrivals(checks, a.arrivals, rows, heads);
   check_rule(checks, a);
   const int64_t keep_all =
       a.sparse_threshold > a.token_budget ? a.sparse_threshold : a.token_budget;
@@ -286,6 +308,7 @@ void select_blocks(const SelectArguments& a) {
   p.topk_blocks = static_cast<int*>(a.topk_blocks.data);
   p.topk_lens = static_cast<int*>(a.topk_lens.data);
   p.mass = static_cast<float*>(a.mass.data);
+  p.arrivals = static_cast<unsigned*>(a.arrivals.data);
   p.block_lse_row_stride = a.block_lse.stride(0);
   p.block_lse_head_stride = a.block_lse.stride(1);
   p.topk_row_stride = a.topk_blocks.stride(0);
@@ -293,6 +316,8 @@ void select_blocks(const SelectArguments& a) {
   p.topk_lens_row_stride = a.topk_lens.stride(0);
   p.mass_row_stride = a.mass.stride(0);
   p.mass_set_stride = a.mass.stride(1);
+  p.block_lse_in_quads = in_quads(a.block_lse);
+  p.mass_in_quads = in_quads(a.mass);
   p.num_rows = static_cast<int>(rows);
   p.num_heads = static_cast<int>(heads);
   p.num_sets = static_cast<int>(a.topk_blocks.size(1));
@@ -304,6 +329,38 @@ void select_blocks(const SelectArguments& a) {
   p.recent_tokens = static_cast<int>(a.recent_tokens);
   p.keep_all_len = static_cast<int>(keep_all);
   launch_select_blocks(p, current_stream(checks.device_index()));
+}
+
+std::vector<int64_t> occupancy(const std::string& op, const std::string& dtype,
+                               const std::string& kv_cache_dtype, int64_t head_size,
+                               int64_t device_index) {
+  const Checks checks("occupancy", kDeviceType);
+  checks.that(device_index >= 0, "device_index", device_index, "0 or more");
+  const int device = static_cast<int>(device_index);
+  KernelUse use{};
+  if (op == "select_blocks") {
+    use = use_of_select_blocks(device);
+  } else {
+    const AttendOp* const found = op == "dense_decode"    ? &kDenseDecode
+                                  : op == "score_blocks"  ? &kScoreBlocks
+                                  : op == "sparse_decode" ? &kSparseDecode
+                                                          : nullptr;
+    checks.that(found != nullptr, "op", op,
+                "dense_decode, score_blocks, sparse_decode or select_blocks");
+    checks.that(dtype == "bfloat16" || dtype == "float16", "dtype", dtype,
+                "bfloat16 or float16");
+    checks.that(kv_cache_dtype == dtype || kv_cache_dtype == "float8_e4m3fn",
+                "kv_cache_dtype", kv_cache_dtype, dtype + " or float8_e4m3fn");
+    check_head_size(checks, head_size);
+    AttendParams p{};
+    p.element = element_of(dtype);
+    p.stored = element_of(kv_cache_dtype);
+    p.head_size = static_cast<int>(head_size);
+    use = found->use(p, device);
+  }
+  return {use.blocks_per_processor, use.threads,        use.registers,
+          use.shared_bytes,         use.local_bytes,    use.binary_version,
+          use.ptx_version,          use.programmatic};
 }
 
 }  // namespace tidal

@@ -19,6 +19,9 @@
 
 namespace tidal {
 
+// The most splits of one row; MAX_SPLITS of tidal_vllm/kernels/workspace.py.
+inline constexpr int kMostSplits = 128;
+
 enum class Element : int { kBf16, kFp16, kFp8E4m3 };
 
 // For dense_decode, score_blocks and sparse_decode.
@@ -35,6 +38,8 @@ struct AttendParams {
   float* partial_out;  // [R, H, P, D] contiguous, the output of each split alone; null
                        // in score_blocks
   float* partial_lse;  // [R, H, P] contiguous, natural logarithm
+  unsigned* arrivals;  // [R, H] contiguous, zeros before and after: arrivals.cuh. A head
+                       // tile counts its splits in the place of its first head
 
   int64_t query_row_stride, query_head_stride;
   int64_t cache_head_stride;
@@ -64,7 +69,7 @@ struct AttendParams {
   Divisor by_grain_tiles;  // by the tiles that one warp takes in one go
   int num_blocks;         // N
   int split_capacity;     // P
-  int splits;             // the most that a row is split into, at most P
+  int splits;             // the most that a row is split into: at most P, kMostSplits
   int min_split_tokens;   // a row is split no finer than this
 
   float scale_log2;  // scale * k_scale * log2(e)
@@ -83,11 +88,15 @@ struct SelectParams {
   int* topk_blocks;        // [R, G, max_blocks], last dim contiguous
   int* topk_lens;          // [R, G]
   float* mass;             // [R, G, N] workspace, last dim contiguous
+  unsigned* arrivals;      // [R, H] contiguous, zeros before and after; a set counts in
+                           // the place of head number `set`
 
   int64_t block_lse_row_stride, block_lse_head_stride;
   int64_t topk_row_stride, topk_set_stride;  // of topk_blocks
   int64_t topk_lens_row_stride;
   int64_t mass_row_stride, mass_set_stride;
+  // Whether all heads (sets) of the tensor begin at multiples of 16 bytes.
+  bool block_lse_in_quads, mass_in_quads;
 
   int num_rows;
   int num_heads;

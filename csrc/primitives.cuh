@@ -46,6 +46,8 @@ TIDAL_DEVICE char* shared_memory() {
 }
 
 TIDAL_DEVICE void sync_block() { __syncthreads(); }
+// A barrier of the thread block that returns whether `yes` was true in any thread.
+TIDAL_DEVICE bool any_in_block(bool yes) { return __syncthreads_or(yes); }
 TIDAL_DEVICE void sync_warp() { __syncwarp(); }
 TIDAL_DEVICE unsigned ballot(bool yes) { return __ballot_sync(~0u, yes); }
 TIDAL_DEVICE int bit_count(unsigned bits) { return __popc(bits); }
@@ -59,6 +61,58 @@ TIDAL_DEVICE V shuffle_xor(V value, int mask) {
   return __shfl_xor_sync(~0u, value, mask);
 }
 TIDAL_DEVICE void atomic_add_shared(int* address, int value) { atomicAdd(address, value); }
+// Adds one to a counter in global memory, which becomes 0 after `most`; returns what it
+// was.
+TIDAL_DEVICE unsigned atomic_inc_wrapping(unsigned* counter, unsigned most) {
+  return atomicInc(counter, most);
+}
+
+// Between kernels of one stream, for programmatic dependent launch (PTX ISA,
+// "griddepcontrol"; sm_90 and later). A kernel that was launched so may start before the
+// kernels in front of it have ended: every thread waits here before it reads or writes
+// global memory, then all that they wrote is visible.
+TIDAL_DEVICE void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Lets the next kernel of the stream start once all thread blocks of this one have called
+// this, or have ended. Precondition: wait_for_earlier_kernels was called; so no kernel
+// starts before the last but one in front of it has ended.
+TIDAL_DEVICE void let_later_kernels_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Between thread blocks of one kernel. What a thread has written by `publish` can be read
+// by `read_published` in another thread block that learns, through an atomic, that the
+// writer has passed fence_device. Reads bypass L1, which other processors do not update.
+TIDAL_DEVICE void fence_device() { __threadfence(); }
+TIDAL_DEVICE void publish(float* to, float value) { *to = value; }
+TIDAL_DEVICE float read_published(const float* from) {
+  float value;
+  asm volatile("ld.global.cg.f32 %0, [%1];"
+               : "=f"(value)
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+  return value;
+}
+// The same for four neighbours at a multiple of 16 bytes.
+TIDAL_DEVICE void publish_quad(float* to, const float (&values)[4]) {
+  *reinterpret_cast<float4*>(to) = make_float4(values[0], values[1], values[2], values[3]);
+}
+TIDAL_DEVICE void read_published_quad(float (&to)[4], const float* from) {
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+}
+// Reads four neighbours at a multiple of 16 bytes that no thread of this kernel writes.
+TIDAL_DEVICE void load_quad(float (&to)[4], const float* from) {
+  const float4 found = *reinterpret_cast<const float4*>(from);
+  to[0] = found.x, to[1] = found.y, to[2] = found.z, to[3] = found.w;
+}
 
 TIDAL_DEVICE unsigned float_bits(float value) { return __float_as_uint(value); }
 TIDAL_DEVICE float float_of(unsigned bits) { return __uint_as_float(bits); }

@@ -3,14 +3,23 @@
 #include "launch.cuh"
 
 namespace tidal {
+namespace {
+
+Kernel kernel() {
+  const auto function = reinterpret_cast<const void*>(&select_blocks_kernel);
+  return {"select_blocks", function, kSelectThreads, kSelectSharedBytes};
+}
+
+}  // namespace
 
 void launch_select_blocks(const SelectParams& p, const Stream& stream) {
-  const OnDevice on_device(stream);
-  const int blocks = larger(1, ceil_div(p.num_blocks, kMassThreads));
-  launch_kernel("sum_masses", sum_masses, dim3(blocks, p.num_sets, p.num_rows),
-                kMassThreads, 0, p, stream);
-  launch_kernel("choose_blocks", choose_blocks, dim3(p.num_sets, p.num_rows),
-                kChooseThreads, sizeof(ChooseShared), p, stream);
+  const OnDevice on_device(stream.device_index);
+  launch_kernel(kernel(), dim3(count_tiles(p), p.num_sets, p.num_rows), p, stream);
+}
+
+KernelUse use_of_select_blocks(int device_index) {
+  const OnDevice on_device(device_index);
+  return use_of_kernel(kernel(), device_index);
 }
 
 }  // namespace tidal

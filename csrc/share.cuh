@@ -66,8 +66,10 @@ TIDAL_DEVICE int grain_of(const AttendParams& p) {
   return p.block_lse ? larger(kTileTokens, p.select_block_size) : kTileTokens;
 }
 
-// Grid: (head groups times head tiles, splits, rows).
+// Grid: (head groups times head tiles, splits, rows). The first that a kernel does.
 TIDAL_DEVICE Share find_share(const AttendParams& p) {
+  wait_for_earlier_kernels();
+  let_later_kernels_start();
   const int group = block_x() / p.head_tiles, head_tile = block_x() % p.head_tiles;
   Share share;
   share.row = block_z();

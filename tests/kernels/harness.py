@@ -52,7 +52,14 @@ def make_workspace(
         block_lse=full(num_rows, num_heads, max_blocks),
         partial_out=full(num_rows + 2, num_heads, splits, head_size),
         partial_lse=full(num_rows + 2, num_heads, splits),
+        arrivals=make_arrivals(batch),
     )
+
+
+def make_arrivals(batch: Batch) -> torch.Tensor:
+    """The counters of the CUDA kernels, for two rows too many."""
+    shape = (batch.query.shape[0] + 2, batch.query.shape[1])
+    return torch.zeros(shape, dtype=torch.int32, device=batch.device)
 
 
 def make_output(batch: Batch, poison: float, strided: bool) -> torch.Tensor:
@@ -202,8 +209,10 @@ def selection_args(
     columns = num_blocks if max_blocks is None else max_blocks
     int32 = dict(dtype=torch.int32, device=device)
     mass = torch.full((rows, num_sets, num_blocks), math.nan, device=device)
+    workspace = Workspace(lse=lse, block_lse=block_lse, mass=mass)
+    workspace.arrivals = make_arrivals(batch)
     return batch.args(
-        workspace=Workspace(lse=lse, block_lse=block_lse, mass=mass),
+        workspace=workspace,
         topk_blocks=torch.full((rows, num_sets, columns), KEPT, **int32),
         topk_lens=torch.full((rows, num_sets), KEPT, **int32),
     )

@@ -15,7 +15,22 @@ class TestWorkspace:
         assert work.block_lse.shape == (16, 32, 100)
         assert work.mass.shape == (16, 8, 100)
         floats = 16 * 32 + 16 * 32 * 100 + 16 * 8 * 100 + 1024 * 32 * 129
-        assert work.nbytes == 4 * floats
+        counters = 16 * 32
+        assert work.nbytes == 4 * (floats + counters)
+
+    def test_a_line_of_any_length_begins_at_16_bytes(self):
+        """So that the CUDA kernels can load four numbers at once."""
+        work = Workspace.allocate(3, 2, 1, 8, 101, CPU)
+        assert work.block_lse.shape == (3, 2, 101) and work.mass.shape == (3, 1, 101)
+        assert work.block_lse.stride() == (208, 104, 1)
+        assert work.mass.stride(0) == 104
+        partials = 3 * 128 * 2 * 9
+        assert work.nbytes == 4 * (3 * 2 + 3 * 208 + 3 * 104 + partials + 3 * 2)
+
+    def test_counters_begin_as_zeros(self):
+        work = Workspace.allocate(5, 3, 1, 8, 4, CPU)
+        assert work.arrivals.shape == (5, 3) and work.arrivals.dtype == torch.int32
+        assert not work.arrivals.any()
 
     @pytest.mark.parametrize("max_num_rows", [1, 7, 16, 100, 257, 1024])
     def test_every_batch_fits_and_has_splits(self, max_num_rows):

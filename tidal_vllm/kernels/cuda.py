@@ -12,7 +12,8 @@ Of what `DecodeArgs` allows, the extension takes:
         last are multiples of 16 bytes, the last is 1.
     select_block_size: 1, 2, 4, 8 or a multiple of 16 where block_lse is written.
 Preconditions, which only the device could check: block_table and block_lse have room
-for seq_lens, and topk_blocks holds no negative block among the topk_lens first.
+for seq_lens, topk_blocks holds no negative block among the topk_lens first, and
+workspace.arrivals holds zeros. Ops that share a workspace run one after the other.
 
 A wrong argument raises a ValueError, which names the argument, its value and what is
 allowed.
@@ -117,6 +118,7 @@ def select_blocks(args: DecodeArgs, seq_lens: torch.Tensor, rule: Rule) -> None:
         "topk_blocks": args.topk_blocks,
         "topk_lens": args.topk_lens,
         "mass": workspace.mass,
+        "arrivals": workspace.arrivals,
         "token_budget": rule.token_budget,
         "select_block_size": rule.select_block_size,
         "sink_tokens": rule.sink_tokens,
@@ -151,6 +153,7 @@ def _attend(
         "seq_lens": seq_lens,
         "lse": workspace.lse,
         "partial_lse": partial_lse,
+        "arrivals": workspace.arrivals,
         "scale": args.scale,
         "k_scale": args.k_scale,
         "v_scale": args.v_scale,

@@ -10,6 +10,8 @@ import torch
 MAX_SPLITS = 128
 MIN_SPLITS = 8
 PARTIAL_ROWS = 1024
+# Floats that a CUDA kernel loads at once; lines of block_lse begin at multiples of it.
+QUAD = 4
 
 
 @dataclass
@@ -32,6 +34,11 @@ class Workspace:
     """fp32, flat; `partials` gives its shape for a batch."""
     partial_lse: torch.Tensor | None = None
     """fp32, flat."""
+    arrivals: torch.Tensor | None = None
+    """`[>= num_rows, num_heads]` int32: how many thread blocks of a CUDA kernel have
+    ended their part of a row. Zeros when allocated, and zeros again after each op, so
+    nothing clears them in a CUDA graph. Two ops that run at once, on two streams, must
+    not share them, nor anything else here."""
     num_heads: int = 0
     head_size: int = 0
 
@@ -57,24 +64,32 @@ class Workspace:
         def floats(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.float32, device=device)
 
+        def lines(num_lines: int) -> torch.Tensor:
+            padded = floats(max_num_rows, num_lines, -(-max_blocks // QUAD) * QUAD)
+            return padded[..., :max_blocks]
+
         most = max(n * num_splits(n) for n in range(1, max_num_rows + 1)) * num_heads
         return cls(
             lse=floats(max_num_rows, num_heads),
-            block_lse=floats(max_num_rows, num_heads, max_blocks),
-            mass=floats(max_num_rows, num_sets, max_blocks),
+            block_lse=lines(num_heads),
+            mass=lines(num_sets),
             partial_out=floats(most * head_size),
             partial_lse=floats(most),
+            arrivals=torch.zeros(
+                (max_num_rows, num_heads), dtype=torch.int32, device=device
+            ),
             num_heads=num_heads,
             head_size=head_size,
         )
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all buffers, padding included."""
         buffers = (
             *(self.lse, self.block_lse, self.mass),
-            *(self.partial_out, self.partial_lse),
+            *(self.partial_out, self.partial_lse, self.arrivals),
         )
-        return sum(buffer.nbytes for buffer in buffers if buffer is not None)
+        return sum(b.untyped_storage().nbytes() for b in buffers if b is not None)
 
     def partials(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views for a batch: `[num_rows, num_heads, splits, head_size]`, and its lse.

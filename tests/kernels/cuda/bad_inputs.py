@@ -191,6 +191,31 @@ ATTEND = {
         {"partial_lse": torch.zeros(S, H, P - 1)},
         r"partial_lse.size\(2\) is 3; allowed: 4, as in partial_out",
     ),
+    "partial_out at an odd address": (
+        DENSE,
+        {"partial_out": torch.zeros(S * H * P * D + 1)[1:].view(S, H, P, D)},
+        r"partial_out.data_ptr\(\) is \d+; allowed: multiples of 16",
+    ),
+    "arrivals int64": (
+        DENSE,
+        {"arrivals": torch.zeros(S, H, dtype=torch.int64)},
+        "arrivals.dtype is int64; allowed: int32",
+    ),
+    "arrivals too short": (
+        SPARSE,
+        {"arrivals": torch.zeros(S - 1, H, **INTS)},
+        r"arrivals.size\(0\) is 2; allowed: 3 or more",
+    ),
+    "arrivals of other heads": (
+        DENSE,
+        {"arrivals": torch.zeros(S, H + 1, **INTS)},
+        r"arrivals.size\(1\) is 9; allowed: 8",
+    ),
+    "arrivals of wider rows": (
+        SPARSE,
+        {"arrivals": torch.zeros(S, H + 1, **INTS)[:, :H]},
+        r"arrivals.stride\(0\) is 9; allowed: 8: it must be contiguous",
+    ),
     "scale NaN": (DENSE, {"scale": float("nan")}, "scale is nan; allowed: finite"),
     "k_scale without fp8": (
         DENSE,
@@ -254,6 +279,7 @@ ATTEND = {
             "lse": torch.zeros(S, 6),
             "partial_out": torch.zeros(S, 6, P, D),
             "partial_lse": torch.zeros(S, 6, P),
+            "arrivals": torch.zeros(S, 6, **INTS),
             "kv_cache": torch.zeros(8, 3, 16, 2 * D).bfloat16(),
         },
         r"topk_blocks.size\(1\) is 2; allowed: divisors or multiples of .* KV heads, 3",

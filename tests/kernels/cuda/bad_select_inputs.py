@@ -56,6 +56,16 @@ SELECT = {
         {"mass": torch.zeros(S, G + 1, N)},
         r"mass.size\(1\) is 3",
     ),
+    "arrivals int64": (
+        OP,
+        {"arrivals": torch.zeros(S, H, dtype=torch.int64)},
+        "arrivals.dtype is int64; allowed: int32",
+    ),
+    "arrivals too short": (
+        OP,
+        {"arrivals": torch.zeros(S - 1, H, **INTS)},
+        r"arrivals.size\(0\) is 2; allowed: 3 or more",
+    ),
     "token_budget 0": (OP, {"token_budget": 0}, "token_budget is 0; allowed: 1 to"),
     "token_budget between blocks": (
         OP,

@@ -146,17 +146,23 @@ def attend_tensors(batch: Batch, case: KernelCase) -> dict[str, torch.Tensor]:
         "lse": torch.full((rows, heads), math.nan),
         "partial_out": torch.full((*shape, size), math.nan),
         "partial_lse": torch.full(shape, math.nan),
+        "arrivals": torch.zeros(rows + 1, heads, dtype=torch.int32),
     }
 
 
 def run(
     kernels, op: str, tensors: dict, outputs: tuple[str, ...], **numbers: float
 ) -> None:
-    """Run an op, which must not write a row that is left out."""
+    """Run an op, which must not write a row that is left out.
+
+    Its counters must be zeros again, so that the next op, or a replayed graph, finds
+    them so.
+    """
     left_out = tensors["seq_lens"] < 0
     for name in outputs:
         tensors[name][left_out] = KEPT
-    kernels.run(op, tensors, outputs, **numbers)
+    kernels.run(op, tensors, (*outputs, "arrivals"), **numbers)
+    assert not tensors["arrivals"].any(), "arrivals do not end as zeros"
     for name in outputs:
         assert (tensors[name][left_out] == KEPT).all(), f"{name}: row not left out"
 

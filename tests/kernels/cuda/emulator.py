@@ -12,7 +12,8 @@ from filelock import FileLock
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 CSRC = ROOT / "csrc"
-EMULATION = [HERE / "host" / name for name in ("emulation.cpp", "matrices.cpp")]
+PARTS = ("emulation.cpp", "fibers.cpp", "matrices.cpp", "visibility.cpp")
+EMULATION = [HERE / "host" / name for name in PARTS]
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 FLAGS = ("-std=c++17", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror")
 # NOTE: to optimise all kernels for all shapes takes longer than to run them.

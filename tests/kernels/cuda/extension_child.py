@@ -134,11 +134,37 @@ def far_blocks() -> dict[str, bool]:
     return found
 
 
+def occupancies() -> dict[str, list[int] | str]:
+    """What `occupancy` says: of good questions its numbers, of bad ones its refusal."""
+    good = {
+        "op": "dense_decode",
+        "dtype": "bfloat16",
+        "kv_cache_dtype": "bfloat16",
+        "head_size": 128,
+        "device_index": 0,
+    }
+    changes = {op: {"op": op} for op in OPS} | {
+        "fp8": {"kv_cache_dtype": "float8_e4m3fn"},
+        "no op": {"op": "merge_splits"},
+        "dtype": {"dtype": "float32"},
+        "kv_cache_dtype": {"kv_cache_dtype": "float16"},
+        "head_size": {"head_size": 80},
+        "device_index": {"device_index": -1},
+    }
+    found = {}
+    for name, change in changes.items():
+        try:
+            found[name] = torch.ops.tidal.occupancy(**good | change)
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
 if __name__ == "__main__":
     schemas = {op: str(getattr(torch.ops.tidal, op).default._schema) for op in OPS}
     parts = (
         *(refusals, refused_arguments, opchecks),
-        *(agreement, longer_tensors, far_blocks),
+        *(agreement, longer_tensors, far_blocks, occupancies),
     )
     result = {part.__name__: part() for part in parts}
     json.dump(result | {"schemas": schemas, "path": cuda.__file__}, sys.stdout)

@@ -30,6 +30,7 @@ def good_arguments(op: str) -> dict:
             "topk_blocks": torch.zeros(S, G, 4, dtype=torch.int32),
             "topk_lens": torch.zeros(S, G, dtype=torch.int32),
             "mass": torch.zeros(S, G, N),
+            "arrivals": torch.zeros(S, H, dtype=torch.int32),
             **vars(RULE),
         }
     arguments = {
@@ -39,6 +40,7 @@ def good_arguments(op: str) -> dict:
         "seq_lens": good_seq_lens(op),
         "lse": torch.zeros(S, H),
         "partial_lse": torch.zeros(S, H, P),
+        "arrivals": torch.zeros(S, H, dtype=torch.int32),
         "scale": 0.125,
         "k_scale": 1.0,
         "v_scale": 1.0,

@@ -42,6 +42,13 @@ SAYS = {
     "two instructions at once": "while other lanes are at",
     "barrier that a warp skips": "deadlock: .* at sync_block",
     "shared memory past its end": "AddressSanitizer: heap-buffer-overflow",
+    "publish, fence, barrier, count": "ok",
+    "publish without a fence": "0 of 64 are seen",
+    "count before all threads have fenced": "[0-9]+ of 64 are seen",
+    "published numbers by an ordinary load": "0 of 64 are seen",
+    "read before the wait for earlier kernels": "AddressSanitizer: use-after-poison",
+    "never wait for earlier kernels": "the end without wait_for_earlier_kernels",
+    "let later kernels start first": "let_later_kernels_start without wait_for_earlier",
 }
 
 
@@ -79,7 +86,7 @@ def test_score_blocks_reads_no_byte_of_v(runner):
         run_dense(kernels, batch, case)
 
 
-# Threads run in order, in reverse, and in three random orders, new in each round.
+# Thread blocks and threads run in order, in reverse, and in three random orders.
 SCHEDULES = (0, 1, 2, 3, 4)
 
 
@@ -95,8 +102,9 @@ def each_order(runner, results):
 
 @pytest.mark.parametrize("size", [1, 32])
 def test_dense_decode_in_any_order_of_threads(runner, size):
+    """Three splits, of eight heads: so every warp leaves some of a split's result."""
     case = KernelCase(
-        4, 2, 64, lens=(300, -1, 33), select_block_size=size, block_size=32
+        8, 1, 64, lens=(1300, -1, 33), select_block_size=size, block_size=32
     )
     batch = case.make()
 
@@ -107,8 +115,22 @@ def test_dense_decode_in_any_order_of_threads(runner, size):
     each_order(runner, results)
 
 
+def test_splits_are_added_in_their_own_order(runner):
+    """Four splits that weigh alike; any order but theirs loses one of the 2.0."""
+    case = KernelCase(1, 1, 64, lens=(2048,), splits=4)
+    batch = case.make()
+    batch = replace(batch, query=torch.zeros_like(batch.query))
+    of_splits = torch.tensor([2.0**30, -(2.0**30), 2.0, 2.0])
+    of_blocks = of_splits.repeat_interleave(32).to(batch.kv_cache.dtype)
+    blocks = batch.block_table[0, :128].long()
+    batch.kv_cache[blocks, 0, :, 64:] = of_blocks[:, None, None]
+    for schedule in SCHEDULES:
+        kernels = Emulator(runner, schedule)
+        assert (run_dense(kernels, batch, case)["output"] == 1.0).all(), schedule
+
+
 def test_score_blocks_in_any_order_of_threads(runner):
-    case = KernelCase(4, 2, 256, fp8=True, lens=(300, -1, 33))
+    case = KernelCase(4, 2, 256, fp8=True, lens=(1300, -1, 33))
     batch = case.make()
 
     def results(kernels):
@@ -133,11 +155,12 @@ def test_sparse_decode_in_any_order_of_threads(runner, case):
     each_order(runner, results)
 
 
-def test_select_blocks_in_any_order_of_threads(runner):
+@pytest.mark.parametrize("heads, blocks, levels", [(16, 1500, 50), (2, 17000, 4096)])
+def test_select_blocks_in_any_order_of_threads(runner, heads, blocks, levels):
+    """Of heads that threads share; of more masses than one round of them takes."""
     rule = rule_of(300, 1, 2, 9)
+    lens = [blocks, -1, blocks * 3 // 5]
+    mass = masses(3, heads, blocks, levels=levels)
     each_order(
-        runner,
-        lambda kernels: select(
-            kernels, masses(3, 2, 1500, levels=50), [1500, -1, 900], rule, num_sets=2
-        )[1:],
+        runner, lambda kernels: select(kernels, mass, lens, rule, num_sets=2)[1:]
     )

@@ -97,13 +97,32 @@ def test_schemas_name_what_is_written(child):
         op: re.findall(r"Tensor\(\w!\)\?? (\w+)", schema)
         for op, schema in child["schemas"].items()
     }
-    attend = ["lse", "partial_lse", "output", "partial_out", "block_lse"]
+    scratch = ["partial_lse", "arrivals"]
+    attend = ["lse", *scratch, "output", "partial_out", "block_lse"]
     assert writes == {
         **dict.fromkeys(ATTENDING, attend),
-        "select_blocks": ["topk_blocks", "topk_lens", "mass"],
+        "select_blocks": ["topk_blocks", "topk_lens", "mass", "arrivals"],
     }
     schemas = {child["schemas"][op].partition("(")[2] for op in ATTENDING}
     assert len(schemas) == 1
+
+
+def test_occupancy(child):
+    """Here of a GPU that is not there: threads and shared memory alone are known."""
+    found = child["occupancies"]
+    numbers = {name: use for name, use in found.items() if isinstance(use, list)}
+    assert numbers.keys() == {*OPS, "fp8"}
+    assert all(len(use) == 8 and use[1] > 0 and use[3] > 0 for use in numbers.values())
+    assert numbers["fp8"][3] < numbers["dense_decode"][3]
+    assert {name: use for name, use in found.items() if name not in numbers} == {
+        "no op": "occupancy: op is merge_splits; allowed: dense_decode, score_blocks, "
+        "sparse_decode or select_blocks",
+        "dtype": "occupancy: dtype is float32; allowed: bfloat16 or float16",
+        "kv_cache_dtype": "occupancy: kv_cache_dtype is float16; allowed: bfloat16 or "
+        "float8_e4m3fn",
+        "head_size": "occupancy: head_size is 80; allowed: 64, 96, 128 or 256",
+        "device_index": "occupancy: device_index is -1; allowed: 0 or more",
+    }
 
 
 def test_without_the_extension_the_import_says_so():

@@ -21,6 +21,7 @@ from tests.kernels.cuda.op_arguments import (
 )
 from tests.kernels.cuda.test_select_blocks import masses, select
 from tests.support.rules import rule_of
+from tidal_vllm.kernels.cuda_limits import HEAD_SIZES
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU and the extension built for it"
@@ -75,6 +76,18 @@ def test_a_graph_replayed_gives_the_bits_of_an_eager_call(op):
     torch.cuda.synchronize()
     for tensor, before in zip(written, replayed, strict=True):
         assert torch.equal(tensor, before)
+    assert not workspace.arrivals.any()
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("cache", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_every_kernel_fits_without_local_memory(op, cache, head_size):
+    import tidal_vllm.kernels.cuda  # noqa: F401
+
+    use = torch.ops.tidal.occupancy(op, "bfloat16", cache, head_size, 0)
+    blocks, _, _, _, local_bytes, *_ = use
+    assert blocks >= 1 and local_bytes == 0, use
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -45,8 +45,11 @@ def select(kernels, mass, seq_lens, rule, *, num_sets=1, max_blocks=None, stride
         "topk_blocks": blocks[..., :max_blocks],
         "topk_lens": lens[:, :num_sets],
         "mass": torch.full((rows + 1, num_sets, used + 3), math.nan),
+        "arrivals": torch.zeros(rows + 1, heads, dtype=torch.int32),
     }
-    kernels.run("select_blocks", tensors, ("topk_blocks", "topk_lens"), **vars(rule))
+    outputs = ("topk_blocks", "topk_lens", "arrivals")
+    kernels.run("select_blocks", tensors, outputs, **vars(rule))
+    assert not tensors["arrivals"].any(), "arrivals do not end as zeros"
     return tensors, blocks, lens
 
 
@@ -75,6 +78,7 @@ CASES = [
     case("64K", 4096, [65536, 65521, 4097, 4096], 4096, 16, 16, 1024, 4096, quick=True),
     case("ties", 300, [4800, 4777], 1024, 16, 16, 300, 3, quick=True),
     case("two chunks and a bit", 1025, [16400, 16399, 16385], 1024, 16, 0, 1, 4096),
+    case("ties in three chunks", 34000, [34000, 33333], 9000, 1, 1, 340, 50),
     case("one more than forced", 300, [4800, 4777], 48, 16, 16, 1, 4096),
     case("single tokens", 3000, [3000, 2999, 1025, 17], 1024, 1, 1, 340, 3),
     case("single tokens, all free", 3000, [3000, 2999, 1025, 17], 1024, 1, 0, 1, 4096),
@@ -121,6 +125,7 @@ def test_masses_that_differ_in_any_bit(kernels, spread):
         "topk_blocks": torch.zeros(1, 1, 700, dtype=torch.int32),
         "topk_lens": torch.zeros(1, 1, dtype=torch.int32),
         "mass": torch.zeros(1, 1, 3000),
+        "arrivals": torch.zeros(1, 1, dtype=torch.int32),
     }
     if spread == 80.0:
         tensors["block_lse"] /= 16
@@ -171,6 +176,7 @@ def test_heads_weigh_alike_whatever_their_lse(kernels):
         "topk_blocks": torch.zeros(1, 1, 2, dtype=torch.int32),
         "topk_lens": torch.zeros(1, 1, dtype=torch.int32),
         "mass": torch.zeros(1, 1, 4),
+        "arrivals": torch.zeros(1, 2, dtype=torch.int32),
     }
     outputs = ("topk_blocks", "topk_lens", "mass")
     kernels.run("select_blocks", tensors, outputs, **vars(rule_of(2, 1)))

@@ -77,6 +77,14 @@ def test_any_number_of_splits(kernels, splits, size):
     check(kernels, case, batch, *make_sets(batch, case, "kv_head", most=700))
 
 
+def test_sets_of_one_row_that_are_split_differently(kernels):
+    """Into five and three; each head group counts its own splits to the end."""
+    case = KernelCase(4, 2, 64, lens=(900,), splits=5)
+    batch = case.make()
+    blocks, _ = all_blocks(case, 2)
+    check(kernels, case, batch, blocks, torch.tensor([[57, 20]], dtype=torch.int32))
+
+
 def all_blocks(case: KernelCase, num_sets: int) -> tuple[torch.Tensor, torch.Tensor]:
     """topk_blocks and topk_lens of sets that hold every block."""
     counts = [-(-n // case.select_block_size) for n in case.lens]

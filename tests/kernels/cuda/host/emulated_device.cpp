@@ -3,7 +3,6 @@
 
 #include "dense_decode.cuh"
 #include "launch.h"
-#include "merge_splits.cuh"
 #include "select_blocks.cuh"
 #include "sparse_decode.cuh"
 
@@ -22,14 +21,6 @@ namespace {
 
 using emulation::Dim;
 
-void launch_merge(const AttendParams& p) {
-  if (p.splits == 1) return;
-  emulation::launch(Dim{p.num_heads, p.num_rows}, kMergeThreads, 0, [&] {
-    p.element == Element::kBf16 ? merge_splits_kernel<bf16>(p)
-                                : merge_splits_kernel<fp16>(p);
-  });
-}
-
 template <bool kReadValues, class KernelOf>
 void launch_attend(const AttendParams& p, const KernelOf& kernel_of) {
   for_shape<kReadValues>(p, [&](auto shape) {
@@ -37,7 +28,17 @@ void launch_attend(const AttendParams& p, const KernelOf& kernel_of) {
     emulation::launch(Dim{thread_blocks(p), p.splits, p.num_rows}, S::threads,
                       S::shared_bytes, [&] { kernel_of(shape)(p); });
   });
-  launch_merge(p);
+}
+
+// As far as it is known without a GPU.
+template <bool kReadValues>
+KernelUse use_of_attend(const AttendParams& p) {
+  KernelUse use{};
+  for_shape<kReadValues>(p, [&](auto shape) {
+    use.threads = decltype(shape)::threads;
+    use.shared_bytes = decltype(shape)::shared_bytes;
+  });
+  return use;
 }
 
 }  // namespace
@@ -56,12 +57,23 @@ void launch_sparse_decode(const AttendParams& p, const Stream&) {
                       [](auto shape) { return sparse_decode_kernel<decltype(shape)>; });
 }
 
+KernelUse use_of_dense_decode(const AttendParams& p, int) { return use_of_attend<true>(p); }
+KernelUse use_of_score_blocks(const AttendParams& p, int) {
+  return use_of_attend<false>(p);
+}
+KernelUse use_of_sparse_decode(const AttendParams& p, int) {
+  return use_of_attend<true>(p);
+}
+KernelUse use_of_select_blocks(int) {
+  KernelUse use{};
+  use.threads = kSelectThreads;
+  use.shared_bytes = kSelectSharedBytes;
+  return use;
+}
+
 void launch_select_blocks(const SelectParams& p, const Stream&) {
-  const int blocks = larger(1, ceil_div(p.num_blocks, kMassThreads));
-  emulation::launch(Dim{blocks, p.num_sets, p.num_rows}, kMassThreads, 0,
-                    [&] { sum_masses(p); });
-  emulation::launch(Dim{p.num_sets, p.num_rows}, kChooseThreads, sizeof(ChooseShared),
-                    [&] { choose_blocks(p); });
+  emulation::launch(Dim{count_tiles(p), p.num_sets, p.num_rows}, kSelectThreads,
+                    kSelectSharedBytes, [&] { select_blocks_kernel(p); });
 }
 
 }  // namespace tidal

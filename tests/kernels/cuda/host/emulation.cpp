@@ -1,177 +1,17 @@
-#include "primitives.cuh"
-
-#include <sys/mman.h>
+#include "fibers.h"
 
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
-#include <deque>
-#include <memory>
 #include <numeric>
-#include <random>
 #include <stdexcept>
-#include <string>
-#include <vector>
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
-
-#ifndef __x86_64__
-#error "The fibers are switched in x86-64 assembly."
-#endif
-
-// Saves the registers that a call must preserve, stores the stack pointer in *from, and
-// goes on where the stack pointer `to` was stored.
-asm(R"(
-.text
-.globl tidal_switch
-.type tidal_switch, @function
-tidal_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size tidal_switch, .-tidal_switch
-)");
-extern "C" void tidal_switch(void** from, void* to);
 
 namespace tidal::emulation {
 namespace {
 
-constexpr size_t kStackBytes = 256 << 10;
-constexpr int kPage = 4096;
-
-struct Barrier {
-  int expected = 0, arrived = 0;
-  unsigned generation = 0;
-};
-
-struct Copy {
-  char* to;
-  const char* from;
-  bool valid;
-};
-
-struct Fiber {
-  void* stack_pointer;
-  char* stack;  // lowest usable byte
-  void* fake_stack = nullptr;
-  int thread = 0;
-  bool done = false;
-  const Barrier* waits_for = nullptr;
-  unsigned waits_since = 0;
-  const char* at = "the start";
-  unsigned exchanges = 0;
-  std::vector<Copy> open_group;
-  std::deque<std::vector<Copy>> groups;
-};
-
-struct Warp {
-  Barrier barrier;
-  char slots[2][32 * kSlotBytes];
-  const char* what[2];
-  bool in_sync = false;  // the lanes that wait do so at sync_warp
-  bool unsynced_copies = false;
-};
-
-struct Block {
-  Dim index;
-  std::vector<Warp> warps;
-  Barrier barrier;
-  std::unique_ptr<char[]> shared;
-};
-
-struct Machine {
-  std::vector<Fiber> fibers;
-  Fiber* current = nullptr;
-  Block* block = nullptr;
-  const std::function<void()>* kernel = nullptr;
-  void* scheduler = nullptr;
-  void* scheduler_fake_stack = nullptr;
-  const void* scheduler_stack = nullptr;
-  size_t scheduler_stack_bytes = 0;
-  std::string error;
-} machine;
-
-unsigned schedule_seed = 0;
-
-void leave(bool for_good) {
-  Fiber& fiber = *machine.current;
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(for_good ? nullptr : &fiber.fake_stack,
-                                 machine.scheduler_stack, machine.scheduler_stack_bytes);
-#endif
-  (void)for_good;
-  tidal_switch(&fiber.stack_pointer, machine.scheduler);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(fiber.fake_stack, nullptr, nullptr);
-#endif
-}
-
-void resume(Fiber& fiber) {
-  machine.current = &fiber;
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&machine.scheduler_fake_stack, fiber.stack, kStackBytes);
-#endif
-  tidal_switch(&machine.scheduler, fiber.stack_pointer);
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(machine.scheduler_fake_stack, nullptr, nullptr);
-#endif
-}
-
-void run_thread() {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack,
-                                  &machine.scheduler_stack_bytes);
-#endif
-  Fiber& fiber = *machine.current;
-  (*machine.kernel)();
-  if (!fiber.open_group.empty() || !fiber.groups.empty()) {
-    fail("copies that nobody waited for at the end");
-  }
-  fiber.done = true;
-  leave(true);
-  std::abort();
-}
-
-void prepare(Fiber& fiber, int thread) {
-  if (fiber.stack == nullptr) {
-    void* memory = mmap(nullptr, kStackBytes + kPage, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED || mprotect(memory, kPage, PROT_NONE) != 0) {
-      throw std::runtime_error("no memory for a fiber's stack");
-    }
-    fiber.stack = static_cast<char*>(memory) + kPage;
-  }
-  char* const stack = fiber.stack;
-#if defined(__SANITIZE_ADDRESS__)
-  // Frames that never returned have left the stack poisoned.
-  __asan_unpoison_memory_region(stack, kStackBytes);
-#endif
-  fiber = Fiber{};
-  fiber.stack = stack;
-  fiber.thread = thread;
-  // The stack looks as tidal_switch leaves it: six registers, then the address to go on
-  // at. A null return address stands above, so that the ABI's alignment holds.
-  void** top = reinterpret_cast<void**>(stack + kStackBytes);
-  *--top = nullptr;
-  *--top = reinterpret_cast<void*>(&run_thread);
-  for (int i = 0; i < 6; ++i) *--top = nullptr;
-  fiber.stack_pointer = top;
-}
+// In a random schedule.
+constexpr int kBlocksAtOnce = 8;
+constexpr int kRoundsAsleep = 32;
 
 void arrive(Barrier& barrier, const char* at) {
   Fiber& fiber = *machine.current;
@@ -190,39 +30,88 @@ bool blocked(const Fiber& fiber) {
   return fiber.waits_for && fiber.waits_for->generation == fiber.waits_since;
 }
 
-Warp& my_warp() { return machine.block->warps[machine.current->thread / 32]; }
+void start(Block& block, Dim grid, int number, Fiber* fibers) {
+  const int threads = static_cast<int>(block.warps.size()) * 32;
+  block.index = {number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y};
+  block.live = threads;
+  block.barrier = Barrier{threads};
+  for (Warp& warp : block.warps) {
+    warp.barrier = Barrier{32};
+    warp.unsynced_copies = false;
+  }
+  for (int thread = 0; thread < threads; ++thread) prepare(fibers[thread], block, thread);
+}
 
-void run_block(int threads, std::vector<int>& order, std::mt19937& random) {
-  int live = threads;
-  bool progress = true;
-  while (live > 0) {
-    // In a random schedule most warps sleep in each round, so that one warp can get far
-    // ahead of another.
-    unsigned awake = ~0u;
-    if (schedule_seed > 1) {
-      std::shuffle(order.begin(), order.end(), random);
-      if (progress) awake = static_cast<unsigned>(random() & random());
-    }
-    progress = false;
-    for (int thread : order) {
-      Fiber& fiber = machine.fibers[thread];
-      if (fiber.done || blocked(fiber) || !(awake >> thread / 32 & 1)) continue;
-      fiber.waits_for = nullptr;
-      resume(fiber);
-      progress = true;
-      if (!machine.error.empty()) throw std::runtime_error(machine.error);
-      if (fiber.done) --live;
-    }
-    if (!progress && awake == ~0u) {
-      std::string where = "deadlock:";
-      for (const Fiber& fiber : machine.fibers) {
-        if (fiber.thread < threads && !fiber.done && fiber.thread % 32 < 2) {
-          where += " thread " + std::to_string(fiber.thread) + " at " + fiber.at + ";";
-        }
-      }
-      throw std::runtime_error(where);
+// Gives each thread one turn in the given order, unless it waits or its warp sleeps.
+// Returns whether any thread went on.
+bool run_round(const std::vector<int>& order, const std::vector<bool>& awake) {
+  bool progress = false;
+  for (int i : order) {
+    Fiber& fiber = machine.fibers[i];
+    if (fiber.done || blocked(fiber) || !awake[i / 32]) continue;
+    fiber.waits_for = nullptr;
+    resume(fiber);
+    progress = true;
+    if (!machine.error.empty()) throw std::runtime_error(machine.error);
+    if (fiber.done) --fiber.block->live;
+  }
+  return progress;
+}
+
+[[noreturn]] void report_deadlock(const std::vector<int>& order) {
+  std::string where = "deadlock:";
+  for (int i : order) {
+    const Fiber& fiber = machine.fibers[i];
+    if (!fiber.done && fiber.thread % 32 < 2) {
+      where += " thread " + std::to_string(fiber.thread) + " at " + fiber.at + ";";
     }
   }
+  throw std::runtime_error(where);
+}
+
+// Runs the thread blocks of `numbers`, as many at once as there are `blocks`.
+void run_blocks(Dim grid, const std::vector<int>& numbers, std::vector<Block>& blocks,
+                size_t shared_bytes) {
+  const int threads = static_cast<int>(blocks[0].warps.size()) * 32;
+  const int at_once = static_cast<int>(blocks.size());
+  std::vector<int> order(threads * at_once);
+  std::iota(order.begin(), order.end(), 0);
+  if (schedule_seed == 1) std::reverse(order.begin(), order.end());
+  std::vector<bool> awake(order.size() / 32, true);
+  size_t next = 0;
+  bool progress = true;
+  int round = 0, asleep_in_vain = 0;
+  for (;;) {
+    bool any_live = false;
+    for (int slot = 0; slot < at_once; ++slot) {
+      if (blocks[slot].live == 0 && next < numbers.size()) {
+        if (at_once == 1) set_guards(true);
+        std::memset(blocks[slot].shared.get(), 0xff, shared_bytes);
+        start(blocks[slot], grid, numbers[next++], &machine.fibers[slot * threads]);
+      }
+      any_live = any_live || blocks[slot].live > 0;
+    }
+    if (!any_live) return;
+    // In a random schedule a quarter of the warps sleep for some rounds, so that one warp
+    // can get far ahead of another.
+    const bool all_awake = schedule_seed <= 1 || (!progress && asleep_in_vain++ > 8);
+    if (all_awake || !progress || round % kRoundsAsleep == 0) {
+      for (size_t warp = 0; warp < awake.size(); ++warp) {
+        awake[warp] = all_awake || machine.random() % 4 != 0;
+      }
+    }
+    ++round;
+    if (schedule_seed > 1) std::shuffle(order.begin(), order.end(), machine.random);
+    progress = run_round(order, awake);
+    if (progress) asleep_in_vain = 0;
+    if (!progress && all_awake) report_deadlock(order);
+  }
+}
+
+void end_launch() {
+  set_guards(false);
+  machine.current = nullptr;
+  write_published();
 }
 
 }  // namespace
@@ -249,45 +138,47 @@ void launch(Dim grid, int threads, int shared_bytes,
   }
   machine.kernel = &kernel;
   machine.error.clear();
-  const auto count = static_cast<size_t>(threads);
-  if (machine.fibers.size() < count) machine.fibers.resize(count);
-  std::vector<int> order(threads);
-  std::iota(order.begin(), order.end(), 0);
-  if (schedule_seed == 1) std::reverse(order.begin(), order.end());
-  std::mt19937 random(schedule_seed);
-  Block block;
-  block.shared.reset(new char[shared_bytes]);
-  block.warps.resize(threads / 32);
-  machine.block = &block;
-  const int blocks = grid.x * grid.y * grid.z;
-  for (int i = 0; i < blocks; ++i) {
-    const int n = schedule_seed == 1 ? blocks - 1 - i : i;
-    block.index = {n % grid.x, n / grid.x % grid.y, n / grid.x / grid.y};
-    std::memset(block.shared.get(), 0xff, shared_bytes);
-    block.barrier = Barrier{threads};
-    for (Warp& warp : block.warps) {
-      warp.barrier = Barrier{32};
-      warp.unsynced_copies = false;
-    }
-    for (int thread = 0; thread < threads; ++thread) {
-      prepare(machine.fibers[thread], thread);
-    }
-    run_block(threads, order, random);
+  machine.random.seed(schedule_seed);
+  std::vector<int> numbers(static_cast<size_t>(grid.x) * grid.y * grid.z);
+  std::iota(numbers.begin(), numbers.end(), 0);
+  if (schedule_seed == 1) std::reverse(numbers.begin(), numbers.end());
+  if (schedule_seed > 1) std::shuffle(numbers.begin(), numbers.end(), machine.random);
+  const size_t at_once = schedule_seed > 1 ? kBlocksAtOnce : 1;
+  std::vector<Block> blocks(std::min(at_once, numbers.size()));
+  for (Block& block : blocks) {
+    block.shared.reset(new char[shared_bytes]);
+    block.warps.resize(threads / 32);
   }
-  machine.current = nullptr;
-  machine.block = nullptr;
+  const size_t fibers = blocks.size() * threads;
+  if (machine.fibers.size() < fibers) machine.fibers.resize(fibers);
+  // Of an earlier launch, perhaps of other thread blocks.
+  for (size_t i = 0; i < fibers; ++i) machine.fibers[i].done = true;
+  set_guards(true);
+  try {
+    run_blocks(grid, numbers, blocks, shared_bytes);
+  } catch (...) {
+    end_launch();
+    throw;
+  }
+  end_launch();
 }
 
 int thread_index() { return machine.current->thread; }
-Dim block_index() { return machine.block->index; }
-char* shared_memory() { return machine.block->shared.get(); }
+Dim block_index() { return my_block().index; }
+char* shared_memory() { return my_block().shared.get(); }
 
-void sync_block() {
-  Barrier& barrier = machine.block->barrier;
-  if (barrier.arrived + 1 == barrier.expected) {
-    for (Warp& warp : machine.block->warps) warp.unsynced_copies = false;
+void sync_block() { any_in_block(false); }
+
+bool any_in_block(bool yes) {
+  Block& block = my_block();
+  const unsigned now = block.barrier.generation % 2;
+  block.any[now] = block.any[now] || yes;
+  if (block.barrier.arrived + 1 == block.barrier.expected) {
+    block.any[1 - now] = false;  // all threads have seen what it was
+    for (Warp& warp : block.warps) warp.unsynced_copies = false;
   }
-  arrive(barrier, "sync_block");
+  arrive(block.barrier, "sync_block");
+  return block.any[now];
 }
 
 void sync_warp() {

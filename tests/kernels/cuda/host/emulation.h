@@ -4,7 +4,10 @@
 // The emulation is stricter than a GPU where that finds mistakes: shared memory starts as
 // NaN; the target of an asynchronous copy is NaN until the copy was waited for, and
 // reading it needs a barrier after that wait; addresses must be aligned; and a seed
-// chooses the order in which threads run.
+// chooses the order in which thread blocks and threads run. What a thread publishes is
+// seen by read_published alone, and only after the thread's fence, until the kernel ends:
+// an ordinary load gets the old value, as from a stale L1. Guarded memory must not be
+// touched before wait_for_earlier_kernels, which every thread has to call.
 #pragma once
 
 #include <cmath>
@@ -23,9 +26,13 @@ struct Dim {
 
 // Runs `kernel` in every thread of every thread block of the grid.
 void launch(Dim grid, int threads, int shared_bytes, const std::function<void()>& kernel);
-// Schedule 0 runs the threads in order, 1 in reverse; any other number is the seed of a
-// new random order in each round.
+// Schedule 0 runs the thread blocks one after the other and their threads in order, 1 in
+// reverse. Any other number is a seed: thread blocks start in a random order, eight of
+// them are under way at once, and their threads run in a new random order in each round.
 void set_schedule(unsigned schedule);
+// Memory that kernels must not touch before wait_for_earlier_kernels: AddressSanitizer
+// reports who does.
+void guard(void* memory, size_t bytes);
 
 [[noreturn]] void fail(const char* format, ...);
 
@@ -33,7 +40,15 @@ int thread_index();
 Dim block_index();
 char* shared_memory();
 void sync_block();
+bool any_in_block(bool yes);
 void sync_warp();
+void wait_for_earlier_kernels();
+void let_later_kernels_start();
+void fence_device();
+void publish(float* to, float value);
+float read_published(const float* from);
+unsigned atomic_inc_wrapping(unsigned* counter, unsigned most);
+void check_quad(const float* address);
 // Fails unless there was a barrier since the last wait for copies.
 void check_readable(const char* what);
 void copy_async(char* to, const char* from, bool valid);
@@ -103,7 +118,26 @@ inline int block_y() { return emulation::block_index().y; }
 inline int block_z() { return emulation::block_index().z; }
 inline char* shared_memory() { return emulation::shared_memory(); }
 inline void sync_block() { emulation::sync_block(); }
+inline bool any_in_block(bool yes) { return emulation::any_in_block(yes); }
 inline void sync_warp() { emulation::sync_warp(); }
+
+inline void wait_for_earlier_kernels() { emulation::wait_for_earlier_kernels(); }
+inline void let_later_kernels_start() { emulation::let_later_kernels_start(); }
+inline void fence_device() { emulation::fence_device(); }
+inline void publish(float* to, float value) { emulation::publish(to, value); }
+inline float read_published(const float* from) { return emulation::read_published(from); }
+inline void publish_quad(float* to, const float (&values)[4]) {
+  emulation::check_quad(to);
+  for (int i = 0; i < 4; ++i) publish(to + i, values[i]);
+}
+inline void read_published_quad(float (&to)[4], const float* from) {
+  emulation::check_quad(from);
+  for (int i = 0; i < 4; ++i) to[i] = read_published(from + i);
+}
+inline void load_quad(float (&to)[4], const float* from) {
+  emulation::check_quad(from);
+  std::memcpy(to, from, sizeof(to));
+}
 
 template <class V>
 V shuffle(V value, int lane) {
@@ -127,6 +161,9 @@ inline unsigned ballot(bool yes) {
 inline int bit_count(unsigned bits) { return __builtin_popcount(bits); }
 inline int lowest_bit(unsigned bits) { return __builtin_ctz(bits); }
 inline void atomic_add_shared(int* address, int value) { *address += value; }
+inline unsigned atomic_inc_wrapping(unsigned* counter, unsigned most) {
+  return emulation::atomic_inc_wrapping(counter, most);
+}
 
 inline unsigned float_bits(float value) {
   unsigned bits;

@@ -57,7 +57,9 @@ tidal::TensorView tensor(const std::string& name) {
   for (int i = 0; i < view.rank; ++i) meta >> view.sizes[i];
   for (int i = 0; i < view.rank; ++i) meta >> view.strides[i];
   if (!meta) throw std::logic_error("bad meta of " + name);
-  view.data = records.at(name).data.get() + offset_bytes;
+  const Bytes& bytes = records.at(name);
+  tidal::emulation::guard(bytes.data.get(), bytes.size);
+  view.data = bytes.data.get() + offset_bytes;
   return view;
 }
 

@@ -112,36 +112,80 @@ void count_units() {
   units.check(checks, cache);
 }
 
-const std::map<std::string, void (*)()> kernels = {
-    {"copy, wait, barrier, read", [] { copy_16(true, true, 0); }},
-    {"read without a barrier", [] { copy_16(true, false, 0); }},
-    {"end without a wait", [] { copy_16(false, true, 0); }},
-    {"copy from an odd address", [] { copy_16(true, true, 8); }},
+float published[64];
+
+// Each thread of two thread blocks publishes a 1; the last of the two adds them up.
+void add_up(bool fence, bool barrier, bool past_l1) {
+  static unsigned counter = 0;
+  const int thread = thread_index();
+  publish(&published[block_x() * 32 + thread], 1.f);
+  if (fence) fence_device();
+  if (barrier) sync_block();
+  const bool last = any_in_block(thread == 0 && atomic_inc_wrapping(&counter, 1) == 1);
+  if (!last || thread > 0) return;
+  float sum = 0.f;
+  for (float& number : published) sum += past_l1 ? read_published(&number) : number;
+  if (sum != 64.f) emulation::fail("%d of 64 are seen", static_cast<int>(sum));
+}
+
+int* const earlier = new int[4]{};  // what an earlier kernel wrote
+
+struct Test {
+  void (*kernel)();
+  int threads = 32, blocks = 1;
+  bool waits = true;  // for earlier kernels, before it begins
+};
+
+const std::map<std::string, Test> tests = {
+    {"copy, wait, barrier, read", {[] { copy_16(true, true, 0); }}},
+    {"read without a barrier", {[] { copy_16(true, false, 0); }}},
+    {"end without a wait", {[] { copy_16(false, true, 0); }}},
+    {"copy from an odd address", {[] { copy_16(true, true, 8); }}},
     {"ballot that some lanes skip",
-     [] {
+     {[] {
        if (thread_index() % 2) ballot(true);
-     }},
+     }}},
     {"two instructions at once",
-     [] { thread_index() < 16 ? (void)ballot(true) : sync_warp(); }},
+     {[] { thread_index() < 16 ? (void)ballot(true) : sync_warp(); }}},
     {"barrier that a warp skips",
-     [] {
-       if (thread_index() < 32) sync_block();
-     }},
-    {"shared memory past its end", [] { shared_memory()[2048] = 1; }},
-    {"mma", multiply},
-    {"ldmatrix", transpose},
-    {"e4m3 by shifts", widen},
-    {"division", divide},
+     {[] {
+        if (thread_index() < 32) sync_block();
+      },
+      64}},
+    {"shared memory past its end", {[] { shared_memory()[2048] = 1; }}},
+    {"publish, fence, barrier, count", {[] { add_up(true, true, true); }, 32, 2}},
+    {"publish without a fence", {[] { add_up(false, true, true); }, 32, 2}},
+    {"count before all threads have fenced", {[] { add_up(true, false, true); }, 32, 2}},
+    {"published numbers by an ordinary load", {[] { add_up(true, true, false); }, 32, 2}},
+    {"read before the wait for earlier kernels",
+     {[] {
+        if (earlier[0] == 0) wait_for_earlier_kernels();
+      },
+      32, 1, false}},
+    {"never wait for earlier kernels", {[] {}, 32, 1, false}},
+    {"let later kernels start first", {[] { let_later_kernels_start(); }, 32, 1, false}},
+    {"mma", {multiply}},
+    {"ldmatrix", {transpose}},
+    {"e4m3 by shifts", {widen}},
+    {"division", {divide}},
 };
 
 }  // namespace
 
 int main(int, char** arguments) {
   const std::string name = arguments[1];
+  emulation::guard(earlier, 4 * sizeof(int));
   try {
     if (name == "a cache of too many units") count_units();
-    const int threads = name == "barrier that a warp skips" ? 64 : 32;
-    emulation::launch({}, threads, 2048, kernels.at(name));
+    const Test& test = tests.at(name);
+    for (unsigned schedule = 0; schedule < 40; ++schedule) {
+      emulation::set_schedule(schedule);
+      for (float& number : published) number = 0.f;
+      emulation::launch({test.blocks}, test.threads, 2048, [&] {
+        if (test.waits) wait_for_earlier_kernels();
+        test.kernel();
+      });
+    }
     std::cout << "ok";
   } catch (const std::exception& error) {
     std::cout << error.what();
