@@ -29,6 +29,7 @@ from tidal_vllm.engine.batch import (
     is_captured,
     requests_from,
 )
+from tidal_vllm.engine.drafts import draft_startup
 from tidal_vllm.engine.metrics import DecodeCounters
 from tidal_vllm.engine.query_rows import QueryRows, row_lens
 from tidal_vllm.engine.state import (
@@ -63,16 +64,17 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        startup = resolve(vllm_config)
-        self.plan, self.rule = startup.plan, startup.rule
         impls = _tidal_impls(vllm_config)
+        of_draft = all(impls[name].is_draft for name in layer_names)
+        startup = draft_startup(vllm_config) if of_draft else resolve(vllm_config)
+        self.plan, self.rule = startup.plan, startup.rule
         roles = self._roles_of(impls)
         self.roles = {name: roles[name] for name in layer_names}
         selective = [n for n, r in roles.items() if r in (Role.SELECT, Role.SPARSE)]
         selective_here = [name for name in selective if name in self.roles]
         _require_one_state({name: impls[name] for name in selective})
         # Of the group with the first SELECT layer, or with the first layer of all.
-        self.is_primary = next(iter(selective or impls)) in self.roles
+        self.is_primary = not of_draft and next(iter(selective or impls)) in self.roles
         self.counters = DecodeCounters()
         self.num_steps = 0
         self.state: SparseState | None = None
@@ -85,7 +87,7 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
                 for name in selective_here
             }
         self.max_decode_query_len = max_decode_query_len(vllm_config)
-        if self.plan.sparse:
+        if self.plan.sparse or of_draft:  # one threshold serves all groups
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.query_rows: QueryRows | None = None
         if self.state is not None and self.max_decode_query_len > 1:
@@ -101,6 +103,10 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
             backend.get_builder_cls(), kv_cache_spec, layer_names, vllm_config, device
         )
         self.dense_builder, self.prefill_builder = new_builder(), new_builder()
+        # What the V2 runner records a draft's steps by, in one CUDA graph.
+        self.supports_draft_decode_metadata_update = (
+            of_draft and self.dense_builder.supports_draft_decode_metadata_update
+        )
         if self.is_primary:
             self._print_plan(startup.config, backend)
 
@@ -192,6 +198,10 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         dense = self.dense_builder.build_for_drafting(common, draft_index)
         return self._metadata(common, 0, 0, False, dense, None)
 
+    def update_draft_decode_metadata(self, metadata: TidalMetadata) -> None:
+        """Bring a draft's metadata to its next step, in place."""
+        self.dense_builder.update_draft_decode_metadata(metadata.dense)
+
     def _advance_step(
         self,
         common: CommonAttentionMetadata,
@@ -249,11 +259,10 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
     def _roles_of(self, impls: dict[str, Any]) -> dict[str, Role]:
         """The role of each layer of this worker, once they are those of the plan."""
         roles = dict.fromkeys(impls, Role.DENSE)
-        # A draft model's layers know their own configuration: none of them is sparse.
         indices = {
             name: extract_layer_index(name)
             for name, impl in impls.items()
-            if impl.kernels is not None
+            if impl.kernels is not None  # a draft model's layers have none
         }
         if not indices:
             return roles
