@@ -175,13 +175,16 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
             )
             return output
         if batch.prefills is not None:
-            rest = slice(batch.num_decode_tokens, None)
+            rest = batch.prefill_tokens
+            found = output[rest]  # a copy, where the tokens are not side by side
             self._attend_densely(
                 layer,
                 *(query[rest], key[rest], value[rest], kv_cache),
                 batch.prefills,
-                output[rest],
+                found,
             )
+            if isinstance(rest, torch.Tensor):
+                output[rest] = found
         for part in batch.parts:
             self._decode(layer, role, batch, part, query, kv_cache, output)
         return output
