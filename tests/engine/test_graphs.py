@@ -22,6 +22,7 @@ from tests.support.replay import (
 )
 from tests.support.watching import counters
 from tidal_vllm.engine.metadata import TidalMetadataBuilder
+from tidal_vllm.engine.scheduler import tails_decode
 from tidal_vllm.engine.torch_dense import ReferenceBackend
 
 pytestmark = pytest.mark.usefixtures("written")
@@ -148,6 +149,23 @@ class TestReplay:
         request = SimpleNamespace(request_id="tail", num_prompt_tokens=257)
         clean = found._clean_position_after(request, 256, 1)
         assert clean == (256 if tails_decode else 257)
+
+    @pytest.mark.parametrize(
+        ("mode", "v2", "hybrid", "wanted"),
+        [
+            ("FULL_AND_PIECEWISE", False, False, True),
+            ("PIECEWISE", True, False, False),
+            ("PIECEWISE", False, True, False),
+            ("NONE", True, True, True),
+        ],
+    )
+    def test_where_such_a_token_decodes(self, mode, v2, hybrid, wanted):
+        config = SimpleNamespace(
+            compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode]),
+            use_v2_model_runner=v2,
+            model_config=SimpleNamespace(is_hybrid=hybrid),
+        )
+        assert tails_decode(config) is wanted
 
     def test_only_single_tokens_are_captured(self, graphs):
         (builder,) = builders(graphs)
