@@ -84,6 +84,7 @@ def run(
         "layers": {
             name: [layer.is_draft_layer, layer.impl.state is not None]
             for name, layer in layers.items()
+            if hasattr(layer, "impl")  # experts are among them
         },
     }
 

@@ -1,7 +1,6 @@
 """One step's batch: where its decodes end, and what the layers are told of it."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from vllm.config import CompilationConfig, CUDAGraphMode
@@ -9,9 +8,6 @@ from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
 
 from tidal_vllm.plan.roles import Role
 from tidal_vllm.plan.rule import SelectionRule
-
-if TYPE_CHECKING:
-    from tidal_vllm.engine.state import SparseState
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,41 +173,3 @@ def is_captured(
         and compilation.cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
         and any(-(-size // query_len) * query_len == num_tokens for size in sizes)
     )
-
-
-def parts_of(
-    state: "SparseState", batch: TidalMetadata, left_out: torch.Tensor | None = None
-) -> list[DecodePart]:
-    """The step's decode rows in parts that fit into the workspace.
-
-    Args:
-        left_out: `[num_decode_tokens]` bool, rows that the ops leave out.
-    """
-    selection, num_rows = state.selection, batch.num_decode_tokens
-    seq_lens = batch.seq_lens
-    select_lens, lens_after_select = state.reuse.split(seq_lens)
-    if state.method.attends_to_chosen:
-        lens_after_select = seq_lens
-    if left_out is not None:
-
-        def without(lens: torch.Tensor) -> torch.Tensor:
-            return lens[:num_rows].masked_fill(left_out, -1)
-
-        seq_lens, select_lens = without(seq_lens), without(select_lens)
-        if lens_after_select is not None:
-            lens_after_select = without(lens_after_select)
-    parts = []
-    for first in range(0, num_rows, state.max_part_rows):
-        rows = slice(first, min(first + state.max_part_rows, num_rows))
-        topk = zip(selection.topk_blocks, selection.topk_lens, strict=True)
-        after = None if lens_after_select is None else lens_after_select[rows]
-        part = DecodePart(
-            rows=rows,
-            block_table=batch.block_table[rows],
-            seq_lens=seq_lens[rows],
-            select_lens=select_lens[rows],
-            lens_after_select=after,
-            topk=[(blocks[rows], lens[rows]) for blocks, lens in topk],
-        )
-        parts.append(part)
-    return parts

@@ -28,12 +28,12 @@ from tidal_vllm.engine.batch import (
     find_prefills,
     is_captured,
     is_dummy,
-    parts_of,
     query_lens,
     rows_of,
 )
 from tidal_vllm.engine.drafts import draft_startup
 from tidal_vllm.engine.metrics import DecodeCounters
+from tidal_vllm.engine.parts import parts_of
 from tidal_vllm.engine.prefills import prefills_of
 from tidal_vllm.engine.query_rows import QueryRows, row_lens
 from tidal_vllm.engine.reuse import EveryStep
