@@ -44,7 +44,7 @@ def test_answers_are_those_without_a_draft(results, speculative, plain):
 @pytest.mark.parametrize(("speculative", "plain"), PLAIN.items())
 def test_drafts_are_verified_sparsely(results, speculative, plain):
     found, wanted = (results[name]["counters"] for name in (speculative, plain))
-    assert found["sparse_steps"] >= 5
+    assert found["sparse_steps"] >= 3
     assert found["decode_tokens"] > wanted["decode_tokens"]
 
 
