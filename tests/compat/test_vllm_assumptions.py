@@ -13,10 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from vllm import _custom_ops
+from vllm.compilation import backends
 from vllm.config import (
     AttentionConfig,
     CompilationConfig,
     CUDAGraphMode,
+    replace,
 )
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
@@ -32,16 +34,22 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_layout import KVCacheLayout
+from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2ModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.spec_decode.eagle.utils import load_eagle_model
+from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import (
+    StandaloneARSpeculator,
+)
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from tests.support.engines import runner
 from tests.support.models import NUM_LAYERS, ROLES
 from tests.support.signatures import parameters
 from tidal_vllm.engine import backend as backend_module
+from tidal_vllm.engine import setup_checks
 from tidal_vllm.engine.attention import TidalImpl
 from tidal_vllm.engine.backend import TidalBackend
 from tidal_vllm.engine.metadata import TidalMetadataBuilder
@@ -317,12 +325,35 @@ class TestGraphs:
         config = SimpleNamespace(speculative_config=speculation, use_v2_model_runner=v2)
         assert max_decode_query_len(config) == longest
 
-    def test_a_draft_model_has_a_backend_of_its_own(self):
-        """Else its layers would come with our settings."""
+    def test_v1_gives_a_draft_a_backend_of_its_own(self):
         source = inspect.getsource(SpecDecodeBaseProposer._create_draft_vllm_config)
         assert "backend=spec_cfg.attention_backend" in source
         source = inspect.getsource(SpecDecodeBaseProposer.initialize_attn_backend)
         assert "attention_groups[backend_key].layer_names.append" in source
+
+    def test_drafts_are_built_under_a_tag(self):
+        """`engine/drafts.py` knows their layers by it."""
+        assert backends.model_tag == "backbone"
+        for load, tag in (
+            (SpecDecodeBaseProposer._get_model, "eagle_head"),
+            (DraftModelProposer._get_model, "draft_model"),
+            (load_eagle_model, "eagle_head"),
+            (StandaloneARSpeculator.load_draft_model, "draft_model"),
+        ):
+            source = inspect.getsource(load)
+            tagged = source.index(f'with set_model_tag("{tag}"):')
+            assert tagged < source.index("get_model(", tagged)
+        with backends.set_model_tag("eagle_head"):
+            assert backends.model_tag == "eagle_head"
+
+    def test_a_drafts_config_shares_the_layers(self, llm, monkeypatch):
+        """So it is not taken for a user's, whose settings have no effect."""
+        told, config = [], runner(llm).vllm_config
+        monkeypatch.setattr(setup_checks, "_warn_once", told.append)
+        other = replace(config.attention_config, backend=None)
+        again = replace(config, attention_config=other)
+        assert again.compilation_config is config.compilation_config
+        assert told == []
 
     def test_v2_pads_for_a_full_graph_only(self):
         source = inspect.getsource(DefaultModelState.prepare_attn)

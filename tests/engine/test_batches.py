@@ -3,10 +3,17 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from vllm.config import CUDAGraphMode
 
 from tests.support.replay import common_metadata
-from tidal_vllm.engine.batch import count_decodes, is_captured, requests_from
+from tidal_vllm.engine.batch import (
+    count_decodes,
+    find_prefills,
+    is_captured,
+    is_dummy,
+)
+from tidal_vllm.engine.prefills import prefills_of, requests_from
 
 
 @pytest.mark.parametrize(
@@ -20,12 +27,15 @@ from tidal_vllm.engine.batch import count_decodes, is_captured, requests_from
         ([1, 1, 0, 0], [0, 0, 0, 0], 4),  # padded, V1 runner
         ([1, 1, 0, 0], [0, 0], 4),  # padded, V2 runner
         ([1, 1, 0], [0, 1], 1),
+        ([1, 1, 5], [1, 0, 1], 2),  # such a token before a decode, V2 runner
+        ([9, 1], [1, 0], 0),
     ],
 )
 def test_count_decodes(query_lens, prefilling, decodes):
     lens = [10 + n for n in query_lens]
     prefilling = [bool(p) for p in prefilling]
-    assert count_decodes(common_metadata(query_lens, lens, prefilling)) == decodes
+    batch = common_metadata(query_lens, lens, prefilling)
+    assert count_decodes(batch, find_prefills(batch)) == decodes
 
 
 @pytest.mark.parametrize(
@@ -35,12 +45,46 @@ def test_count_decodes(query_lens, prefilling, decodes):
         ([3, 1, 4], [0, 0, 0], 2),  # a correction, or a resumed request
         ([3, 2, 9], [0, 1, 1], 1),  # a short end of a prompt
         ([3, 3, 0], [0, 0], 3),
+        ([3, 1, 1, 9], [1, 0, 0, 1], 3),  # a chunk as long as a draft, V2 runner
     ],
 )
 def test_count_decodes_with_drafts(query_lens, prefilling, decodes):
     prefilling = [bool(p) for p in prefilling]
     batch = common_metadata(query_lens, [20] * len(query_lens), prefilling)
-    assert count_decodes(batch, max_decode_query_len=3) == decodes
+    assert count_decodes(batch, find_prefills(batch, 3), 3) == decodes
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "lens", "prefilling", "dummy"),
+    [
+        ([1, 1], [1, 1], [0, 0], True),
+        ([3, 3], [3, 3], [0, 0], True),
+        ([1, 1, 0], [1, 1, 0], [0, 0], True),
+        ([1, 1], [1, 1], [0, 1], False),  # a prompt of one token
+        ([1, 3], [1, 4], [0, 0], False),  # a decode
+    ],
+)
+def test_is_dummy(query_lens, lens, prefilling, dummy):
+    prefilling = [bool(p) for p in prefilling]
+    assert is_dummy(common_metadata(query_lens, lens, prefilling)) is dummy
+
+
+def test_prefills_before_a_decode():
+    """Three requests that do not decode, of five, and a row of padding."""
+    prefilling = [True, False, True, False, True]
+    whole = common_metadata(
+        [2, 1, 2, 1, 3, 0], [20, 30, 2, 40, 3, 0], prefilling, num_tokens=10
+    )
+    rest, tokens = prefills_of(whole, 4, torch.tensor([*prefilling, False]))
+    assert tokens.tolist() == [0, 1, 3, 4, 6, 7, 8]
+    assert rest.query_start_loc.tolist() == [0, 2, 4, 7]
+    assert rest.query_start_loc_cpu.tolist() == [0, 2, 4, 7]
+    assert rest.seq_lens.tolist() == [20, 2, 3]
+    assert rest.seq_lens_cpu_upper_bound.tolist() == [20, 2, 3]
+    assert (rest.num_reqs, rest.num_actual_tokens) == (3, 7)
+    assert rest.block_table_tensor[:, 0].tolist() == [0, 8, 16]
+    assert rest.slot_mapping.tolist() == tokens.tolist()
+    assert rest.is_prefilling.tolist() == [True, True, True]
 
 
 def test_requests_from():

@@ -16,7 +16,7 @@ from tests.support.replay import common_metadata
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.engine import backend, dense, state, support
 from tidal_vllm.engine.backend import TidalBackend
-from tidal_vllm.engine.batch import requests_from
+from tidal_vllm.engine.prefills import requests_from
 from tidal_vllm.engine.torch_dense import ReferenceBackend
 from tidal_vllm.kernels import choose
 from tidal_vllm.validators import TidalConfigError

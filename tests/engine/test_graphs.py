@@ -22,6 +22,7 @@ from tests.support.replay import (
 )
 from tests.support.watching import counters
 from tidal_vllm.engine.metadata import TidalMetadataBuilder
+from tidal_vllm.engine.scheduler import tails_decode
 from tidal_vllm.engine.torch_dense import ReferenceBackend
 
 pytestmark = pytest.mark.usefixtures("written")
@@ -122,13 +123,21 @@ class TestReplay:
         Graph(graphs, 4).replay([1, 1, 1, 1], random_table(4), torch.randn(4, 6, 32))
         assert counters(graphs)["decode_tokens"] == 0
 
-    def test_a_prompts_last_token_is_a_decode_there(self, graphs):
-        """The graph is fixed, so the builder must not claim otherwise."""
+    @pytest.mark.parametrize("prefilling", [[True, False], [False, True]])
+    def test_a_prompts_last_token_is_dense_without_a_replay(self, graphs, prefilling):
+        """Also where the V2 runner has a decode behind it."""
         (builder,) = builders(graphs)
-        batch = common_metadata([1, 1], [100, 90], [False, True])
-        assert builder.build(0, batch).prefills is None
-        batch = common_metadata([1, 1, 1], [100, 90, 90], [False, False, True])
-        assert builder.build(0, batch).num_decodes == batch.num_reqs - 1
+        table, query = random_table(2), torch.randn(2, 6, 32)
+        batch = common_metadata([1, 1], [500, 90], prefilling, block_table_tensor=table)
+        found = run_layers(graphs, builder.build(0, batch), query)
+        for row, is_prefill in enumerate(prefilling):
+            alone = common_metadata(
+                [1], [[500, 90][row]], [is_prefill], block_table_tensor=table[row, None]
+            )
+            metadata = builder.build(0, alone)
+            assert metadata.sparse is not is_prefill
+            wanted = run_layers(graphs, metadata, query[row, None])
+            torch.testing.assert_close(found[:, row], wanted[:, 0])
 
     @pytest.mark.parametrize("tails_decode", [False, True])
     def test_the_prefix_cache_does_not_get_such_a_token(
@@ -140,6 +149,23 @@ class TestReplay:
         request = SimpleNamespace(request_id="tail", num_prompt_tokens=257)
         clean = found._clean_position_after(request, 256, 1)
         assert clean == (256 if tails_decode else 257)
+
+    @pytest.mark.parametrize(
+        ("mode", "v2", "hybrid", "wanted"),
+        [
+            ("FULL_AND_PIECEWISE", False, False, True),
+            ("PIECEWISE", True, False, False),
+            ("PIECEWISE", False, True, False),
+            ("NONE", True, True, True),
+        ],
+    )
+    def test_where_such_a_token_decodes(self, mode, v2, hybrid, wanted):
+        config = SimpleNamespace(
+            compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode]),
+            use_v2_model_runner=v2,
+            model_config=SimpleNamespace(is_hybrid=hybrid),
+        )
+        assert tails_decode(config) is wanted
 
     def test_only_single_tokens_are_captured(self, graphs):
         (builder,) = builders(graphs)
@@ -182,6 +208,50 @@ class TestDrafts:
         # The dense layer extends, where decodes have an op of their own.
         torch.testing.assert_close(found[0], wanted[0])
         assert torch.equal(found[1:], wanted[1:])
+
+    @pytest.mark.parametrize("prefilling", [[True, False], [False, True], [True] * 2])
+    def test_a_replay_takes_chunks_of_prompts_for_drafts(self, drafting, prefilling):
+        """vLLM has decided to replay, and a graph has one path."""
+        query = torch.randn(6, 6, 32, generator=torch.Generator().manual_seed(3))
+        graph = Graph(drafting, 2, query_len=3)
+        wanted = graph.replay(self.LENS, self.TABLE, query)
+        graph.replay([40, 500], random_table(2).flip(0), query.flip(0))
+        found = graph.replay(self.LENS, self.TABLE, query, prefilling)
+        assert torch.equal(found, wanted)
+
+    @pytest.mark.parametrize(
+        ("query_lens", "prefilling"),
+        [
+            ([3, 3], [True, True]),  # as many tokens as a captured batch has
+            ([3, 3], [True, False]),
+            ([3, 1, 1, 9], [True, False, False, True]),  # the V2 runner's order
+            ([3, 2, 1, 0], [False, True, False, False]),
+        ],
+    )
+    def test_chunks_of_prompts_are_dense_without_one(
+        self, drafting, query_lens, prefilling
+    ):
+        """And the decodes behind them sparse, as if they stood alone."""
+        (builder,) = builders(drafting)
+        table, query = random_table(4), torch.randn(sum(query_lens), 6, 32)
+        lens = [300, 290, 500, 410][: len(query_lens)]
+        table = table[: len(query_lens)]
+        batch = common_metadata(query_lens, lens, prefilling, block_table_tensor=table)
+        metadata = builder.build(0, batch)
+        assert metadata.sparse is (not all(prefilling))
+        found = run_layers(drafting, metadata, query)
+        parts = zip(query.split(query_lens), found.split(query_lens, 1), strict=True)
+        for row, (rows, got) in enumerate(parts):
+            if query_lens[row]:
+                alone = common_metadata(
+                    query_lens[row : row + 1],
+                    lens[row : row + 1],
+                    prefilling[row : row + 1],
+                    block_table_tensor=table[row, None],
+                )
+                metadata = builder.build(0, alone)
+                assert metadata.sparse is not prefilling[row]
+                torch.testing.assert_close(got, run_layers(drafting, metadata, rows))
 
     def test_padding_comes_out_as_zeros(self, drafting):
         query = torch.randn(6, 6, 32, generator=torch.Generator().manual_seed(3))

@@ -7,7 +7,7 @@ import torch
 from vllm.config import CUDAGraphMode
 
 from tests.support.asking import generate, serve, tokens
-from tests.support.engines import reconfigured, runner
+from tests.support.engines import core, impls, reconfigured, runner
 from tests.support.models import (
     MAX_LEN,
     NARROW,
@@ -135,6 +135,55 @@ def test_what_select_layers_read(llm, attends):
     assert mixed >= 5
 
 
+@contextmanager
+def dummy_steps(llm, how):
+    """Before each step one of those that vLLM makes up for other ranks' sake.
+
+    vLLM replays a CUDA graph there if it has one ("replayed"). Otherwise the V2 runner
+    builds metadata as for a step ("eager"), and the V1 runner none.
+    """
+    model_runner = runner(llm)
+    worker = core(llm).model_executor.driver_worker.worker
+    step, dispatch = llm.llm_engine.step, model_runner.cudagraph_dispatcher.dispatch
+    run, seen = model_runner._dummy_run, []
+
+    def full_graph(*args, **kwargs):
+        return CUDAGraphMode.FULL, dispatch(*args, **kwargs)[1]
+
+    def dummy_run(*args, **kwargs):
+        with pytest.MonkeyPatch.context() as patch:
+            if how == "replayed":
+                patch.setattr(model_runner.cudagraph_dispatcher, "dispatch", full_graph)
+            return run(*args, **kwargs, force_attention=how == "eager")
+
+    def stepped():
+        chosen = impls(llm)[0].state.selection
+        before = chosen.topk_blocks.clone(), chosen.topk_lens.clone()
+        worker.execute_dummy_batch()
+        seen.append(torch.equal(chosen.topk_blocks, before[0]))
+        assert torch.equal(chosen.topk_lens, before[1])
+        return step()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_runner, "_dummy_run", dummy_run)
+        patch.setattr(llm.llm_engine, "step", stepped)
+        yield
+    assert len(seen) > 30 and all(seen)
+
+
+@pytest.mark.parametrize("how", ["replayed", "eager"])
+def test_a_dummy_step_changes_no_choice(llm, how):
+    """Neither the choices, nor who keeps one, nor what is counted."""
+    with reconfigured(llm, **NARROW, reselect_interval=4):
+        llm.reset_prefix_cache()
+        wanted = serve(llm, ARRIVALS, logprobs=3), counters(llm)
+    with reconfigured(llm, **NARROW, reselect_interval=4):
+        llm.reset_prefix_cache()
+        with dummy_steps(llm, how):
+            found = serve(llm, ARRIVALS, logprobs=3)
+        assert (found, counters(llm)) == wanted
+
+
 class TestPlanted:
     """A chain that goes on at another place of the context in every step."""
 
@@ -226,3 +275,19 @@ class TestReplay:
             assert eager.sparse
             wanted = run_layers(graphs, eager, query[step, :rows])
             assert torch.equal(found[step][:, :rows], wanted)
+
+    @pytest.mark.parametrize("replayed", [False, True])
+    def test_a_chunk_of_a_prompt_leaves_no_choice(self, graphs, replayed):
+        """Whether a graph was replayed, where it chose, the builder cannot know."""
+        builder = Graph(graphs, 2).builder
+        if not replayed:
+            builder.vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+        table, reuse = random_table(2), builder.state.reuse
+        kept = []
+        for step, prefilling in enumerate([[True, False], [False, False]]):
+            lens = [300 + step, 400 + step]
+            builder.build(
+                0, common_metadata([1, 1], lens, prefilling, block_table_tensor=table)
+            )
+            kept.append((reuse.reuse_lens[:2] >= 0).tolist())
+        assert kept == [[False, False], [False, True]]

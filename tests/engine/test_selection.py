@@ -128,14 +128,14 @@ def test_a_sequence_that_got_two_tokens_chooses_anew():
     assert engine.run([one]) == [False]
 
 
-def test_rows_can_be_made_to_choose():
-    engine, one = Engine(interval=4), Sequence(list(range(1, 9)), 10)
-    engine.run([one])
-    one.grow(1)
-    engine.run([one])
-    engine.reuse.choose_anew(torch.tensor([7, 0], dtype=torch.int32))
-    assert engine.reuse.select_lens[:2].tolist() == [7, 0]
-    assert engine.reuse.reuse_lens[:2].tolist() == [-1, -1]
+def test_a_row_that_is_forgotten_chooses_anew():
+    pool, engine = list(range(1, 9)), Engine(interval=4)
+    rows = [Sequence(pool, 10), Sequence(pool, 20)]
+    engine.run(rows)
+    engine.reuse.forget(torch.tensor([False, True]))
+    for sequence in rows:
+        sequence.grow(1)
+    assert engine.run(rows) == [True, False]
 
 
 def test_a_kept_choice_gets_the_blocks_of_new_tokens():

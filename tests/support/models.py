@@ -79,6 +79,19 @@ def build_random_model(folder: Path, family: str, **fields: Any) -> Path:
     return folder
 
 
+def build_eagle_head(folder: Path, target: Path) -> Path:
+    """An EAGLE head of one layer in the target's shape; vLLM makes up its weights.
+
+    Args:
+        folder: Made; the head's config is written there.
+    """
+    folder.mkdir(parents=True)
+    config = json.loads((target / "config.json").read_text())
+    config["num_hidden_layers"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def random_prompt(num_tokens: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     shape = (num_tokens,)

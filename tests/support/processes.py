@@ -97,7 +97,7 @@ def run_child(folder: Path, jobs: list[dict], **env: str) -> list[dict]:
     return json.loads(given.read_text())
 
 
-def run_interpreted(module: str, *arguments: Path, v2_runner: bool) -> str:
+def run_interpreted(module: str, *arguments: str | Path, v2_runner: bool) -> str:
     """As `run_module`, under Triton's interpreter, with the engine core in the child.
 
     Args:

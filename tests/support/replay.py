@@ -60,13 +60,16 @@ class Graph:
             self._common([query_len] * num_reqs)
         )
 
-    def _common(self, lens: Sequence[int]) -> CommonAttentionMetadata:
+    def _common(
+        self, lens: Sequence[int], prefilling: Sequence[bool] | None = None
+    ) -> CommonAttentionMetadata:
         query_lens = [self.query_len * int(length > 0) for length in lens]
         self.starts[1:] = torch.tensor(query_lens).cumsum(0)
         self.lens.copy_(torch.tensor(lens, dtype=torch.int32))
         return common_metadata(
             query_lens,
             lens,
+            prefilling,
             num_tokens=self.query_len * len(lens),
             query_start_loc=self.starts,
             query_start_loc_cpu=self.starts,
@@ -75,16 +78,21 @@ class Graph:
         )
 
     def replay(
-        self, lens: Sequence[int], table: torch.Tensor, query: torch.Tensor
+        self,
+        lens: Sequence[int],
+        table: torch.Tensor,
+        query: torch.Tensor,
+        prefilling: Sequence[bool] | None = None,
     ) -> torch.Tensor:
         """Outputs of all layers, `[num_layers, num_tokens, num_heads, head_size]`.
 
         Args:
             lens: One per request; 0 for padding, which comes last.
             query: `[num_reqs * query_len, num_heads, head_size]`.
+            prefilling: Requests that vLLM takes for decodes there.
         """
         self.table.copy_(table)
-        self.builder.build(0, self._common(lens))
+        self.builder.build(0, self._common(lens, prefilling))
         return run_layers(self.llm, self.captured, query)
 
 

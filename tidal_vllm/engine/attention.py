@@ -1,5 +1,6 @@
 """One layer of one step, top to bottom: write KV, prefill, decode by role."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,8 +16,13 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from tidal_vllm.engine.batch import DecodePart, TidalMetadata
-from tidal_vllm.engine.state import SparseState, choose_implementations
-from tidal_vllm.kernels import DecodeArgs
+from tidal_vllm.engine.drafts import builds_draft, draft_startup
+from tidal_vllm.engine.state import (
+    SparseState,
+    choose_implementations,
+    dense_backend_of,
+)
+from tidal_vllm.kernels import DecodeArgs, Kernels
 from tidal_vllm.plan.resolve import resolve
 from tidal_vllm.plan.roles import Role
 from tidal_vllm.registry import METHODS
@@ -51,12 +57,17 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         config = get_current_vllm_config()
-        startup = resolve(config)
+        self.is_draft = builds_draft(config)
+        startup = draft_startup(config) if self.is_draft else resolve(config)
         sliding_window = startup.window(sliding_window)
         self.sliding_window = sliding_window
-        self.kernels, self.dense_backend = choose_implementations(
-            config, head_size, kv_cache_dtype, sliding_window is not None
-        )
+        layer = (head_size, kv_cache_dtype, sliding_window is not None)
+        self.kernels: Kernels | None = None
+        if self.is_draft:
+            of_target = next((impl.kernels for impl in impls_made(config)), None)
+            self.dense_backend = dense_backend_of(config, *layer, of_target)
+        else:
+            self.kernels, self.dense_backend = choose_implementations(config, *layer)
         self.dense = self.dense_backend.get_impl_cls()(
             num_heads=num_heads,
             head_size=head_size,
@@ -83,11 +94,8 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
 
     def _find_state(self, vllm_config: VllmConfig) -> SparseState | None:
         """The state of a layer that was made before, if the state fits this layer."""
-        for layer in vllm_config.compilation_config.static_forward_context.values():
-            other = getattr(layer, "impl", None)
-            if not isinstance(other, TidalImpl) or other._kind != self._kind:
-                continue
-            if other.state is not None:
+        for other in impls_made(vllm_config):
+            if other._kind == self._kind and other.state is not None:
                 return other.state
         return None
 
@@ -170,13 +178,16 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
             )
             return output
         if batch.prefills is not None:
-            rest = slice(batch.num_decode_tokens, None)
+            rest = batch.prefill_tokens
+            found = output[rest]  # a copy, where the tokens are not side by side
             self._attend_densely(
                 layer,
                 *(query[rest], key[rest], value[rest], kv_cache),
                 batch.prefills,
-                output[rest],
+                found,
             )
+            if isinstance(rest, torch.Tensor):
+                output[rest] = found
         for part in batch.parts:
             self._decode(layer, role, batch, part, query, kv_cache, output)
         return output
@@ -228,6 +239,14 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
             attending_lens = part.lens_after_select
         if attending_lens is not None:
             state.kernels.ops.sparse_decode(args, attending_lens)
+
+
+def impls_made(vllm_config: VllmConfig) -> Iterator[TidalImpl]:
+    """TIDAL's implementations of the layers that were made before, in their order."""
+    for layer in vllm_config.compilation_config.static_forward_context.values():
+        impl = getattr(layer, "impl", None)
+        if isinstance(impl, TidalImpl):
+            yield impl
 
 
 # Values that vLLM's models pass for a feature that they do not use, where not None.

@@ -39,8 +39,8 @@ class TidalMetadata(AttentionMetadata):
     """One step's batch, decodes first; one object for all layers of a group."""
 
     num_decodes: int
-    """Requests of the batch that decode: their prompt is done. Those that pad a CUDA
-    graph are among them."""
+    """Requests at the front of the batch, up to the last that decodes: its prompt is
+    done. Those that pad a CUDA graph are among them."""
     num_decode_tokens: int
     """Their query tokens, each a row of the decode ops: one per request, and one for
     each token of a draft that it verifies. Rows of padding are among them."""
@@ -52,8 +52,11 @@ class TidalMetadata(AttentionMetadata):
     dense: AttentionMetadata
     """The dense backend's metadata of the whole batch."""
     prefills: AttentionMetadata | None
-    """The dense backend's metadata of the requests behind the decodes; None in a step
+    """The dense backend's metadata of the requests that do not decode; None in a step
     that is not sparse, and where all requests decode."""
+    prefill_tokens: slice | torch.Tensor
+    """Where the query tokens of `prefills` stand: behind the decodes, or `[num_tokens]`
+    int64 where some stand before a decode."""
     sparse: bool
     """Whether SELECT and SPARSE layers act as such in this step. Otherwise every
     layer takes the dense path."""
@@ -67,10 +70,10 @@ class TidalMetadata(AttentionMetadata):
     rule: SelectionRule
 
 
-def count_decodes(
+def find_prefills(
     common: CommonAttentionMetadata, max_decode_query_len: int = 1
-) -> int:
-    """Requests at the front of a batch that decode: their prompt is done.
+) -> torch.Tensor | None:
+    """Which requests of a batch do not decode, `[num_reqs]` bool; None if all do.
 
     Args:
         max_decode_query_len: Query tokens that a decode may have; more than one are
@@ -81,42 +84,68 @@ def count_decodes(
     prefill all the same: dense, so that its KV is what a dense model writes.
     """
     if common.max_query_len <= max_decode_query_len and common.is_prefilling is None:
-        return common.num_reqs
-    starts = common.query_start_loc_cpu
-    is_prefill = starts[1:] - starts[:-1] > max_decode_query_len
+        return None
+    is_prefill = query_lens(common) > max_decode_query_len
     if common.is_prefilling is not None:
         # NOTE: the V2 model runner pads the other rows, but not this one.
         known = common.is_prefilling[: common.num_reqs]
         is_prefill[: known.shape[0]] |= known
-    if not is_prefill.any():
+    return is_prefill if is_prefill.any() else None
+
+
+def count_decodes(
+    common: CommonAttentionMetadata,
+    is_prefill: torch.Tensor | None,
+    max_decode_query_len: int = 1,
+) -> int:
+    """Requests at the front of a batch, up to the last that decodes.
+
+    The V1 model runner puts all decodes first. The V2 runner puts requests with drafts
+    first, then those with as many query tokens as drafts have, then the others by
+    their number. So short chunks of prompts may stand between decodes, but no long one.
+
+    Args:
+        is_prefill: Of `find_prefills`.
+    """
+    if is_prefill is None:
         return common.num_reqs
-    return int(is_prefill.int().argmax())
+    lens = query_lens(common)
+    behind_a_long_one = (lens > max_decode_query_len).cumsum(0) > 0
+    decodes = (~is_prefill & (lens > 0) & ~behind_a_long_one).nonzero()
+    return int(decodes[-1]) + 1 if decodes.numel() else 0
 
 
-def requests_from(
-    common: CommonAttentionMetadata, first: int
-) -> CommonAttentionMetadata:
-    """The batch without its first requests, as a batch of its own."""
-    start = int(common.query_start_loc_cpu[first])
+def query_lens(common: CommonAttentionMetadata) -> torch.Tensor:
+    """Query tokens of each request, `[num_reqs]` int32 on the CPU."""
+    starts = common.query_start_loc_cpu
+    return starts[1:] - starts[:-1]
 
-    def tail(rows: torch.Tensor | None) -> torch.Tensor | None:
-        return None if rows is None else rows[first:]
 
-    return common.replace(
-        query_start_loc=common.query_start_loc[first:] - start,
-        query_start_loc_cpu=common.query_start_loc_cpu[first:] - start,
-        seq_lens=common.seq_lens[first:],
-        num_reqs=common.num_reqs - first,
-        num_actual_tokens=common.num_actual_tokens - start,
-        block_table_tensor=common.block_table_tensor[first:],
-        slot_mapping=common.slot_mapping[start:],
-        positions=None if common.positions is None else common.positions[start:],
-        is_prefilling=tail(common.is_prefilling),
-        seq_lens_cpu_upper_bound=tail(common.seq_lens_cpu_upper_bound),
-        req_idx=tail(common.req_idx),
-        _num_computed_tokens_cache=None,
-        _token_to_req_indices_cache=None,
-    )
+def is_dummy(common: CommonAttentionMetadata) -> bool:
+    """Whether no request is real: a warm-up, or a step for other ranks' sake.
+
+    vLLM makes up requests that do not prefill and have no token but those of the step.
+    A request that decodes has its prompt behind it.
+    """
+    lens = common.seq_lens_cpu_upper_bound
+    if common.is_prefilling is None or lens is None:
+        return False
+    has_context = lens[: common.num_reqs] > query_lens(common)
+    return not (common.is_prefilling.any() or has_context.any())
+
+
+def rows_of(
+    common: CommonAttentionMetadata, requests: torch.Tensor
+) -> torch.Tensor | None:
+    """The query tokens of some of the first requests, `[num_tokens]` bool.
+
+    Args:
+        requests: `[num_requests]` bool on the CPU. None comes back if it has none.
+    """
+    if not requests.any():
+        return None
+    counts = query_lens(common)[: requests.shape[0]]
+    return requests.repeat_interleave(counts).to(common.seq_lens.device)
 
 
 def is_captured(
@@ -126,8 +155,10 @@ def is_captured(
 ) -> bool:
     """Whether vLLM may replay a full CUDA graph of decodes for this batch.
 
-    Both model runners pad such a batch to a size that was captured, and take short
-    chunks of prompts for decodes.
+    Both model runners pad such a batch to a size that was captured. Where chunks of
+    prompts are among its requests, it depends: the V1 runner looks at the number of
+    their tokens alone; the V2 runner takes a prompt's last token for a decode, drafts
+    behind it included, and does not replay for other chunks.
 
     Args:
         max_decode_query_len: Query tokens that a decode may have; a graph has as many

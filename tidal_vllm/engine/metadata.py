@@ -23,14 +23,20 @@ from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.engine.batch import (
-    DecodePart,
     TidalMetadata,
     count_decodes,
+    find_prefills,
     is_captured,
-    requests_from,
+    is_dummy,
+    query_lens,
+    rows_of,
 )
+from tidal_vllm.engine.drafts import draft_startup
 from tidal_vllm.engine.metrics import DecodeCounters
+from tidal_vllm.engine.parts import parts_of
+from tidal_vllm.engine.prefills import prefills_of
 from tidal_vllm.engine.query_rows import QueryRows, row_lens
+from tidal_vllm.engine.reuse import EveryStep
 from tidal_vllm.engine.state import (
     SparseState,
     choose_implementations,
@@ -66,16 +72,17 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         block_table_width: int | None = None,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        startup = resolve(vllm_config)
-        self.plan, self.rule = startup.plan, startup.rule
         impls = _tidal_impls(vllm_config)
+        of_draft = all(impls[name].is_draft for name in layer_names)
+        startup = draft_startup(vllm_config) if of_draft else resolve(vllm_config)
+        self.plan, self.rule = startup.plan, startup.rule
         roles = self._roles_of(impls)
         self.roles = {name: roles[name] for name in layer_names}
         selective = [n for n, r in roles.items() if r in (Role.SELECT, Role.SPARSE)]
         selective_here = [name for name in selective if name in self.roles]
         _require_one_state({name: impls[name] for name in selective})
         # Of the group with the first SELECT layer, or with the first layer of all.
-        self.is_primary = next(iter(selective or impls)) in self.roles
+        self.is_primary = not of_draft and next(iter(selective or impls)) in self.roles
         self.counters = DecodeCounters()
         self.num_steps = 0
         self.state: SparseState | None = None
@@ -90,7 +97,7 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         max_model_len = vllm_config.model_config.max_model_len
         max_blocks_per_seq = -(-max_model_len // kv_cache_spec.block_size)
         self.max_decode_query_len = max_decode_query_len(vllm_config)
-        if self.plan.sparse:
+        if self.plan.sparse or of_draft:  # one threshold serves all groups
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.query_rows: QueryRows | None = None
         if self.state is not None and self.max_decode_query_len > 1:
@@ -103,6 +110,10 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
             backend.get_builder_cls(), kv_cache_spec, layer_names, vllm_config, device
         )
         self.dense_builder, self.prefill_builder = new_builder(), new_builder()
+        # What the V2 runner records a draft's steps by, in one CUDA graph.
+        self.supports_draft_decode_metadata_update = (
+            of_draft and self.dense_builder.supports_draft_decode_metadata_update
+        )
         if self.is_primary:
             self._print_plan(startup.config, backend, next(iter(impls.values())))
         if self.state is not None and self.state.kernels.capturable:
@@ -150,38 +161,54 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> TidalMetadata:
-        """The metadata of one step, for all layers of this builder's group."""
+        """The metadata of one step, for all layers of this builder's group.
+
+        Where a graph is replayed its layers have the metadata of the capture, and of
+        this step what stands in fixed buffers. There every row decodes, and runs
+        sparse. So where chunks of prompts are in a batch that may be replayed, the
+        buffers take them for decodes, and the metadata, for eager layers, does not.
+        """
         common, query_len = common_attn_metadata, self.max_decode_query_len
-        # What a captured graph does is fixed: every row decodes, and runs sparse.
         captured = is_captured(self.vllm_config.compilation_config, common, query_len)
-        starts = common.query_start_loc_cpu
-        if captured:
-            num_decodes, num_rows = common.num_reqs, common.num_actual_tokens
-        else:
-            num_decodes = count_decodes(common, query_len)
-            num_rows = int(starts[num_decodes])
-        decode_lens = row_lens(
-            (starts[1:] - starts[:-1])[:num_decodes].tolist(),
-            common.seq_lens_cpu_upper_bound[:num_decodes].tolist(),
-        )
-        # A decode has its prompt behind it: a length of 1 is a row of a warm-up.
-        decode_lens = [length for length in decode_lens if length > 1]
+        is_prefill = find_prefills(common, query_len)
+        num_decodes = count_decodes(common, is_prefill, query_len)
+        decode_lens = _lens_of_decodes(common, num_decodes, is_prefill)
         sparse = self.state is not None and (
-            captured or runs_sparse(self.plan, self.rule, max(decode_lens, default=0))
+            (captured and is_prefill is None)
+            or runs_sparse(self.plan, self.rule, max(decode_lens, default=0))
         )
+        num_rows = int(common.query_start_loc_cpu[num_decodes])
+        in_buffers = num_decodes, num_rows
+        if captured:
+            in_buffers = common.num_reqs, common.num_actual_tokens
+            num_rows = in_buffers[1] if is_prefill is None else num_rows
         if self.is_primary:
-            self._advance_step(common, num_decodes, decode_lens, sparse)
+            self._advance_step(
+                common, in_buffers[0], is_prefill, decode_lens, sparse, captured
+            )
         dense = self.dense_builder.build(common_prefix_len, common, fast_build)
-        prefills = None
-        if sparse and num_decodes < common.num_reqs:
-            rest = requests_from(common, num_decodes)
-            prefills = self.prefill_builder.build(common_prefix_len, rest, fast_build)
-        return self._metadata(common, num_decodes, num_rows, sparse, dense, prefills)
+        batch = self._metadata(common, num_decodes, num_rows, sparse, dense)
+        if not (sparse or captured) or self.state is None:
+            return batch
+        batch.seq_lens, batch.block_table = self._rows(common, *in_buffers)
+        left_out = None
+        if sparse and is_prefill is not None:
+            rest, batch.prefill_tokens = prefills_of(common, num_decodes, is_prefill)
+            batch.prefills = self.prefill_builder.build(
+                common_prefix_len, rest, fast_build
+            )
+            left_out = rows_of(common, is_prefill[:num_decodes])
+        if sparse:
+            batch.parts = parts_of(self.state, batch, left_out)
+        return batch
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> TidalMetadata:
-        """The metadata of a full graph: decodes only, through the sparse path."""
+        """The metadata of a full graph: decodes only, through the sparse path.
+
+        vLLM asks for it at capture, and for a dummy step that replays a graph.
+        """
         common, sparse = common_attn_metadata, self.state is not None
         if sparse and common.max_query_len > self.max_decode_query_len:
             raise ValueError(
@@ -190,11 +217,14 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
                 "at most; allowed cudagraph_mode FULL_DECODE_ONLY, FULL_AND_PIECEWISE, "
                 "PIECEWISE or NONE"
             )
-        if self.state is not None:
-            self.state.reuse.choose_anew(common.seq_lens[: common.num_reqs])
         dense = self.dense_builder.build_for_cudagraph_capture(common)
-        num_decodes, num_rows = common.num_reqs, common.num_actual_tokens
-        return self._metadata(common, num_decodes, num_rows, sparse, dense, None)
+        size = common.num_reqs, common.num_actual_tokens
+        batch = self._metadata(common, *size, sparse, dense)
+        if self.state is not None:
+            self.state.reuse.leave_out(common.num_reqs)
+            batch.seq_lens, batch.block_table = self._rows(common, *size)
+            batch.parts = parts_of(self.state, batch)
+        return batch
 
     def build_for_drafting(
         self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
@@ -202,27 +232,58 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         """The metadata of a draft model's step, which is dense and not counted."""
         common = common_attn_metadata
         dense = self.dense_builder.build_for_drafting(common, draft_index)
-        return self._metadata(common, 0, 0, False, dense, None)
+        return self._metadata(common, 0, 0, False, dense)
+
+    def update_draft_decode_metadata(self, metadata: TidalMetadata) -> None:
+        """Bring a draft's metadata to its next step, in place."""
+        self.dense_builder.update_draft_decode_metadata(metadata.dense)
 
     def _advance_step(
         self,
         common: CommonAttentionMetadata,
-        num_decodes: int,
+        num_reqs: int,
+        is_prefill: torch.Tensor | None,
         decode_lens: list[int],
         sparse: bool,
+        captured: bool,
     ) -> None:
-        """What happens once per step, however many KV cache groups there are."""
+        """What happens once per step, however many KV cache groups there are.
+
+        Args:
+            num_reqs: Requests that decode, or would where a graph is replayed.
+        """
+        reuse = EveryStep() if self.state is None else self.state.reuse
+        if is_dummy(common):
+            reuse.leave_out(num_reqs)
+            return
         self.counters.count_step(self.rule, decode_lens, sparse)
         self.num_steps += 1
-        if sparse and self.state is not None:
-            self.state.reuse.advance(
-                self.num_steps,
-                common.seq_lens[:num_decodes],
-                common.block_table_tensor,
-                self.kv_cache_spec.block_size,
-                self.rule.select_block_size,
-                self.state.selection,
-            )
+        if self.state is None or not (sparse or captured):
+            return
+        reuse.advance(
+            self.num_steps,
+            common.seq_lens[:num_reqs],
+            common.block_table_tensor,
+            self.kv_cache_spec.block_size,
+            self.rule.select_block_size,
+            self.state.selection,
+        )
+        if is_prefill is not None:
+            # Whether it has chosen depends on whether a graph was replayed.
+            reuse.forget(is_prefill[:num_reqs].to(common.seq_lens.device))
+
+    def _rows(
+        self, common: CommonAttentionMetadata, num_reqs: int, num_rows: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Length and block table of each row of the first requests, at fixed places."""
+        if self.query_rows is None:
+            return common.seq_lens, common.block_table_tensor
+        return self.query_rows.fill(
+            num_rows,
+            common.query_start_loc[: num_reqs + 1],
+            common.seq_lens[:num_reqs],
+            common.block_table_tensor[:num_reqs],
+        )
 
     def _metadata(
         self,
@@ -231,28 +292,18 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         num_rows: int,
         sparse: bool,
         dense: AttentionMetadata,
-        prefills: AttentionMetadata | None,
     ) -> TidalMetadata:
-        seq_lens, block_table = common.seq_lens, common.block_table_tensor
-        parts: list[DecodePart] = []
-        if sparse and self.query_rows is not None:
-            seq_lens, block_table = self.query_rows.fill(
-                num_rows,
-                common.query_start_loc[: num_decodes + 1],
-                seq_lens[:num_decodes],
-                block_table[:num_decodes],
-            )
-        if sparse and self.state is not None:
-            parts = _parts_of(self.state, num_rows, seq_lens, block_table)
+        """The metadata of a step; of a sparse one without its rows and prefills."""
         return TidalMetadata(
             num_decodes=num_decodes,
             num_decode_tokens=num_rows,
-            seq_lens=seq_lens,
-            block_table=block_table,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
             dense=dense,
-            prefills=prefills,
+            prefills=None,
+            prefill_tokens=slice(0),
             sparse=sparse,
-            parts=parts,
+            parts=[],
             roles=self.roles,
             selection_index=self.selection_index,
             rule=self.rule,
@@ -261,11 +312,10 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
     def _roles_of(self, impls: dict[str, Any]) -> dict[str, Role]:
         """The role of each layer of this worker, once they are those of the plan."""
         roles = dict.fromkeys(impls, Role.DENSE)
-        # A draft model's layers know their own configuration: none of them is sparse.
         indices = {
             name: extract_layer_index(name)
             for name, impl in impls.items()
-            if impl.kernels is not None
+            if impl.kernels is not None  # a draft model's layers have none
         }
         if not indices:
             return roles
@@ -300,32 +350,16 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
                 logger.warning("%s", self.state.kernels.advice)
 
 
-def _parts_of(
-    state: SparseState,
-    num_rows: int,
-    seq_lens: torch.Tensor,
-    block_table: torch.Tensor,
-) -> list[DecodePart]:
-    """The step's decode rows in parts that fit into the workspace."""
-    selection = state.selection
-    select_lens, lens_after_select = state.reuse.split(seq_lens)
-    if state.method.attends_to_chosen:
-        lens_after_select = seq_lens
-    parts = []
-    for first in range(0, num_rows, state.max_part_rows):
-        rows = slice(first, min(first + state.max_part_rows, num_rows))
-        topk = zip(selection.topk_blocks, selection.topk_lens, strict=True)
-        after = None if lens_after_select is None else lens_after_select[rows]
-        part = DecodePart(
-            rows=rows,
-            block_table=block_table[rows],
-            seq_lens=seq_lens[rows],
-            select_lens=select_lens[rows],
-            lens_after_select=after,
-            topk=[(blocks[rows], lens[rows]) for blocks, lens in topk],
-        )
-        parts.append(part)
-    return parts
+def _lens_of_decodes(
+    common: CommonAttentionMetadata, num_decodes: int, is_prefill: torch.Tensor | None
+) -> list[int]:
+    """The length of each row of requests that decode, on the host."""
+    counts = query_lens(common)[:num_decodes]
+    lens = common.seq_lens_cpu_upper_bound[:num_decodes]
+    real = lens > counts  # not so in a warm-up: a decode has its prompt behind it
+    if is_prefill is not None:
+        real &= ~is_prefill[:num_decodes]
+    return row_lens(counts[real].tolist(), lens[real].tolist())
 
 
 def _require_one_state(impls: dict[str, Any]) -> None:

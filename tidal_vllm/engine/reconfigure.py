@@ -8,7 +8,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from tidal_vllm.engine.attention import TidalImpl
+from tidal_vllm.engine.attention import TidalImpl, impls_made
 from tidal_vllm.engine.backend import TidalBackend
 from tidal_vllm.engine.state import choose_implementations
 from tidal_vllm.plan.resolve import resolve
@@ -79,11 +79,9 @@ def reconfigure(model_runner: Any, settings: dict[str, Any]) -> Callable[[], Non
 
 
 def _full_attention(vllm_config: Any) -> list[TidalImpl]:
-    """TIDAL's implementations of the layers without a sliding window."""
-    layers = vllm_config.compilation_config.static_forward_context.values()
-    impls = [getattr(layer, "impl", None) for layer in layers]
+    """TIDAL's implementations of the target's layers without a sliding window."""
     return [
         impl
-        for impl in impls
-        if isinstance(impl, TidalImpl) and impl.sliding_window is None
+        for impl in impls_made(vllm_config)
+        if impl.sliding_window is None and not impl.is_draft
     ]

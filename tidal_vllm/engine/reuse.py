@@ -14,8 +14,11 @@ from tidal_vllm.engine.selection import Selection
 class EveryStep:
     """SELECT layers choose for all rows in every step."""
 
-    def choose_anew(self, seq_lens: torch.Tensor) -> None:
-        """Nothing is kept from the step before."""
+    def leave_out(self, num_rows: int) -> None:
+        """Nothing outlives a step that a dummy step could overwrite."""
+
+    def forget(self, rows: torch.Tensor) -> None:
+        """Nothing is kept for the next step."""
 
     def advance(
         self,
@@ -72,11 +75,22 @@ class Reuse(EveryStep):
         """The lengths of rows that choose, and of rows that reuse their selection."""
         return self.select_lens, self.reuse_lens
 
-    def choose_anew(self, seq_lens: torch.Tensor) -> None:
-        """Let all of the first rows choose, whatever they hold."""
-        rows = slice(seq_lens.shape[0])
-        self.select_lens[rows] = seq_lens
-        self.reuse_lens[rows] = -1
+    def leave_out(self, num_rows: int) -> None:
+        """Let the first rows neither choose nor attend: those of a dummy step.
+
+        A dummy step of vLLM's (a warm-up, the capture of a graph, a step beside other
+        data-parallel ranks) must not write what the rows' requests have chosen.
+        """
+        self.select_lens[:num_rows] = -1
+        self.reuse_lens[:num_rows] = -1
+
+    def forget(self, rows: torch.Tensor) -> None:
+        """Let some of the first rows choose anew in the next step.
+
+        Args:
+            rows: `[num_rows]` bool.
+        """
+        self.newest[: rows.shape[0]].masked_fill_(rows, -1)
 
     def advance(
         self,

@@ -68,10 +68,7 @@ class CorrectionMixin(_Base):
             startup.config.correction_interval if sparse else None
         )
         self.correction_counters = CorrectionCounters()
-        # NOTE: a full CUDA graph runs a prompt's last token, where it comes as a chunk
-        # of its own, as a decode.
-        graphs = self.vllm_config.compilation_config.cudagraph_mode
-        self._tails_decode = graphs is not None and graphs.has_full_cudagraphs()
+        self._tails_decode = tails_decode(self.vllm_config)
         self._max_decode_query_len = max_decode_query_len(self.vllm_config)
         self._clean_positions: dict[str, int] = {}
         # For the V2 runner, which keeps its own count of computed tokens and
@@ -289,6 +286,18 @@ class CorrectionMixin(_Base):
         if counters != logged or num_polluted:
             logger.info("%s, Polluted tokens now: %d", counters, num_polluted)
         self._last_log = (now, replace(counters))
+
+
+def tails_decode(vllm_config: VllmConfig) -> bool:
+    """Whether a prompt's last token, as a chunk of its own, may run as a decode.
+
+    NOTE: it does in a full CUDA graph, and wherever the V2 runner runs a model with
+    states: those are rolled back for drafts behind the token.
+    """
+    graphs = vllm_config.compilation_config.cudagraph_mode
+    if graphs is not None and graphs.has_full_cudagraphs():
+        return True
+    return vllm_config.use_v2_model_runner and vllm_config.model_config.is_hybrid
 
 
 class TidalScheduler(CorrectionMixin, Scheduler):

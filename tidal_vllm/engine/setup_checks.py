@@ -15,6 +15,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from tidal_vllm.engine.backend import TidalBackend
+from tidal_vllm.engine.drafts import is_made_again
 from tidal_vllm.engine.state import choose_implementations
 from tidal_vllm.engine.support import ON_CPU, kv_block_size, supported_here
 from tidal_vllm.names import ASYNC_SCHEDULER, NAME, SYNC_SCHEDULER, TOLD
@@ -39,11 +40,14 @@ _REFUSED_FIELDS = {
 def check_setup(vllm_config: "VllmConfig") -> None:
     """Refuse, before any process is spawned or weight is read, what cannot run.
 
+    A config that vLLM makes again for a draft model is left alone: the target's was
+    checked.
+
     Raises:
         ValueError: Names the key, the value and what is allowed.
     """
     model_config = vllm_config.model_config
-    if model_config is None:
+    if model_config is None or is_made_again(vllm_config):
         return
     if not is_selected(vllm_config):
         if has_settings(vllm_config):

@@ -139,14 +139,33 @@ def choose_implementations(
     kernels = None
     if startup.plan.sparse:
         kernels = _kernels_of(startup.config, head_size, dtype, kv_cache_dtype)
+    layer = (head_size, kv_cache_dtype, has_sliding_window)
+    return kernels, dense_backend_of(vllm_config, *layer, kernels)
+
+
+def dense_backend_of(
+    vllm_config: VllmConfig,
+    head_size: int,
+    kv_cache_dtype: str,
+    has_sliding_window: bool,
+    kernels: Kernels | None,
+) -> type[AttentionBackend]:
+    """The backend of a layer's dense attention.
+
+    Args:
+        kernels: Of the engine's SELECT and SPARSE layers, if there are any.
+
+    Raises:
+        ValueError: Nothing covers the layer; says why.
+    """
     asked = AttentionSelectorConfig(
         head_size,
-        dtype,
+        vllm_config.model_config.dtype,
         kv_cache_dtype,
         block_size=None,
         has_sliding_window=has_sliding_window,
     )
-    return kernels, choose_dense_backend(asked, kernels)
+    return choose_dense_backend(asked, kernels)
 
 
 def _kernels_of(

@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from tidal_vllm.engine.batch import count_decodes
+from tidal_vllm.engine.batch import find_prefills
 from tidal_vllm.kernels import DecodeArgs, reference
 
 
@@ -52,12 +52,18 @@ class ReferenceBuilder(AttentionMetadataBuilder[ReferenceMetadata]):
     ) -> ReferenceMetadata:
         common = common_attn_metadata
         return ReferenceMetadata(
-            num_decodes=count_decodes(common),
+            num_decodes=_first_decodes(common),
             num_actual_tokens=common.num_actual_tokens,
             query_start_loc=common.query_start_loc_cpu,
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
         )
+
+
+def _first_decodes(common: CommonAttentionMetadata) -> int:
+    """Requests before the first that does not decode."""
+    is_prefill = find_prefills(common)
+    return common.num_reqs if is_prefill is None else int(is_prefill.int().argmax())
 
 
 class ReferenceImpl(AttentionImpl[ReferenceMetadata]):

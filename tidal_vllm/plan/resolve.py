@@ -76,11 +76,7 @@ def resolve(vllm_config: Any) -> Startup:
     model_config = vllm_config.model_config
     num_layers = model_config.get_total_num_hidden_layers()
     if not is_selected(vllm_config):
-        config = TidalConfig()
-        plan = all_dense(
-            num_layers, "nowhere", "the attention backend TIDAL is not selected"
-        )
-        return Startup(config, plan, SelectionRule.from_config(config))
+        return dense("the attention backend TIDAL is not selected", num_layers)
     config = TidalConfig.from_additional_config(vllm_config.additional_config)
     config.check_max_model_len(model_config.max_model_len)
     name, shape = model_config.model, model_sha256(model_config)
@@ -98,6 +94,13 @@ def resolve(vllm_config: Any) -> Startup:
     plan = limit_plan(plan, config, model_config.max_model_len)
     rule = SelectionRule.from_config(config)
     return Startup(config, plan, rule, kinds, never_slides)
+
+
+def dense(reason: str, num_layers: int) -> Startup:
+    """No layer decodes sparsely, whatever the settings: for a reason."""
+    config = TidalConfig()
+    plan = all_dense(num_layers, "nowhere", reason)
+    return Startup(config, plan, SelectionRule.from_config(config))
 
 
 def _kinds_of_layers(
