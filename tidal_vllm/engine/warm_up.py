@@ -65,6 +65,7 @@ def warm_up(
             block_table=part.block_table,
             dense=AttentionMetadata(),
             prefills=None,
+            prefill_tokens=slice(0),
             sparse=True,
             parts=[part],
             roles={layer.layer_name: role},

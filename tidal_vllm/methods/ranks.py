@@ -51,9 +51,13 @@ class AgreeingRanks:
         if mass.numel():  # the reference ops leave no block where no row chooses
             mass = self.sum_over_ranks(mass)
         mass = mass[:, self.first_set : self.first_set + here]
+        arrivals = workspace.arrivals
+        if arrivals is not None:  # a counter for each set, zeros like all of them
+            arrivals = arrivals.flatten()[: mass.shape[0] * here].view(-1, here)
         scratch = replace(
             workspace,
             lse=mass.new_zeros(mass.shape[:2]),
             block_lse=mass.log().contiguous(),
+            arrivals=arrivals,
         )
         return replace(args, query=args.query[:, :here], workspace=scratch)
