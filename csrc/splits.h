@@ -19,8 +19,12 @@ TIDAL_HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b;
 TIDAL_HOST_DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
 TIDAL_HOST_DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
 
-// Thread blocks of one processor at a time, where its shared memory holds two.
-inline constexpr int kBlocksPerProcessor = 2;
+// Thread blocks of one processor at a time, where its shared memory holds so many; tile.cuh
+// says where.
+#ifndef TIDAL_BLOCKS_PER_PROCESSOR
+#define TIDAL_BLOCKS_PER_PROCESSOR 2
+#endif
+inline constexpr int kBlocksPerProcessor = TIDAL_BLOCKS_PER_PROCESSOR;
 inline constexpr int kLeastWaves = 3;  // of a sparse batch that is more than one wave
 inline constexpr int kMostWaves = 8;
 inline constexpr int kDenseSplits = 32;  // more splits cost more to join than they gain

@@ -17,8 +17,8 @@
 
 namespace tidal {
 
-// The most shared memory of one thread block in bytes, and the thread blocks that the
-// registers must leave room for on one processor. 99 KiB is the most that sm_89 and sm_120
+// The most shared memory of one thread block in bytes. Registers leave room for
+// kBlocksPerProcessor thread blocks on one processor. 99 KiB is the most that sm_89 and sm_120
 // give a thread block, of 100 KiB of a processor. So one thread block runs there and on
 // sm_80 (164 KiB), two on sm_90 and sm_100 (228 KiB). With heads of 128 and 2-byte
 // elements these are three stages. For two stages, and two thread blocks on sm_80 or three
@@ -27,11 +27,7 @@ namespace tidal {
 #ifndef TIDAL_SHARED_LIMIT
 #define TIDAL_SHARED_LIMIT 101376
 #endif
-#ifndef TIDAL_BLOCKS_PER_PROCESSOR
-#define TIDAL_BLOCKS_PER_PROCESSOR 2
-#endif
 inline constexpr int kSharedLimit = TIDAL_SHARED_LIMIT;
-inline constexpr int kBlocksPerProcessor = TIDAL_BLOCKS_PER_PROCESSOR;
 // Of score_blocks, which needs fewer registers: four thread blocks on sm_90, three stages.
 inline constexpr int kScoreSharedLimit = smaller(57344, kSharedLimit);
 inline constexpr int kScoreBlocksPerProcessor = 4;

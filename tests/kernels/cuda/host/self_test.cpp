@@ -112,20 +112,21 @@ void count_units() {
   units.check(checks, cache);
 }
 
-float published[64];
+float published[128];
 
-// Each thread of two thread blocks publishes a 1; the last of the two adds them up.
+// Each thread of two thread blocks of two warps publishes a 1; the last of the two blocks
+// adds them up.
 void add_up(bool fence, bool barrier, bool past_l1) {
   static unsigned counter = 0;
   const int thread = thread_index();
-  publish(&published[block_x() * 32 + thread], 1.f);
+  publish(&published[block_x() * 64 + thread], 1.f);
   if (fence) fence_device();
   if (barrier) sync_block();
   const bool last = any_in_block(thread == 0 && atomic_inc_wrapping(&counter, 1) == 1);
   if (!last || thread > 0) return;
   float sum = 0.f;
   for (float& number : published) sum += past_l1 ? read_published(&number) : number;
-  if (sum != 64.f) emulation::fail("%d of 64 are seen", static_cast<int>(sum));
+  if (sum != 128.f) emulation::fail("%d of 128 are seen", static_cast<int>(sum));
 }
 
 int* const earlier = new int[4]{};  // what an earlier kernel wrote
@@ -153,10 +154,10 @@ const std::map<std::string, Test> tests = {
       },
       64}},
     {"shared memory past its end", {[] { shared_memory()[2048] = 1; }}},
-    {"publish, fence, barrier, count", {[] { add_up(true, true, true); }, 32, 2}},
-    {"publish without a fence", {[] { add_up(false, true, true); }, 32, 2}},
-    {"count before all threads have fenced", {[] { add_up(true, false, true); }, 32, 2}},
-    {"published numbers by an ordinary load", {[] { add_up(true, true, false); }, 32, 2}},
+    {"publish, fence, barrier, count", {[] { add_up(true, true, true); }, 64, 2}},
+    {"publish without a fence", {[] { add_up(false, true, true); }, 64, 2}},
+    {"count before all threads have fenced", {[] { add_up(true, false, true); }, 64, 2}},
+    {"published numbers by an ordinary load", {[] { add_up(true, true, false); }, 64, 2}},
     {"read before the wait for earlier kernels",
      {[] {
         if (earlier[0] == 0) wait_for_earlier_kernels();
