@@ -216,7 +216,9 @@ class TestMetadata:
     def test_the_builder_is_made_as_vllm_makes_it(self):
         made = parameters(AttentionMetadataBuilder.__init__)[1:]
         assert made == ["kv_cache_spec", "layer_names", "vllm_config", "device"]
-        assert parameters(TidalMetadataBuilder.__init__)[1:] == made
+        assert AttentionMetadataBuilder.requires_block_table_width is False
+        wide = [*made, "block_table_width"]  # given where a builder asks for it
+        assert parameters(TidalMetadataBuilder.__init__)[1:] == wide
         assert parameters(AttentionMetadataBuilder.build) == parameters(
             TidalMetadataBuilder.build
         )
