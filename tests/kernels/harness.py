@@ -24,6 +24,7 @@ from tidal_vllm.kernels import (
     cuda_limits,
 )
 from tidal_vllm.kernels.arguments import Rule
+from tidal_vllm.kernels.workspace import DIGIT_BINS
 
 KEPT = 42  # what rows that are left out hold, and must still hold after an op
 
@@ -178,6 +179,7 @@ def chosen_blocks(
     num_rows = len(seq_lens)
     assert (topk_blocks[num_rows:] == KEPT).all()
     assert (topk_lens[num_rows:] == KEPT).all()
+    assert not args.workspace.digit_counts.any(), "the next op counts from zero"
     found = []
     for row, seq_len in enumerate(seq_lens):
         if seq_len < 0:
@@ -209,7 +211,10 @@ def selection_args(
     columns = num_blocks if max_blocks is None else max_blocks
     int32 = dict(dtype=torch.int32, device=device)
     mass = torch.full((rows, num_sets, num_blocks), math.nan, device=device)
-    workspace = Workspace(lse=lse, block_lse=block_lse, mass=mass)
+    digit_counts = torch.zeros(rows, num_sets, DIGIT_BINS, **int32)
+    workspace = Workspace(
+        lse=lse, block_lse=block_lse, mass=mass, digit_counts=digit_counts
+    )
     workspace.arrivals = make_arrivals(batch)
     return batch.args(
         workspace=workspace,

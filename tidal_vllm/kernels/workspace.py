@@ -12,6 +12,8 @@ MIN_SPLITS = 8
 PARTIAL_ROWS = 1024
 # Floats that a CUDA kernel loads at once; lines of block_lse begin at multiples of it.
 QUAD = 4
+# Values of the first digit of a mass: `select_blocks` in Triton counts them.
+DIGIT_BINS = 2048
 
 
 @dataclass
@@ -30,6 +32,9 @@ class Workspace:
     `dense_decode` with a select_block_size; only a row's own blocks mean something."""
     mass: torch.Tensor | None = None
     """`[>= num_rows, num_sets, max_blocks]` fp32."""
+    digit_counts: torch.Tensor | None = None
+    """`[>= num_rows, num_sets, DIGIT_BINS]` int32: how many masses have each first
+    digit. Zeros when allocated, and zeros again after each op, like arrivals."""
     partial_out: torch.Tensor | None = None
     """fp32, flat; `partials` gives its shape for a batch."""
     partial_lse: torch.Tensor | None = None
@@ -64,6 +69,10 @@ class Workspace:
         def floats(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.float32, device=device)
 
+        def counters(*shape: int) -> torch.Tensor:
+            shape = (max_num_rows, *shape)
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
         def lines(num_lines: int) -> torch.Tensor:
             padded = floats(max_num_rows, num_lines, -(-max_blocks // QUAD) * QUAD)
             return padded[..., :max_blocks]
@@ -73,11 +82,10 @@ class Workspace:
             lse=floats(max_num_rows, num_heads),
             block_lse=lines(num_heads),
             mass=lines(num_sets),
+            digit_counts=counters(num_sets, DIGIT_BINS),
             partial_out=floats(most * head_size),
             partial_lse=floats(most),
-            arrivals=torch.zeros(
-                (max_num_rows, num_heads), dtype=torch.int32, device=device
-            ),
+            arrivals=counters(num_heads),
             num_heads=num_heads,
             head_size=head_size,
         )
@@ -86,7 +94,7 @@ class Workspace:
     def nbytes(self) -> int:
         """Bytes of all buffers, padding included."""
         buffers = (
-            *(self.lse, self.block_lse, self.mass),
+            *(self.lse, self.block_lse, self.mass, self.digit_counts),
             *(self.partial_out, self.partial_lse, self.arrivals),
         )
         return sum(b.untyped_storage().nbytes() for b in buffers if b is not None)

@@ -10,6 +10,7 @@ from tests.kernels.batches import make_batch
 from tests.kernels.harness import make_output, make_workspace
 from tests.support.rules import rule_of
 from tidal_vllm.kernels import DecodeArgs, Workspace, choose
+from tidal_vllm.kernels.workspace import DIGIT_BINS
 
 FLOAT, INT = torch.float32, torch.int32
 RULE = rule_of(32, 16, sinks=4, recent=8)
@@ -27,6 +28,7 @@ def good_arguments(device) -> tuple[DecodeArgs, torch.Tensor]:
     batch = make_batch([40, 40], **shape).to(device)
     work = make_workspace(batch, max_blocks=3, splits=3)
     work.mass = torch.zeros(2, 1, 3, device=device)
+    work.digit_counts = torch.zeros(2, 1, DIGIT_BINS, dtype=INT, device=device)
     work.partial_out, work.partial_lse = work.partial_out[:2], work.partial_lse[:2]
     topk = torch.zeros(2, 1, 5, dtype=INT, device=device)
     args = batch.args(
@@ -41,9 +43,12 @@ def good_arguments(device) -> tuple[DecodeArgs, torch.Tensor]:
 
 # What an op does not look at.
 UNREAD = {
-    "dense_decode": ("topk_blocks", "topk_lens", "mass"),
-    "score_blocks": (*("topk_blocks", "topk_lens", "mass", "output", "partial_out"),),
-    "sparse_decode": ("block_lse", "mass"),
+    "dense_decode": ("topk_blocks", "topk_lens", "mass", "digit_counts"),
+    "score_blocks": (
+        *("topk_blocks", "topk_lens", "mass", "digit_counts"),
+        *("output", "partial_out"),
+    ),
+    "sparse_decode": ("block_lse", "mass", "digit_counts"),
     "select_blocks": (
         *("kv_cache", "block_table", "output", "partial_out", "partial_lse"),
         *("k_scale", "v_scale", "scale", "select_block_size"),
@@ -200,6 +205,7 @@ MISSING = [
     *((op, "topk_lens") for op in OPS[2:]),
     ("sparse_decode", "select_block_size"),
     ("select_blocks", "mass"),
+    ("select_blocks", "digit_counts"),
 ]
 
 

@@ -101,7 +101,7 @@ class TestExactSets:
 
     @extended
     @pytest.mark.parametrize(
-        "seq_len, most", [(64, 500), (65, 2), (129, 2), (640, 500)]
+        "seq_len, most", [(512, 500), (513, 2), (1025, 2), (2560, 500)]
     )
     def test_more_blocks_than_a_tile(self, kernels, device, monkeypatch, seq_len, most):
         """The same in several tiles, by making them small where that can be done."""
@@ -120,22 +120,28 @@ class TestExactSets:
         assert found == expected(masses, lens, rule)
 
     @pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter does")
-    @pytest.mark.parametrize("most, passes", [(1, 6), (2**20, 3)])
-    def test_a_row_is_read_few_times(self, kernels, device, monkeypatch, most, passes):
-        """Once for each digit: three of the masses, three of equal masses' blocks."""
+    @pytest.mark.parametrize("scale, passes", [(0, 6), (1, 2), (2**-8, 1)])
+    def test_a_row_is_read_few_times(self, kernels, device, monkeypatch, scale, passes):
+        """Once for each digit: up to three of masses, three of equal masses' blocks.
+
+        Of masses from 2**-56 to 2**8 the first digit is counted while they are weighed.
+        Two digits tell these masses apart.
+        """
         small_tiles(monkeypatch, device)
         counted = Mock(wraps=InterpreterBuilder().create_histogram)
         monkeypatch.setattr(InterpreterBuilder, "create_histogram", counted)
         rule = rule_of(64, sinks=3, recent=6)
-        masses = random_masses([640], 1, 640, rule, most)
-        chosen_on(kernels, device, scores_of(masses, 1), [640], rule)
-        assert 0 < counted.call_count <= passes * 640 // 64
+        rng = torch.Generator().manual_seed(0)
+        masses = torch.randperm(2560, generator=rng)[None, None] * float(scale)
+        found = chosen_on(kernels, device, scores_of(masses, 1), [2560], rule)
+        assert found == expected(masses, [2560], rule)
+        assert 0 < counted.call_count <= passes * 2560 // 512
 
     @extended
     def test_a_set_keeps_many_tiles_of_blocks(self, kernels, device, monkeypatch):
         small_tiles(monkeypatch, device)
-        lens, rule = [700, 900], rule_of(300, threshold=800)
-        masses = random_masses(lens, 1, 900, rule)
+        lens, rule = [1400, 1900], rule_of(1100, threshold=1600)
+        masses = random_masses(lens, 1, 1900, rule)
         found = chosen_on(kernels, device, scores_of(masses, 1), lens, rule)
         assert found == expected(masses, lens, rule)
 
@@ -205,13 +211,16 @@ class TestExactSets:
         kernels.select_blocks(args, lens, rule)
         assert args.topk_lens[:2].flatten().tolist() == [4, 4]
         assert (whole[..., 4:] == KEPT).all()
+        args.topk_blocks = whole[..., :0]
+        kernels.select_blocks(args, lens, rule)
+        assert not args.topk_lens[:2].any() and not args.workspace.digit_counts.any()
         assert whole[1, 0, :4].tolist() == [0, 1, 2, 3]
 
 
 def small_tiles(monkeypatch, device) -> None:
     if device.type == "cpu":
         launch = "tidal_vllm.kernels.triton.select"
-        monkeypatch.setattr(f"{launch}.CHOOSE_TILE", 64)
+        monkeypatch.setattr(f"{launch}.CHOOSE_TILE", 512)
         monkeypatch.setattr(f"{launch}.MAX_WEIGH_BLOCKS", 64)
 
 

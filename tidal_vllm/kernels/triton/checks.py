@@ -7,6 +7,7 @@ checked: lengths, block ids and counts on the device are preconditions.
 import torch
 
 from tidal_vllm.kernels.arguments import DecodeArgs
+from tidal_vllm.kernels.workspace import DIGIT_BINS
 
 FP8 = (torch.uint8, torch.float8_e4m3fn)
 QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -51,6 +52,9 @@ def check_select(args: DecodeArgs, seq_lens: torch.Tensor) -> None:
     shape = (None, args.topk_blocks.shape[1], args.workspace.block_lse.shape[2])
     floats, device = (torch.float32,), args.query.device
     _check("mass", args.workspace.mass, shape, floats, device, num_rows)
+    shape = (None, args.topk_blocks.shape[1], DIGIT_BINS)
+    digit_counts = args.workspace.digit_counts
+    _check_packed("digit_counts", digit_counts, shape, args, torch.int32)
 
 
 def _check_attention(
@@ -127,11 +131,15 @@ def _check_int32(
 
 
 def _check_packed(
-    name: str, given: torch.Tensor | None, shape: Shape, args: DecodeArgs
+    name: str,
+    given: torch.Tensor | None,
+    shape: Shape,
+    args: DecodeArgs,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Refuse what is not contiguous fp32 with a row for each of the query's."""
+    """Refuse what is not contiguous `dtype` with a row for each of the query's."""
     num_rows, device = args.query.shape[0], args.query.device
-    _check(name, given, shape, (torch.float32,), device, num_rows)
+    _check(name, given, shape, (dtype,), device, num_rows)
     if not given.is_contiguous():
         raise ValueError(f"{name} has strides {given.stride()}: must be contiguous")
 

@@ -16,7 +16,8 @@ from tidal_vllm.kernels.triton.tiling import device_limits
 # many heads and blocks: all of its loads are under way together.
 WEIGH_ELEMENTS = 4096
 MAX_WEIGH_HEADS, MAX_WEIGH_BLOCKS = 32, 1024
-CHOOSE_TILE = 8192
+# A tile has four parts of groups of 32 times four blocks, at least one in each part.
+MIN_CHOOSE_TILE, CHOOSE_TILE = 512, 8192
 MIN_CHOOSE_THREADS, MAX_CHOOSE_THREADS = 128, 512
 
 
@@ -26,6 +27,7 @@ def select_blocks(args: DecodeArgs, seq_lens: torch.Tensor, rule: Rule) -> None:
     Of block_lse, the blocks that a row has are used; it must have room for the longest
     row. The forced blocks must fit the budget, as `Rule` says. Neither is
     checked here, and what topk_blocks has no room for is left out.
+    workspace.digit_counts holds zeros before and after.
 
     Raises:
         ValueError: A dtype, device, shape or stride that does not fit.
@@ -35,6 +37,7 @@ def select_blocks(args: DecodeArgs, seq_lens: torch.Tensor, rule: Rule) -> None:
     if num_rows == 0:
         return
     block_lse, mass = args.workspace.block_lse, args.workspace.mass
+    digit_counts = args.workspace.digit_counts
     topk_blocks, topk_lens = args.topk_blocks, args.topk_lens
     num_sets, max_blocks = topk_blocks.shape[1:]
     num_blocks, size = block_lse.shape[2], rule.select_block_size
@@ -43,7 +46,7 @@ def select_blocks(args: DecodeArgs, seq_lens: torch.Tensor, rule: Rule) -> None:
     heads = min(MAX_WEIGH_HEADS, triton.next_power_of_2(heads_per_set))
     weigh_tile = min(MAX_WEIGH_BLOCKS, WEIGH_ELEMENTS // heads)
     weigh_blocks[(max(1, triton.cdiv(num_blocks, weigh_tile)), num_sets, num_rows)](
-        *(block_lse, args.workspace.lse, seq_lens, mass, num_blocks),
+        *(block_lse, args.workspace.lse, seq_lens, mass, digit_counts, num_blocks),
         *block_lse.stride()[:2],
         *mass.stride()[:2],
         SIZE=size,
@@ -51,15 +54,20 @@ def select_blocks(args: DecodeArgs, seq_lens: torch.Tensor, rule: Rule) -> None:
         SINKS=triton.cdiv(rule.sink_tokens, size),
         RECENT_TOKENS=max(rule.recent_tokens, 1),
         NUM_HEADS=num_heads,
+        NUM_SETS=num_sets,
         HEADS_PER_SET=heads_per_set,
         TILE_HEADS=heads,
         TILE=weigh_tile,
         num_warps=4,
     )
-    tile = min(CHOOSE_TILE, triton.next_power_of_2(max(num_blocks, max_blocks, 64)))
+    tile = min(
+        CHOOSE_TILE,
+        triton.next_power_of_2(max(num_blocks, max_blocks, MIN_CHOOSE_TILE)),
+    )
     threads = min(MAX_CHOOSE_THREADS, max(MIN_CHOOSE_THREADS, tile // 8))
     choose_blocks[(num_sets, num_rows)](
-        *(mass, seq_lens, topk_blocks, topk_lens, max_blocks),
+        *(mass, digit_counts, seq_lens, topk_blocks, topk_lens),
+        *(num_blocks, max_blocks),
         *mass.stride()[:2],
         *topk_blocks.stride()[:2],
         topk_lens.stride(0),
