@@ -10,10 +10,9 @@ namespace tidal {
 // shifted into place, then rescaled. Exact; NaN stays NaN.
 TIDAL_DEVICE uint32_t widen_by_shifts(uint32_t bytes) {
   const uint32_t apart = permute_bytes(bytes, 0, 0x4140);  // one in each half
-  uint32_t pair = times_256((apart & 0x007f007f) << 7 | (apart & 0x00800080) << 8);
+  const uint32_t pair = times_256((apart & 0x007f007f) << 7 | (apart & 0x00800080) << 8);
   const uint32_t nan = ((apart & 0x007f007f) + 0x00010001) & 0x00800080;
-  if (nan) pair |= (nan >> 7) * 0x7fff;
-  return pair;
+  return pair | (nan >> 7) * 0x7fff;  // no branch: mma follows
 }
 
 TIDAL_DEVICE uint32_t widen_pair(uint32_t bytes) {

@@ -77,6 +77,7 @@ void check_inputs(Checks& checks, const AttendArguments& a) {
   const TensorView& cache = a.kv_cache;
   checks.tensor(cache, "kv_cache", 4, {a.query.dtype.c_str(), "float8_e4m3fn", "uint8"});
   checks.size(cache, "kv_cache", 3, 2 * dims, "K and V side by side");
+  checks.in_range("query.size(1)", heads, 1);
   checks.that(cache.size(1) > 0 && heads % cache.size(1) == 0, "kv_cache.size(1)",
               cache.size(1), "a divisor of query.size(1) = " + std::to_string(heads));
   checks.in_range("kv_cache.size(2)", cache.size(2), 1);

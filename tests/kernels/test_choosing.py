@@ -16,6 +16,7 @@ def stub(reason: str = "") -> ModuleType:
     """A module of kernels that do not cover `reason`."""
     module = ModuleType("kernels")
     module.uncovered = lambda needed: reason
+    module.cannot_run = lambda needed: reason
     return module
 
 
@@ -70,6 +71,12 @@ class TestAuto:
         kernels = choose(GPU, head_size=80, dtype=torch.bfloat16)
         assert kernels.name == "triton"
         assert "the CUDA extension does not cover head_size = 80" in kernels.reason
+
+    def test_triton_where_the_driver_refuses_cuda(self, built):
+        built(cuda=stub("cudaGetDevice: the driver is too old"), triton=stub())
+        kernels = choose(GPU, **MODEL)
+        assert kernels.name == "triton"
+        assert "does not run here: cudaGetDevice: the driver is" in kernels.reason
 
     def test_the_reference_where_none_covers_it_with_every_reason(self, built):
         built(cuda=stub(), triton=stub("compute capability 7.5"))

@@ -99,6 +99,9 @@ def _offer_cuda(needed: Requirements) -> tuple[str, Kernels | None]:
     reason = cuda_limits.uncovered(needed)
     if reason:
         return f"the CUDA extension does not cover {reason}", None
+    reason = module.cannot_run(needed)
+    if reason:
+        return f"the CUDA extension does not run here: {reason}", None
     outdated = stale()
     advice = f"{outdated}. This builds it: {how_to_build()}" if outdated else ""
     return "", Kernels("cuda", "CUDA extension", module, True, advice)

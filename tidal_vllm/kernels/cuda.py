@@ -27,6 +27,7 @@ import torch
 
 from tidal_vllm.extension import LIBRARY
 from tidal_vllm.kernels.arguments import DecodeArgs, Rule
+from tidal_vllm.kernels.interface import Requirements
 
 if not LIBRARY.exists():
     raise ImportError(f"{LIBRARY.name} is not in {LIBRARY.parent}")
@@ -47,6 +48,25 @@ def _in_order(op: Any) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
 # One schema serves the three ops that attend: AttendArguments of csrc/arguments.h.
 _in_order_to_attend = _in_order(torch.ops.tidal.dense_decode)
 _in_order_to_select = _in_order(torch.ops.tidal.select_blocks)
+
+
+def cannot_run(needed: Requirements) -> str:
+    """Why this GPU or its driver does not run the kernels that are needed; or "".
+
+    Asks the driver, as a launch would: one older than the CUDA that the extension was
+    built with refuses, and so does a GPU that the extension has no code for.
+    """
+    dtype = str(needed.dtype).removeprefix("torch.")
+    stored = "float8_e4m3fn" if needed.fp8 else dtype
+    index = needed.device.index
+    if index is None:
+        index = torch.cuda.current_device()
+    try:
+        for op in ("dense_decode", "score_blocks", "sparse_decode", "select_blocks"):
+            torch.ops.tidal.occupancy(op, dtype, stored, needed.head_size, index)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return ""
 
 
 @torch.library.register_fake("tidal::dense_decode")
