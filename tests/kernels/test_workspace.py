@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tidal_vllm.kernels import Kernels, Workspace, choose, reference
+from tidal_vllm.kernels.workspace import FIRST_DIGITS
 
 CPU = torch.device("cpu")
 
@@ -15,7 +16,7 @@ class TestWorkspace:
         assert work.block_lse.shape == (16, 32, 100)
         assert work.mass.shape == (16, 8, 100)
         floats = 16 * 32 + 16 * 32 * 100 + 16 * 8 * 100 + 1024 * 32 * 129
-        counters = 16 * 32
+        counters = 16 * 32 + 16 * 8 * FIRST_DIGITS
         assert work.nbytes == 4 * (floats + counters)
 
     def test_a_line_of_any_length_begins_at_16_bytes(self):
@@ -24,13 +25,15 @@ class TestWorkspace:
         assert work.block_lse.shape == (3, 2, 101) and work.mass.shape == (3, 1, 101)
         assert work.block_lse.stride() == (208, 104, 1)
         assert work.mass.stride(0) == 104
-        partials = 3 * 128 * 2 * 9
-        assert work.nbytes == 4 * (3 * 2 + 3 * 208 + 3 * 104 + partials + 3 * 2)
+        partials, counters = 3 * 128 * 2 * 9, 3 * 2 + 3 * FIRST_DIGITS
+        assert work.nbytes == 4 * (3 * 2 + 3 * 208 + 3 * 104 + partials + counters)
 
     def test_counters_begin_as_zeros(self):
         work = Workspace.allocate(5, 3, 1, 8, 4, CPU)
         assert work.arrivals.shape == (5, 3) and work.arrivals.dtype == torch.int32
         assert not work.arrivals.any()
+        assert work.digit_counts.shape == (5, 1, FIRST_DIGITS)
+        assert work.digit_counts.dtype == torch.int32 and not work.digit_counts.any()
 
     @pytest.mark.parametrize("max_num_rows", [1, 7, 16, 100, 257, 1024])
     def test_every_batch_fits_and_has_splits(self, max_num_rows):

@@ -12,6 +12,8 @@ MIN_SPLITS = 8
 PARTIAL_ROWS = 1024
 # Floats that a CUDA kernel loads at once; lines of block_lse begin at multiples of it.
 QUAD = 4
+# Values of the first digit of a mass; kFirstDigits of csrc/params.h.
+FIRST_DIGITS = 2048
 
 
 @dataclass
@@ -39,6 +41,9 @@ class Workspace:
     ended their part of a row. Zeros when allocated, and zeros again after each op, so
     nothing clears them in a CUDA graph. Two ops that run at once, on two streams, must
     not share them, nor anything else here."""
+    digit_counts: torch.Tensor | None = None
+    """`[>= num_rows, num_sets, FIRST_DIGITS]` int32: how many masses have which first
+    digit, which the CUDA kernel that sums them counts. Zeros as `arrivals` are."""
     num_heads: int = 0
     head_size: int = 0
 
@@ -68,6 +73,9 @@ class Workspace:
             padded = floats(max_num_rows, num_lines, -(-max_blocks // QUAD) * QUAD)
             return padded[..., :max_blocks]
 
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
         most = max(n * num_splits(n) for n in range(1, max_num_rows + 1)) * num_heads
         return cls(
             lse=floats(max_num_rows, num_heads),
@@ -75,9 +83,8 @@ class Workspace:
             mass=lines(num_sets),
             partial_out=floats(most * head_size),
             partial_lse=floats(most),
-            arrivals=torch.zeros(
-                (max_num_rows, num_heads), dtype=torch.int32, device=device
-            ),
+            arrivals=zeros(max_num_rows, num_heads),
+            digit_counts=zeros(max_num_rows, num_sets, FIRST_DIGITS),
             num_heads=num_heads,
             head_size=head_size,
         )
@@ -87,7 +94,8 @@ class Workspace:
         """Bytes of all buffers, padding included."""
         buffers = (
             *(self.lse, self.block_lse, self.mass),
-            *(self.partial_out, self.partial_lse, self.arrivals),
+            *(self.partial_out, self.partial_lse),
+            *(self.arrivals, self.digit_counts),
         )
         return sum(b.untyped_storage().nbytes() for b in buffers if b is not None)
 
