@@ -13,12 +13,13 @@
 namespace tidal {
 
 inline constexpr int kSelectWarps = kSelectThreads / 32;
-inline constexpr int kMassDepth = 4;  // loads of four masses that a thread has under way
-inline constexpr int kChunk = 4 * kMassDepth * kSelectThreads;  // masses of one such round
+// Loads of four masses that a thread has under way, to mark them and to count digits.
+inline constexpr int kMarkDepth = 8;
+inline constexpr int kCountDepth = 4;
 inline constexpr int kMostMarked = 1 << 16;  // masses that have bits in the masks
 inline constexpr int kListDepth = 8;         // masses of the list that a thread takes
 inline constexpr int kMostListed = kListDepth * kSelectThreads;
-static_assert(kMostMarked % kChunk == 0);
+static_assert(kMostMarked % (4 * kMarkDepth * kSelectThreads) == 0);
 
 struct ChooseShared {
   int bins[kBins];
@@ -49,9 +50,10 @@ struct Masses {
 };
 
 // Calls visit(i, masses) for masses i to i + 3, for the multiples i of 4 from `first` to
-// `end`; `first` is one. All threads call it equally often, so for some i beyond `end` too,
-// less than kChunk beyond it. There the masses are any numbers.
-template <class Visit>
+// `end`; `first` is one. A thread has kDepth loads under way. All threads call it equally
+// often, so for some i beyond `end` too, up to the next multiple of 4 * kDepth *
+// kSelectThreads after `first`. There the masses are any numbers.
+template <int kDepth, class Visit>
 TIDAL_DEVICE void for_masses(const Masses& m, int first, int end, Visit&& visit) {
   constexpr int kStep = 4 * kSelectThreads;
   if (!m.in_quads) {
@@ -68,15 +70,17 @@ TIDAL_DEVICE void for_masses(const Masses& m, int first, int end, Visit&& visit)
     return;
   }
 #pragma unroll 1
-  for (; first < end; first += kMassDepth * kStep) {
+  for (; first < end; first += kDepth * kStep) {
     const int at = first + 4 * thread_index();
-    float found[kMassDepth][4] = {};
+    float found[kDepth][4] = {};
+    const char* here = opaque(reinterpret_cast<const char*>(m.mass + at));
+    const float* from = reinterpret_cast<const float*>(here);
 #pragma unroll
-    for (int j = 0; j < kMassDepth; ++j) {
-      if (at + j * kStep < end) read_published_quad(found[j], m.mass + at + j * kStep);
+    for (int j = 0; j < kDepth; ++j) {
+      if (at + j * kStep < end) read_published_quad(found[j], from + j * kStep);
     }
 #pragma unroll
-    for (int j = 0; j < kMassDepth; ++j) visit(at + j * kStep, found[j]);
+    for (int j = 0; j < kDepth; ++j) visit(at + j * kStep, found[j]);
   }
 }
 
@@ -185,7 +189,7 @@ TIDAL_DEVICE Threshold find_threshold(ChooseShared* shared, ForKeys&& for_keys) 
 // Reads the masses again for each digit.
 TIDAL_DEVICE Threshold threshold_of_all(const Masses& m, ChooseShared* shared) {
   return find_threshold(shared, [&](auto&& visit) {
-    for_masses(m, m.base, m.end, [&](int first, const float (&masses)[4]) {
+    for_masses<kCountDepth>(m, m.base, m.end, [&](int first, const float (&masses)[4]) {
 #pragma unroll
       for (int d = 0; d < 4; ++d) {
         if (first + d >= m.begin && first + d < m.end) visit(float_bits(masses[d]));
@@ -200,7 +204,7 @@ TIDAL_DEVICE Threshold threshold_of_all(const Masses& m, ChooseShared* shared) {
 // valid_bits.
 TIDAL_DEVICE void mark(const Masses& m, ChooseShared* shared, int first, int end,
                        unsigned low, unsigned least) {
-  for_masses(m, first, end, [&](int at, const float (&masses)[4]) {
+  for_masses<kMarkDepth>(m, first, end, [&](int at, const float (&masses)[4]) {
     unsigned below = 0, out = 0;  // a bit per mass: less than `least`; than `low`
 #pragma unroll
     for (int d = 0; d < 4; ++d) {
@@ -252,18 +256,19 @@ TIDAL_DEVICE void list_open(const Masses& m, ChooseShared* shared) {
 }
 
 // Chooses from the list, and marks what is kept of it, and as open what is tied for the
-// last places. Returns how many of the tied are kept. `in_digit`: of the list.
-TIDAL_DEVICE int mark_listed(const Masses& m, ChooseShared* shared, int in_digit) {
+// last places. Returns how many of the tied are kept.
+TIDAL_DEVICE int mark_listed(const Masses& m, ChooseShared* shared) {
+  const int listed = shared->in_bin;
   unsigned keys[kListDepth];
 #pragma unroll
   for (int i = 0; i < kListDepth; ++i) {
     const int at = i * kSelectThreads + thread_index();
     keys[i] = 0;
-    if (at < in_digit) {
+    if (at < listed) {
       keys[i] = float_bits(read_published(m.mass + m.base + shared->listed[at]));
     }
   }
-  const int in_list = ceil_div(in_digit - thread_index(), kSelectThreads);  // this thread's
+  const int in_list = ceil_div(listed - thread_index(), kSelectThreads);  // this thread's
   const Threshold threshold = find_threshold(shared, [&](auto&& visit) {
 #pragma unroll
     for (int i = 0; i < kListDepth; ++i) {

@@ -295,7 +295,8 @@ void select_blocks(const SelectArguments& a) {
   check_arrivals(checks, a.arrivals, rows, heads);
   checks.tensor(a.digit_counts, "digit_counts", 3, {"int32"});
   checks.size_at_least(a.digit_counts, "digit_counts", 0, rows, "as seq_lens has rows");
-  checks.size(a.digit_counts, "digit_counts", 1, a.topk_blocks.size(1), "as in topk_blocks");
+  checks.size(a.digit_counts, "digit_counts", 1, a.topk_blocks.size(1),
+              "as in topk_blocks");
   checks.size(a.digit_counts, "digit_counts", 2, kFirstDigits, "the digits of a mass");
   checks.contiguous(a.digit_counts, "digit_counts");
   check_rule(checks, a);

@@ -74,13 +74,12 @@ static_assert(32 * kSelectThreads <= 0x7fff, "16 bits hold the counts of a round
 TIDAL_DEVICE void write_heaviest(const Masses& m, ChooseShared* shared, int* digit_counts,
                                  int room, int* chosen) {
   find_first_digit(shared, digit_counts, room);
-  const int in_digit = shared->in_bin;
-  if (m.end - m.base <= kMostMarked && in_digit <= kMostListed) {
+  if (m.end - m.base <= kMostMarked && shared->in_bin <= kMostListed) {
     const unsigned low = static_cast<unsigned>(shared->digit) << kFirstShift;
     mark(m, shared, m.base, m.end, low, low + (1u << kFirstShift));
     sync_block();
     list_open(m, shared);
-    const int ties = mark_listed(m, shared, in_digit);
+    const int ties = mark_listed(m, shared);
     sync_block();
     write_marked(m, shared, m.base, m.end, ties, {}, chosen);
     return;
@@ -111,6 +110,15 @@ TIDAL_DEVICE void write_forced(const SelectParams& p, int row, int set, const Ke
   }
 }
 
+// What the last thread block of a row and set does.
+TIDAL_DEVICE void choose(const SelectParams& p, int row, int set, const Kept& kept,
+                         const float* mass, int* digit_counts, int* chosen) {
+  write_forced(p, row, set, kept, chosen);
+  write_heaviest(Masses(p, mass, kept.sinks, kept.recent),
+                 reinterpret_cast<ChooseShared*>(shared_memory()), digit_counts,
+                 kept.room(), chosen + kept.sinks);
+}
+
 // Grid: (tiles of selection blocks, sets, rows).
 TIDAL_KERNEL(kSelectThreads, 2) select_blocks_kernel(const SelectParams p) {
   wait_for_earlier_kernels();
@@ -134,10 +142,7 @@ TIDAL_KERNEL(kSelectThreads, 2) select_blocks_kernel(const SelectParams p) {
   sum_masses(p, row, set, blocks, kept.sinks, kept.recent, mass, digit_counts);
   unsigned* counter = p.arrivals + static_cast<int64_t>(row) * p.num_heads + set;
   if (!arrives_last(counter, tiles)) return;
-  write_forced(p, row, set, kept, chosen);
-  write_heaviest(Masses(p, mass, kept.sinks, kept.recent),
-                 reinterpret_cast<ChooseShared*>(shared_memory()), digit_counts, room,
-                 chosen + kept.sinks);
+  choose(p, row, set, kept_of(p, p.seq_lens[row]), mass, digit_counts, chosen);
 }
 
 }  // namespace tidal

@@ -98,9 +98,9 @@ TODAY = replace(
     AUDITED,
     name="CUDA, today",
     loops=machine_code.PROTOTYPE,
-    # One pass marks what has the first digit, 8,192 masses at a time. Before and after it:
-    # two loads from L2, 0.35 each, the counts and the list's keys; and as much as three
-    # passes over a short list, two for digits and one for the set.
+    # One pass marks what has the first digit, 16,384 masses at a time. Around it: two
+    # loads from L2, 0.35 each, of the counts and of the list's masses; and as much as
+    # three passes over a short list, two for digits and one for the set.
     choose=Choose(
         candidates_each=512,
         in_flight=64 << 10,
@@ -111,7 +111,7 @@ TODAY = replace(
         threads=512,
         round_us=0.032,
         reads=1,
-        chunk=8192,
+        chunk=16384,
         chain=2,
         count_us=0.2,
         rest_us=2.5,

@@ -24,6 +24,7 @@ from tidal_vllm.kernels import (
     cuda_limits,
 )
 from tidal_vllm.kernels.arguments import Rule
+from tidal_vllm.kernels.workspace import FIRST_DIGITS
 
 KEPT = 42  # what rows that are left out hold, and must still hold after an op
 
@@ -211,6 +212,7 @@ def selection_args(
     mass = torch.full((rows, num_sets, num_blocks), math.nan, device=device)
     workspace = Workspace(lse=lse, block_lse=block_lse, mass=mass)
     workspace.arrivals = make_arrivals(batch)
+    workspace.digit_counts = torch.zeros(rows, num_sets, FIRST_DIGITS, **int32)
     return batch.args(
         workspace=workspace,
         topk_blocks=torch.full((rows, num_sets, columns), KEPT, **int32),

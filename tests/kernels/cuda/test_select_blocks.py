@@ -47,7 +47,9 @@ def select(kernels, mass, seq_lens, rule, *, num_sets=1, max_blocks=None, stride
         "topk_lens": lens[:, :num_sets],
         "mass": torch.full((rows + 1, num_sets, used + 3), math.nan),
         "arrivals": torch.zeros(rows + 1, heads, dtype=torch.int32),
-        "digit_counts": torch.zeros(rows + 1, num_sets, FIRST_DIGITS, dtype=torch.int32),
+        "digit_counts": torch.zeros(
+            rows + 1, num_sets, FIRST_DIGITS, dtype=torch.int32
+        ),
     }
     counters = ("arrivals", "digit_counts")
     outputs = ("topk_blocks", "topk_lens", *counters)
@@ -83,6 +85,8 @@ CASES = [
     case("ties", 300, [4800, 4777], 1024, 16, 16, 300, 3, quick=True),
     case("two chunks and a bit", 1025, [16400, 16399, 16385], 1024, 16, 0, 1, 4096),
     case("ties in three chunks", 34000, [34000, 33333], 9000, 1, 1, 340, 50),
+    case("ties beyond the list", 20000, [20000], 9000, 1, 1, 340, 3),
+    case("ties beyond the masks", 70001, [70001], 40000, 1, 1, 340, 3),
     case("one more than forced", 300, [4800, 4777], 48, 16, 16, 1, 4096),
     case("single tokens", 3000, [3000, 2999, 1025, 17], 1024, 1, 1, 340, 3),
     case("single tokens, all free", 3000, [3000, 2999, 1025, 17], 1024, 1, 0, 1, 4096),

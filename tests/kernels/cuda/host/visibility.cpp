@@ -27,7 +27,9 @@ void set_guards(bool closed) {
 
 void write_published() {
   for (const Store& store : machine.unfenced) show(store);
-  for (const auto& [to, word] : machine.fenced) std::memcpy(const_cast<void*>(to), &word, 4);
+  for (const auto& [to, word] : machine.fenced) {
+    std::memcpy(const_cast<void*>(to), &word, 4);
+  }
   machine.fenced.clear();
   machine.unfenced.clear();
 }
