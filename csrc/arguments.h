@@ -47,7 +47,7 @@ void for_each_argument(AttendArguments& a, Visit&& visit) {
 
 struct SelectArguments {
   TensorView block_lse, lse, seq_lens;
-  WrittenTensor topk_blocks, topk_lens, mass, arrivals;
+  WrittenTensor topk_blocks, topk_lens, mass, arrivals, digit_counts;
   int64_t token_budget = 0, select_block_size = 0, sink_tokens = 0, recent_tokens = 0,
           sparse_threshold = 0;
 };
@@ -61,6 +61,7 @@ void for_each_argument(SelectArguments& a, Visit&& visit) {
   visit("topk_lens", a.topk_lens);
   visit("mass", a.mass);
   visit("arrivals", a.arrivals);
+  visit("digit_counts", a.digit_counts);
   visit("token_budget", a.token_budget);
   visit("select_block_size", a.select_block_size);
   visit("sink_tokens", a.sink_tokens);

@@ -294,6 +294,12 @@ void select_blocks(const SelectArguments& a) {
   checks.size(a.mass, "mass", 1, a.topk_blocks.size(1), "as in topk_blocks");
   checks.size_at_least(a.mass, "mass", 2, a.block_lse.size(2), "as in block_lse");
   check_arrivals(checks, a.arrivals, rows, heads);
+  checks.tensor(a.digit_counts, "digit_counts", 3, {"int32"});
+  checks.size_at_least(a.digit_counts, "digit_counts", 0, rows, "as seq_lens has rows");
+  checks.size(a.digit_counts, "digit_counts", 1, a.topk_blocks.size(1),
+              "as in topk_blocks");
+  checks.size(a.digit_counts, "digit_counts", 2, kFirstDigits, "the digits of a mass");
+  checks.contiguous(a.digit_counts, "digit_counts");
   check_rule(checks, a);
   const int64_t keep_all =
       a.sparse_threshold > a.token_budget ? a.sparse_threshold : a.token_budget;
@@ -310,6 +316,7 @@ void select_blocks(const SelectArguments& a) {
   p.topk_lens = static_cast<int*>(a.topk_lens.data);
   p.mass = static_cast<float*>(a.mass.data);
   p.arrivals = static_cast<unsigned*>(a.arrivals.data);
+  p.digit_counts = static_cast<int*>(a.digit_counts.data);
   p.block_lse_row_stride = a.block_lse.stride(0);
   p.block_lse_head_stride = a.block_lse.stride(1);
   p.topk_row_stride = a.topk_blocks.stride(0);

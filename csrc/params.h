@@ -21,6 +21,8 @@ namespace tidal {
 
 // The most splits of one row; MAX_SPLITS of tidal_vllm/kernels/workspace.py.
 inline constexpr int kMostSplits = 128;
+// The first digits of a mass; FIRST_DIGITS there.
+inline constexpr int kFirstDigits = 2048;
 
 enum class Element : int { kBf16, kFp16, kFp8E4m3 };
 
@@ -90,6 +92,8 @@ struct SelectParams {
   float* mass;             // [R, G, N] workspace, last dim contiguous
   unsigned* arrivals;      // [R, H] contiguous, zeros before and after; a set counts in
                            // the place of head number `set`
+  int* digit_counts;       // [R, G, kFirstDigits] contiguous, zeros before and after: how
+                           // many of the masses that are chosen from have a first digit
 
   int64_t block_lse_row_stride, block_lse_head_stride;
   int64_t topk_row_stride, topk_set_stride;  // of topk_blocks

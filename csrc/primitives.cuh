@@ -61,6 +61,9 @@ TIDAL_DEVICE V shuffle_xor(V value, int mask) {
   return __shfl_xor_sync(~0u, value, mask);
 }
 TIDAL_DEVICE void atomic_add_shared(int* address, int value) { atomicAdd(address, value); }
+TIDAL_DEVICE void atomic_or_shared(unsigned* address, unsigned bits) {
+  atomicOr(address, bits);
+}
 // Adds one to a counter in global memory, which becomes 0 after `most`; returns what it
 // was.
 TIDAL_DEVICE unsigned atomic_inc_wrapping(unsigned* counter, unsigned most) {
@@ -90,10 +93,21 @@ TIDAL_DEVICE void let_later_kernels_start() {
 // writer has passed fence_device. Reads bypass L1, which other processors do not update.
 TIDAL_DEVICE void fence_device() { __threadfence(); }
 TIDAL_DEVICE void publish(float* to, float value) { *to = value; }
+TIDAL_DEVICE void publish(int* to, int value) { *to = value; }
+// Adds to a published number, whatever other threads add at the same time.
+TIDAL_DEVICE void add_published(int* to, int value) { atomicAdd(to, value); }
 TIDAL_DEVICE float read_published(const float* from) {
   float value;
   asm volatile("ld.global.cg.f32 %0, [%1];"
                : "=f"(value)
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+  return value;
+}
+TIDAL_DEVICE int read_published(const int* from) {
+  int value;
+  asm volatile("ld.global.cg.s32 %0, [%1];"
+               : "=r"(value)
                : "l"(__cvta_generic_to_global(from))
                : "memory");
   return value;

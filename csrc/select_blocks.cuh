@@ -3,36 +3,15 @@
 // on a GPU.
 //
 // One kernel. Its thread blocks sum the masses of a set's heads, a tile of selection
-// blocks each (sum_masses.cuh). The last of a row and set to arrive chooses: it finds the
-// smallest mass that is kept, digit by digit (an exact radix select), marks in bit masks
-// what is kept, and writes the set in ascending order.
+// blocks each, and count their first digits (sum_masses.cuh). The last of a row and set to
+// arrive chooses: it marks in bit masks what is kept (find_heaviest.cuh), and writes the
+// set in ascending order.
 #pragma once
 
 #include "arrivals.cuh"
-#include "sum_masses.cuh"
+#include "find_heaviest.cuh"
 
 namespace tidal {
-
-inline constexpr int kSelectWarps = kSelectThreads / 32;
-inline constexpr int kMassDepth = 4;  // loads of four masses that a thread has under way
-inline constexpr int kChunk = 4 * kMassDepth * kSelectThreads;  // masses of one such round
-inline constexpr int kDigitBits = 11;
-inline constexpr int kBins = 1 << kDigitBits;
-inline constexpr int kWords = kChunk / 32;  // bit masks of a chunk, one for a thread
-static_assert(kWords <= kSelectThreads);
-
-struct ChooseShared {
-  int bins[kBins];
-  unsigned kept[kWords];  // a bit per mass of a chunk: it is kept
-  unsigned ties[kWords];  // it is kept if there is room
-  int warp_totals[kSelectWarps];
-  int digit;
-  int in_bin;
-  int room;
-};
-
-inline constexpr int kSelectSharedBytes =
-    larger(sizeof(ChooseShared), kSumSharedBytes);
 
 // How much a set keeps of a row; all fields count selection blocks.
 struct Kept {
@@ -56,168 +35,63 @@ TIDAL_DEVICE Kept kept_of(const SelectParams& p, int seq_len) {
   return {total, p.token_budget / size, ceil_div(p.sink_tokens, size), recent};
 }
 
-// Calls visit(i, masses) for masses i to i + 3 of a row and set, for the multiples i of 4
-// from `begin` to `end`; `begin` is one. All lanes of a warp call it together, also for i
-// beyond `end`, up to the next kChunk. There the masses are any numbers.
-template <class Visit>
-TIDAL_DEVICE void for_masses(const SelectParams& p, const float* mass, int begin, int end,
-                             Visit&& visit) {
-  const bool in_quads = p.mass_in_quads && ceil_div(end, 4) * 4 <= p.num_blocks;
-#pragma unroll 1
-  for (int base = begin; base < end; base += kChunk) {
-    float found[kMassDepth][4] = {};
-    const int first = base + 4 * thread_index();
-    const float* from = mass + first;
-    if (in_quads) {
-#pragma unroll
-      for (int j = 0; j < kMassDepth; ++j) {
-        const int offset = 4 * j * kSelectThreads;
-        if (first < end - offset) read_published_quad(found[j], from + offset);
-      }
-    } else {
-#pragma unroll
-      for (int j = 0; j < 4 * kMassDepth; ++j) {
-        const int offset = 4 * (j / 4) * kSelectThreads + j % 4;
-        if (first < end - offset) found[j / 4][j % 4] = read_published(from + offset);
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < kMassDepth; ++j) {
-      visit(first + 4 * j * kSelectThreads, found[j]);
-    }
-  }
-}
-
-// The sum of the values of all threads before this one, in thread order. Precondition:
-// there was a barrier since warp_totals was last read.
-TIDAL_DEVICE int sum_before(int value, int* warp_totals) {
-  const int lane = thread_index() % 32, warp = thread_index() / 32;
-  int sum = value;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = shuffle(sum, lane >= step ? lane - step : lane);
-    if (lane >= step) sum += other;
-  }
-  if (lane == 31) warp_totals[warp] = sum;
-  sync_block();
-  int before = 0;
-  for (int i = 0; i < warp; ++i) before += warp_totals[i];
-  return before + sum - value;
-}
-
-// Finds the digit of the `room`-th largest of the keys that the bins count. Leaves it in
-// shared->digit, in shared->in_bin how many keys have it, and in shared->room how many of
-// those are to be kept.
-TIDAL_DEVICE void find_digit(ChooseShared* shared, int room) {
-  constexpr int kEach = kBins / kSelectThreads;
-  const int top = kBins - 1 - thread_index() * kEach;  // thread 0 has the largest digits
-  int count = 0;
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) count += shared->bins[top - i];
-  int before = sum_before(count, shared->warp_totals);
-  if (before >= room || before + count < room) return;
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int here = shared->bins[top - i];
-    if (before < room && before + here >= room) {
-      shared->digit = top - i;
-      shared->in_bin = here;
-      shared->room = room - before;
-    }
-    before += here;
-  }
-}
-
-// Masses as keys, the bits of floats: those that are not negative are ordered alike.
-struct Threshold {
-  unsigned least;  // keys from here on are kept
-  int ties;        // how many masses of the key before it are kept, in ascending order
+// How many blocks were found so far.
+struct Found {
+  int kept = 0;
+  int open = 0;  // kept or not
 };
 
-// Finds the `room`-th largest of the masses from `begin` to `end`, exactly. Precondition:
-// 0 < room <= end - begin.
-TIDAL_DEVICE Threshold find_threshold(const SelectParams& p, ChooseShared* shared,
-                                      const float* mass, int begin, int end, int room) {
-  unsigned prefix = 0, known = 0;
+// Writes to `chosen`, ascending, what is marked from `first` to `end`: all that is kept,
+// and of all that is open the first `ties`. Precondition: a barrier since it was marked.
+// Ends with one.
+TIDAL_DEVICE Found write_marked(const Masses& m, ChooseShared* shared, int first, int end,
+                                int ties, Found found, int* chosen) {
+  const int words = ceil_div(end - first, 32);
 #pragma unroll 1
-  for (int pass = 0; pass < 3; ++pass) {
-    const int shift = pass == 0 ? 20 : pass == 1 ? 10 : 0;
-    const unsigned digits = pass == 0 ? kBins - 1 : kBins / 2 - 1;
-    for (int bin = thread_index(); bin < kBins; bin += kSelectThreads) {
-      shared->bins[bin] = 0;
-    }
-    sync_block();
-    for_masses(p, mass, begin / 4 * 4, end, [&](int first, const float (&masses)[4]) {
-#pragma unroll
-      for (int d = 0; d < 4; ++d) {
-        const int i = first + d;
-        const unsigned key = float_bits(masses[d]);
-        if (i >= begin && i < end && (key & known) == prefix) {
-          atomic_add_shared(&shared->bins[key >> shift & digits], 1);
-        }
-      }
-    });
-    sync_block();
-    find_digit(shared, room);
-    sync_block();
-    prefix |= static_cast<unsigned>(shared->digit) << shift;
-    known |= digits << shift;
-    room = shared->room;
-    if (shared->in_bin == room) return {prefix, 0};
-  }
-  return {prefix + 1, room};
-}
-
-// Puts together the four bits of each of eight lanes, the first lane's lowest.
-TIDAL_DEVICE unsigned word_of(unsigned bits) {
-  bits <<= thread_index() % 8 * 4;
-  bits |= shuffle_xor(bits, 1);
-  bits |= shuffle_xor(bits, 2);
-  return bits | shuffle_xor(bits, 4);
-}
-
-// Writes to `chosen` the blocks from `begin` to `end`, ascending, whose masses are kept.
-TIDAL_DEVICE void write_heaviest(const SelectParams& p, ChooseShared* shared,
-                                 const float* mass, int begin, int end,
-                                 Threshold threshold, int* chosen) {
-  int kept = 0, ties = 0;  // in the chunks before
-#pragma unroll 1
-  for (int chunk = begin / kChunk * kChunk; chunk < end; chunk += kChunk) {
-    const int chunk_end = smaller(chunk + kChunk, end);
-    for_masses(p, mass, chunk, chunk_end, [&](int first, const float (&masses)[4]) {
-      unsigned is_kept = 0, is_tie = 0;
-#pragma unroll
-      for (int d = 0; d < 4; ++d) {
-        const unsigned key = float_bits(masses[d]);
-        const bool counts = first + d >= begin && first + d < chunk_end;
-        is_kept |= unsigned{counts && key >= threshold.least} << d;
-        is_tie |= unsigned{counts && key == threshold.least - 1} << d;
-      }
-      is_kept = word_of(is_kept);
-      is_tie = word_of(is_tie);
-      if (thread_index() % 8 == 0) {
-        shared->kept[(first - chunk) / 32] = is_kept;
-        shared->ties[(first - chunk) / 32] = is_tie;
-      }
-    });
-    sync_block();
-    const bool has_word = thread_index() < kWords;
-    const unsigned is_kept = has_word ? shared->kept[thread_index()] : 0;
-    const unsigned is_tie =
-        has_word && threshold.ties > 0 ? shared->ties[thread_index()] : 0;
-    const int counts = bit_count(is_kept) + (bit_count(is_tie) << 16);
-    const int before = sum_before(counts, shared->warp_totals);
-    int ties_before = ties + (before >> 16);
-    int rank = kept + (before & 0xffff) + smaller(ties_before, threshold.ties);
-    for (unsigned left = is_kept | is_tie; left != 0; left &= left - 1) {
+  for (int round = 0; round < words; round += kSelectThreads) {
+    const int word = round + thread_index();
+    const unsigned valid = word < words ? valid_bits(m, first + 32 * word) : 0;
+    const unsigned is_kept = valid != 0 ? shared->kept[word] & valid : 0;
+    const unsigned is_open = valid != 0 && ties > 0 ? shared->open[word] & valid : 0;
+    const int counts = bit_count(is_kept) + (bit_count(is_open) << 16);
+    const Sum sum = sum_in_order(counts, shared->warp_totals);
+    int open_before = found.open + (sum.before >> 16);
+    int rank = found.kept + (sum.before & 0xffff) + smaller(open_before, ties);
+    for (unsigned left = is_kept | is_open; left != 0; left &= left - 1) {
       const int bit = lowest_bit(left);
-      if (is_tie >> bit & 1 && ties_before++ >= threshold.ties) continue;
-      chosen[rank++] = chunk + 32 * thread_index() + bit;
+      if (is_open >> bit & 1 && open_before++ >= ties) continue;
+      chosen[rank++] = first + 32 * word + bit;
     }
-    for (int warp = 0; warp < kSelectWarps; ++warp) {
-      kept += shared->warp_totals[warp] & 0xffff;
-      ties += shared->warp_totals[warp] >> 16;
-    }
+    found.kept += sum.total & 0xffff;
+    found.open += sum.total >> 16;
+    sync_block();
+  }
+  return found;
+}
+static_assert(32 * kSelectThreads <= 0x7fff, "16 bits hold the counts of a round");
+
+// Writes to `chosen` the `room` heaviest blocks, ascending.
+TIDAL_DEVICE void write_heaviest(const Masses& m, ChooseShared* shared, int* digit_counts,
+                                 int room, int* chosen) {
+  find_first_digit(shared, digit_counts, room);
+  if (m.end - m.base <= kMostMarked && shared->in_bin <= kMostListed) {
+    const unsigned low = static_cast<unsigned>(shared->digit) << kFirstShift;
+    mark(m, shared, m.base, m.end, low, low + (1u << kFirstShift));
+    sync_block();
+    list_open(m, shared);
+    const int ties = mark_listed(m, shared);
+    sync_block();
+    write_marked(m, shared, m.base, m.end, ties, {}, chosen);
+    return;
+  }
+  const Threshold threshold = threshold_of_all(m, shared);
+  Found found;
+#pragma unroll 1
+  for (int first = m.base; first < m.end; first += kMostMarked) {
+    const int end = smaller(first + kMostMarked, m.end);
+    mark(m, shared, first, end, threshold.least - 1, threshold.least);
+    sync_block();
+    found = write_marked(m, shared, first, end, threshold.ties, found, chosen);
   }
 }
 
@@ -234,6 +108,15 @@ TIDAL_DEVICE void write_forced(const SelectParams& p, int row, int set, const Ke
   for (int i = thread; i < newest; i += kSelectThreads) {
     chosen[blocks - newest + i] = kept.recent + i;
   }
+}
+
+// What the last thread block of a row and set does.
+TIDAL_DEVICE void choose(const SelectParams& p, int row, int set, const Kept& kept,
+                         const float* mass, int* digit_counts, int* chosen) {
+  write_forced(p, row, set, kept, chosen);
+  write_heaviest(Masses(p, mass, kept.sinks, kept.recent),
+                 reinterpret_cast<ChooseShared*>(shared_memory()), digit_counts,
+                 kept.room(), chosen + kept.sinks);
 }
 
 // Grid: (tiles of selection blocks, sets, rows).
@@ -253,16 +136,13 @@ TIDAL_KERNEL(kSelectThreads, 2) select_blocks_kernel(const SelectParams p) {
   const int blocks = smaller(kept.total, p.num_blocks);
   const int tiles = ceil_div(blocks, tile_of(p).blocks());
   if (block_x() >= tiles) return;
+  const int64_t line = static_cast<int64_t>(row) * p.num_sets + set;
+  int* digit_counts = p.digit_counts + line * kBins;
   float* mass = p.mass + row * p.mass_row_stride + set * p.mass_set_stride;
-  sum_masses(p, row, set, blocks, mass);
+  sum_masses(p, row, set, blocks, kept.sinks, kept.recent, mass, digit_counts);
   unsigned* counter = p.arrivals + static_cast<int64_t>(row) * p.num_heads + set;
   if (!arrives_last(counter, tiles)) return;
-  ChooseShared* shared = reinterpret_cast<ChooseShared*>(shared_memory());
-  write_forced(p, row, set, kept, chosen);
-  const Threshold threshold =
-      find_threshold(p, shared, mass, kept.sinks, kept.recent, room);
-  write_heaviest(p, shared, mass, kept.sinks, kept.recent, threshold,
-                 chosen + kept.sinks);
+  choose(p, row, set, kept_of(p, p.seq_lens[row]), mass, digit_counts, chosen);
 }
 
 }  // namespace tidal

@@ -3,6 +3,8 @@
 //
 // Nearly all bytes of select_blocks are read here, so each thread has several loads of 16
 // bytes under way. Where a set has many heads, they are dealt out over the threads too.
+// The masses are counted here as well, by their first digit, so that the thread block that
+// chooses finds the counts of the whole row ready.
 #pragma once
 
 #include "params.h"
@@ -13,8 +15,16 @@ namespace tidal {
 inline constexpr int kSelectThreads = 512;
 inline constexpr int kHeadDepth = 8;  // loads of four blocks that a thread has under way
 inline constexpr int kMostHeadParts = 4;
-inline constexpr int kSumSharedBytes =
-    (kMostHeadParts - 1) * (kSelectThreads / kMostHeadParts) * 4 * int{sizeof(float)};
+
+// Masses as keys, the bits of floats: those that are not negative are ordered alike. The
+// first digit of a key is what is left of kFirstShift.
+inline constexpr int kFirstShift = 20;
+inline constexpr int kBins = kFirstDigits;
+
+struct SumShared {
+  float parts[(kMostHeadParts - 1) * (kSelectThreads / kMostHeadParts) * 4];
+  int counts[kBins];
+};
 
 // How the threads of a thread block share the selection blocks and the heads of a set.
 struct MassTile {
@@ -72,9 +82,14 @@ TIDAL_DEVICE void add_heads(const SelectParams& p, const float* block_lse,
 }
 
 // Publishes to `mass`, the line of this row and set, the masses of this thread block's
-// tile. `blocks` is how many there are in the row.
+// tile, and adds to `digit_counts`, int [kBins], how many of those from `begin` to `end`
+// have which first digit. `blocks` is how many masses there are in the row.
 TIDAL_DEVICE void sum_masses(const SelectParams& p, int row, int set, int blocks,
-                             float* mass) {
+                             int begin, int end, float* mass, int* digit_counts) {
+  SumShared* shared = reinterpret_cast<SumShared*>(shared_memory());
+  for (int bin = thread_index(); bin < kBins; bin += kSelectThreads) {
+    shared->counts[bin] = 0;
+  }
   const MassTile tile = tile_of(p);
   const int part = thread_index() / tile.quads(), quad = thread_index() % tile.quads();
   const int block = block_x() * tile.blocks() + 4 * quad;
@@ -90,29 +105,38 @@ TIDAL_DEVICE void sum_masses(const SelectParams& p, int row, int set, int blocks
       add_heads<false>(p, from, lse, part, heads, tile.head_parts, block, sum);
     }
   }
-  if (tile.head_parts > 1) {
-    float* const parts = reinterpret_cast<float*>(shared_memory());
 #pragma unroll
-    for (int d = 0; d < 4; ++d) {
-      if (part > 0) parts[(part - 1) * tile.blocks() + 4 * quad + d] = sum[d];
-    }
-    sync_block();
-    if (part > 0) return;
+  for (int d = 0; d < 4; ++d) {
+    if (part > 0) shared->parts[(part - 1) * tile.blocks() + 4 * quad + d] = sum[d];
+  }
+  sync_block();
+  if (part == 0 && block < blocks) {
     for (int other = 0; other < tile.head_parts - 1; ++other) {
 #pragma unroll
-      for (int d = 0; d < 4; ++d) sum[d] += parts[other * tile.blocks() + 4 * quad + d];
+      for (int d = 0; d < 4; ++d) {
+        sum[d] += shared->parts[other * tile.blocks() + 4 * quad + d];
+      }
     }
-  }
-  if (block >= blocks) return;
-#pragma unroll
-  for (int d = 0; d < 4; ++d) sum[d] = sum[d] > 0.f ? sum[d] : 0.f;  // NaN weighs nothing
-  if (p.mass_in_quads && block + 4 <= p.num_blocks) {
-    publish_quad(mass + block, sum);
-  } else {
 #pragma unroll
     for (int d = 0; d < 4; ++d) {
-      if (block + d < p.num_blocks) publish(mass + block + d, sum[d]);
+      sum[d] = sum[d] > 0.f ? sum[d] : 0.f;  // NaN weighs nothing
+      if (block + d >= begin && block + d < end) {
+        atomic_add_shared(&shared->counts[float_bits(sum[d]) >> kFirstShift], 1);
+      }
     }
+    if (p.mass_in_quads && block + 4 <= p.num_blocks) {
+      publish_quad(mass + block, sum);
+    } else {
+#pragma unroll
+      for (int d = 0; d < 4; ++d) {
+        if (block + d < p.num_blocks) publish(mass + block + d, sum[d]);
+      }
+    }
+  }
+  sync_block();
+  for (int bin = thread_index(); bin < kBins; bin += kSelectThreads) {
+    const int count = shared->counts[bin];
+    if (count > 0) add_published(digit_counts + bin, count);
   }
 }
 

@@ -24,6 +24,10 @@ class Choose:
         reads: How often the masses come from L2.
         chunk: Masses that are loaded at a time.
         held: A longer row comes from L2 in every pass.
+        chain: Loads that need each other before a block sums masses, the first of the
+            masses included.
+        count_us: Of a block that sums masses, to count their first digits.
+        rest_us: Of choosing, besides its passes over the masses.
     """
 
     candidates_each: int
@@ -37,6 +41,9 @@ class Choose:
     reads: int
     chunk: int
     held: int = 1 << 30
+    chain: int = 3
+    count_us: float = 0.0
+    rest_us: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -91,18 +98,23 @@ TODAY = replace(
     AUDITED,
     name="CUDA, today",
     loops=machine_code.PROTOTYPE,
-    # Three digits, then the set; each reads the masses, 16,384 at a time.
+    # One pass marks what has the first digit, 16,384 masses at a time. Around it: two
+    # loads from L2, 0.35 each, of the counts and of the list's masses; and as much as
+    # three passes over a short list, two for digits and one for the set.
     choose=Choose(
         candidates_each=512,
         in_flight=64 << 10,
         resident=2,
         one_launch=True,
-        passes=4,
+        passes=1,
         pass_us=0.6,
         threads=512,
-        round_us=0.03,
-        reads=4,
+        round_us=0.032,
+        reads=1,
         chunk=16384,
+        chain=2,
+        count_us=0.2,
+        rest_us=2.5,
     ),
     merges_inside=True,
     merge_chunk=16,

@@ -8,7 +8,6 @@ from benchmarks.model.hardware import Gpu, Shape
 from benchmarks.model.splits import ceil_div
 from benchmarks.model.thread_blocks import Block, Kernel, Run, run_blocks
 
-CHAIN = 3  # loads before masses: seq_lens, lse, block_lse
 STORE = 0.3  # us, to add up the heads and to write the masses
 PLACES = 2  # rows that a processor chooses for at a time
 
@@ -52,7 +51,8 @@ def choose_us(gpu: Gpu, choose: Choose, candidates: int) -> float:
     read_us = ceil_div(candidates, choose.chunk) * gpu.l2_load_us
     read_us += 4 * candidates / (gpu.l2_gb_per_s * 1e3)
     pass_us = choose.pass_us + ceil_div(candidates, choose.threads) * choose.round_us
-    return gpu.load_us + reads * read_us + choose.passes * pass_us
+    passes_us = reads * read_us + choose.passes * pass_us
+    return gpu.load_us + passes_us + choose.rest_us
 
 
 @functools.lru_cache(None)
@@ -74,8 +74,8 @@ def _masses(
     ]
     kernel = Kernel(
         resident=choose.resident,
-        before_us=CHAIN * gpu.load_us,
-        after_us=STORE + (ARRIVE if choose.one_launch else 0.0),
+        before_us=choose.chain * gpu.load_us,
+        after_us=STORE + choose.count_us + (ARRIVE if choose.one_launch else 0.0),
         empty_us=EMPTY,
         join_us=choosing if choose.one_launch else 0.0,
         block_rate=choose.in_flight / gpu.load_us,

@@ -24,7 +24,7 @@ from tidal_vllm.kernels import (
     cuda_limits,
 )
 from tidal_vllm.kernels.arguments import Rule
-from tidal_vllm.kernels.workspace import DIGIT_BINS
+from tidal_vllm.kernels.workspace import FIRST_DIGITS
 
 KEPT = 42  # what rows that are left out hold, and must still hold after an op
 
@@ -211,11 +211,9 @@ def selection_args(
     columns = num_blocks if max_blocks is None else max_blocks
     int32 = dict(dtype=torch.int32, device=device)
     mass = torch.full((rows, num_sets, num_blocks), math.nan, device=device)
-    digit_counts = torch.zeros(rows, num_sets, DIGIT_BINS, **int32)
-    workspace = Workspace(
-        lse=lse, block_lse=block_lse, mass=mass, digit_counts=digit_counts
-    )
+    workspace = Workspace(lse=lse, block_lse=block_lse, mass=mass)
     workspace.arrivals = make_arrivals(batch)
+    workspace.digit_counts = torch.zeros(rows, num_sets, FIRST_DIGITS, **int32)
     return batch.args(
         workspace=workspace,
         topk_blocks=torch.full((rows, num_sets, columns), KEPT, **int32),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tidal_vllm.kernels import Kernels, Workspace, choose, reference
+from tidal_vllm.kernels.workspace import FIRST_DIGITS
 
 CPU = torch.device("cpu")
 
@@ -15,7 +16,7 @@ class TestWorkspace:
         assert work.block_lse.shape == (16, 32, 100)
         assert work.mass.shape == (16, 8, 100)
         floats = 16 * 32 + 16 * 32 * 100 + 16 * 8 * 100 + 1024 * 32 * 129
-        counters = 16 * 32 + 16 * 8 * 2048
+        counters = 16 * 32 + 16 * 8 * FIRST_DIGITS
         assert work.nbytes == 4 * (floats + counters)
 
     def test_a_line_of_any_length_begins_at_16_bytes(self):
@@ -24,18 +25,25 @@ class TestWorkspace:
         assert work.block_lse.shape == (3, 2, 101) and work.mass.shape == (3, 1, 101)
         assert work.block_lse.stride() == (208, 104, 1)
         assert work.mass.stride(0) == 104
-        partials = 3 * 128 * 2 * 9
-        assert work.nbytes == 4 * (
-            3 * 2 + 3 * 208 + 3 * 104 + partials + 3 * 2 + 3 * 2048
-        )
+        partials, counters = 3 * 128 * 2 * 9, 3 * 2 + 3 * FIRST_DIGITS
+        assert work.nbytes == 4 * (3 * 2 + 3 * 208 + 3 * 104 + partials + counters)
 
     def test_counters_begin_as_zeros(self):
         work = Workspace.allocate(5, 3, 1, 8, 4, CPU)
         assert work.arrivals.shape == (5, 3) and work.arrivals.dtype == torch.int32
         assert not work.arrivals.any()
-        assert work.digit_counts.shape == (5, 1, 2048)
-        assert work.digit_counts.dtype == torch.int32
-        assert not work.digit_counts.any()
+        assert work.digit_counts.shape == (5, 1, FIRST_DIGITS)
+        assert work.digit_counts.dtype == torch.int32 and not work.digit_counts.any()
+
+    def test_renewed_counters_are_zeros_elsewhere(self):
+        work = Workspace.allocate(5, 3, 1, 8, 4, CPU)
+        old = [work.arrivals.fill_(7), work.digit_counts.fill_(7)]
+        work.renew_counters()
+        for counters, before in zip(
+            (work.arrivals, work.digit_counts), old, strict=True
+        ):
+            assert not counters.any() and counters.shape == before.shape
+            assert counters.data_ptr() != before.data_ptr()
 
     @pytest.mark.parametrize("max_num_rows", [1, 7, 16, 100, 257, 1024])
     def test_every_batch_fits_and_has_splits(self, max_num_rows):
@@ -51,7 +59,6 @@ class TestWorkspace:
     def test_without_any_selection(self):
         work = Workspace.allocate(4, 2, 0, 8, 0, CPU)
         assert work.block_lse.numel() == work.mass.numel() == 0
-        assert work.digit_counts.numel() == 0
 
     def test_more_rows_than_it_has_room_for_are_refused(self):
         work = Workspace.allocate(4, 2, 1, 8, 3, CPU)

@@ -117,6 +117,7 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         if self.is_primary:
             self._print_plan(startup.config, backend, next(iter(impls.values())))
         if self.state is not None and self.state.kernels.capturable:
+            self.state.workspace.renew_counters()
             width = block_table_width or max_blocks_per_seq
             table = torch.zeros(1, width, dtype=torch.int32, device=device)
             if self.query_rows is not None:

@@ -13,7 +13,8 @@ Of what `DecodeArgs` allows, the extension takes:
     select_block_size: 1, 2, 4, 8 or a multiple of 16 where block_lse is written.
 Preconditions, which only the device could check: block_table and block_lse have room
 for seq_lens, topk_blocks holds no negative block among the topk_lens first, and
-workspace.arrivals holds zeros. Ops that share a workspace run one after the other.
+workspace.arrivals and workspace.digit_counts hold zeros. Ops that share a workspace run
+one after the other.
 
 A wrong argument raises a ValueError, which names the argument, its value and what is
 allowed.
@@ -139,6 +140,7 @@ def select_blocks(args: DecodeArgs, seq_lens: torch.Tensor, rule: Rule) -> None:
         "topk_lens": args.topk_lens,
         "mass": workspace.mass,
         "arrivals": workspace.arrivals,
+        "digit_counts": workspace.digit_counts,
         "token_budget": rule.token_budget,
         "select_block_size": rule.select_block_size,
         "sink_tokens": rule.sink_tokens,

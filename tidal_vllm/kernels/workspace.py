@@ -12,8 +12,9 @@ MIN_SPLITS = 8
 PARTIAL_ROWS = 1024
 # Floats that a CUDA kernel loads at once; lines of block_lse begin at multiples of it.
 QUAD = 4
-# Values of the first digit of a mass: `select_blocks` in Triton counts them.
-DIGIT_BINS = 2048
+# Values of the first digit of a mass, as the kernels count them: kFirstDigits of
+# csrc/params.h, BINS of triton/select_kernels.py.
+FIRST_DIGITS = 2048
 
 
 @dataclass
@@ -32,9 +33,6 @@ class Workspace:
     `dense_decode` with a select_block_size; only a row's own blocks mean something."""
     mass: torch.Tensor | None = None
     """`[>= num_rows, num_sets, max_blocks]` fp32."""
-    digit_counts: torch.Tensor | None = None
-    """`[>= num_rows, num_sets, DIGIT_BINS]` int32: how many masses have each first
-    digit. Zeros when allocated, and zeros again after each op, like arrivals."""
     partial_out: torch.Tensor | None = None
     """fp32, flat; `partials` gives its shape for a batch."""
     partial_lse: torch.Tensor | None = None
@@ -44,6 +42,9 @@ class Workspace:
     ended their part of a row. Zeros when allocated, and zeros again after each op, so
     nothing clears them in a CUDA graph. Two ops that run at once, on two streams, must
     not share them, nor anything else here."""
+    digit_counts: torch.Tensor | None = None
+    """`[>= num_rows, num_sets, FIRST_DIGITS]` int32: how many masses have which first
+    digit, counted while masses are summed. Zeros as `arrivals` are."""
     num_heads: int = 0
     head_size: int = 0
 
@@ -69,23 +70,22 @@ class Workspace:
         def floats(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.float32, device=device)
 
-        def counters(*shape: int) -> torch.Tensor:
-            shape = (max_num_rows, *shape)
-            return torch.zeros(shape, dtype=torch.int32, device=device)
-
         def lines(num_lines: int) -> torch.Tensor:
             padded = floats(max_num_rows, num_lines, -(-max_blocks // QUAD) * QUAD)
             return padded[..., :max_blocks]
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
 
         most = max(n * num_splits(n) for n in range(1, max_num_rows + 1)) * num_heads
         return cls(
             lse=floats(max_num_rows, num_heads),
             block_lse=lines(num_heads),
             mass=lines(num_sets),
-            digit_counts=counters(num_sets, DIGIT_BINS),
             partial_out=floats(most * head_size),
             partial_lse=floats(most),
-            arrivals=counters(num_heads),
+            arrivals=zeros(max_num_rows, num_heads),
+            digit_counts=zeros(max_num_rows, num_sets, FIRST_DIGITS),
             num_heads=num_heads,
             head_size=head_size,
         )
@@ -94,10 +94,22 @@ class Workspace:
     def nbytes(self) -> int:
         """Bytes of all buffers, padding included."""
         buffers = (
-            *(self.lse, self.block_lse, self.mass, self.digit_counts),
-            *(self.partial_out, self.partial_lse, self.arrivals),
+            *(self.lse, self.block_lse, self.mass),
+            *(self.partial_out, self.partial_lse),
+            *(self.arrivals, self.digit_counts),
         )
         return sum(b.untyped_storage().nbytes() for b in buffers if b is not None)
+
+    def renew_counters(self) -> None:
+        """Allocate the counters anew, zeros.
+
+        vLLM's sleep mode drops what was allocated with the model, level 2 for good, and
+        keeps what was allocated with the metadata builders.
+        """
+        if self.arrivals is not None:
+            self.arrivals = torch.zeros_like(self.arrivals)
+        if self.digit_counts is not None:
+            self.digit_counts = torch.zeros_like(self.digit_counts)
 
     def partials(self, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views for a batch: `[num_rows, num_heads, splits, head_size]`, and its lse.

@@ -3,6 +3,7 @@
 import torch
 
 from tests.kernels.cuda.op_arguments import G, H, N, S, every_other
+from tidal_vllm.kernels.workspace import FIRST_DIGITS
 
 INTS = {"dtype": torch.int32}
 
@@ -65,6 +66,31 @@ SELECT = {
         OP,
         {"arrivals": torch.zeros(S - 1, H, **INTS)},
         r"arrivals.size\(0\) is 2; allowed: 3 or more",
+    ),
+    "digit_counts int64": (
+        OP,
+        {"digit_counts": torch.zeros(S, G, FIRST_DIGITS, dtype=torch.int64)},
+        "digit_counts.dtype is int64; allowed: int32",
+    ),
+    "digit_counts too short": (
+        OP,
+        {"digit_counts": torch.zeros(S - 1, G, FIRST_DIGITS, **INTS)},
+        r"digit_counts.size\(0\) is 2; allowed: 3 or more",
+    ),
+    "digit_counts of other sets": (
+        OP,
+        {"digit_counts": torch.zeros(S, G + 1, FIRST_DIGITS, **INTS)},
+        r"digit_counts.size\(1\) is 3; allowed: 2",
+    ),
+    "digit_counts of other digits": (
+        OP,
+        {"digit_counts": torch.zeros(S, G, FIRST_DIGITS + 1, **INTS)},
+        r"digit_counts.size\(2\) is 2049; allowed: 2048",
+    ),
+    "digit_counts of wider lines": (
+        OP,
+        {"digit_counts": torch.zeros(S, G, FIRST_DIGITS + 1, **INTS)[..., :-1]},
+        r"digit_counts.stride\(1\) is 2049; allowed: 2048: it must be contiguous",
     ),
     "token_budget 0": (OP, {"token_budget": 0}, "token_budget is 0; allowed: 1 to"),
     "token_budget between blocks": (

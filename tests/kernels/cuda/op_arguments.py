@@ -6,6 +6,7 @@ S rows, H query heads, HKV KV heads, head size D, P splits, N selection blocks, 
 import torch
 
 from tidal_vllm.kernels import DecodeArgs, Workspace
+from tidal_vllm.kernels.workspace import FIRST_DIGITS
 from tidal_vllm.plan.rule import SelectionRule
 
 S, H, HKV, D, P, N, G = 3, 8, 2, 64, 4, 6, 2
@@ -31,6 +32,7 @@ def good_arguments(op: str) -> dict:
             "topk_lens": torch.zeros(S, G, dtype=torch.int32),
             "mass": torch.zeros(S, G, N),
             "arrivals": torch.zeros(S, H, dtype=torch.int32),
+            "digit_counts": torch.zeros(S, G, FIRST_DIGITS, dtype=torch.int32),
             **vars(RULE),
         }
     arguments = {

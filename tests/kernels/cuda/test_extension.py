@@ -101,7 +101,9 @@ def test_schemas_name_what_is_written(child):
     attend = ["lse", *scratch, "output", "partial_out", "block_lse"]
     assert writes == {
         **dict.fromkeys(ATTENDING, attend),
-        "select_blocks": ["topk_blocks", "topk_lens", "mass", "arrivals"],
+        "select_blocks": [
+            *("topk_blocks", "topk_lens", "mass", "arrivals", "digit_counts")
+        ],
     }
     schemas = {child["schemas"][op].partition("(")[2] for op in ATTENDING}
     assert len(schemas) == 1

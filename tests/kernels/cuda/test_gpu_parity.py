@@ -77,6 +77,7 @@ def test_a_graph_replayed_gives_the_bits_of_an_eager_call(op):
     for tensor, before in zip(written, replayed, strict=True):
         assert torch.equal(tensor, before)
     assert not workspace.arrivals.any()
+    assert not workspace.digit_counts.any()
 
 
 @pytest.mark.parametrize("op", OPS)

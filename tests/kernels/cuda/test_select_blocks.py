@@ -10,6 +10,7 @@ from tests.kernels.batches import make_batch
 from tests.kernels.exact import EXP, FEW, UNIT, assert_within
 from tests.support.rules import rule_of
 from tidal_vllm.kernels import Workspace, reference
+from tidal_vllm.kernels.workspace import FIRST_DIGITS
 
 
 def masses(*shape, levels=4096, seed=0):
@@ -46,10 +47,15 @@ def select(kernels, mass, seq_lens, rule, *, num_sets=1, max_blocks=None, stride
         "topk_lens": lens[:, :num_sets],
         "mass": torch.full((rows + 1, num_sets, used + 3), math.nan),
         "arrivals": torch.zeros(rows + 1, heads, dtype=torch.int32),
+        "digit_counts": torch.zeros(
+            rows + 1, num_sets, FIRST_DIGITS, dtype=torch.int32
+        ),
     }
-    outputs = ("topk_blocks", "topk_lens", "arrivals")
+    counters = ("arrivals", "digit_counts")
+    outputs = ("topk_blocks", "topk_lens", *counters)
     kernels.run("select_blocks", tensors, outputs, **vars(rule))
-    assert not tensors["arrivals"].any(), "arrivals do not end as zeros"
+    for name in counters:
+        assert not tensors[name].any(), f"{name} do not end as zeros"
     return tensors, blocks, lens
 
 
@@ -79,6 +85,8 @@ CASES = [
     case("ties", 300, [4800, 4777], 1024, 16, 16, 300, 3, quick=True),
     case("two chunks and a bit", 1025, [16400, 16399, 16385], 1024, 16, 0, 1, 4096),
     case("ties in three chunks", 34000, [34000, 33333], 9000, 1, 1, 340, 50),
+    case("ties beyond the list", 20000, [20000], 9000, 1, 1, 340, 3),
+    case("ties beyond the masks", 70001, [70001], 40000, 1, 1, 340, 3),
     case("one more than forced", 300, [4800, 4777], 48, 16, 16, 1, 4096),
     case("single tokens", 3000, [3000, 2999, 1025, 17], 1024, 1, 1, 340, 3),
     case("single tokens, all free", 3000, [3000, 2999, 1025, 17], 1024, 1, 0, 1, 4096),
@@ -126,6 +134,7 @@ def test_masses_that_differ_in_any_bit(kernels, spread):
         "topk_lens": torch.zeros(1, 1, dtype=torch.int32),
         "mass": torch.zeros(1, 1, 3000),
         "arrivals": torch.zeros(1, 1, dtype=torch.int32),
+        "digit_counts": torch.zeros(1, 1, FIRST_DIGITS, dtype=torch.int32),
     }
     if spread == 80.0:
         tensors["block_lse"] /= 16
@@ -177,6 +186,7 @@ def test_heads_weigh_alike_whatever_their_lse(kernels):
         "topk_lens": torch.zeros(1, 1, dtype=torch.int32),
         "mass": torch.zeros(1, 1, 4),
         "arrivals": torch.zeros(1, 2, dtype=torch.int32),
+        "digit_counts": torch.zeros(1, 1, FIRST_DIGITS, dtype=torch.int32),
     }
     outputs = ("topk_blocks", "topk_lens", "mass")
     kernels.run("select_blocks", tensors, outputs, **vars(rule_of(2, 1)))

@@ -10,7 +10,7 @@ from tests.kernels.batches import make_batch
 from tests.kernels.harness import make_output, make_workspace
 from tests.support.rules import rule_of
 from tidal_vllm.kernels import DecodeArgs, Workspace, choose
-from tidal_vllm.kernels.workspace import DIGIT_BINS
+from tidal_vllm.kernels.workspace import FIRST_DIGITS
 
 FLOAT, INT = torch.float32, torch.int32
 RULE = rule_of(32, 16, sinks=4, recent=8)
@@ -28,7 +28,7 @@ def good_arguments(device) -> tuple[DecodeArgs, torch.Tensor]:
     batch = make_batch([40, 40], **shape).to(device)
     work = make_workspace(batch, max_blocks=3, splits=3)
     work.mass = torch.zeros(2, 1, 3, device=device)
-    work.digit_counts = torch.zeros(2, 1, DIGIT_BINS, dtype=INT, device=device)
+    work.digit_counts = torch.zeros(2, 1, FIRST_DIGITS, dtype=INT, device=device)
     work.partial_out, work.partial_lse = work.partial_out[:2], work.partial_lse[:2]
     topk = torch.zeros(2, 1, 5, dtype=INT, device=device)
     args = batch.args(

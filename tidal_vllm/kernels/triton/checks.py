@@ -7,7 +7,7 @@ checked: lengths, block ids and counts on the device are preconditions.
 import torch
 
 from tidal_vllm.kernels.arguments import DecodeArgs
-from tidal_vllm.kernels.workspace import DIGIT_BINS
+from tidal_vllm.kernels.workspace import FIRST_DIGITS
 
 FP8 = (torch.uint8, torch.float8_e4m3fn)
 QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -52,7 +52,7 @@ def check_select(args: DecodeArgs, seq_lens: torch.Tensor) -> None:
     shape = (None, args.topk_blocks.shape[1], args.workspace.block_lse.shape[2])
     floats, device = (torch.float32,), args.query.device
     _check("mass", args.workspace.mass, shape, floats, device, num_rows)
-    shape = (None, args.topk_blocks.shape[1], DIGIT_BINS)
+    shape = (None, args.topk_blocks.shape[1], FIRST_DIGITS)
     digit_counts = args.workspace.digit_counts
     _check_packed("digit_counts", digit_counts, shape, args, torch.int32)
 

@@ -45,8 +45,10 @@ void sync_warp();
 void wait_for_earlier_kernels();
 void let_later_kernels_start();
 void fence_device();
-void publish(float* to, float value);
-float read_published(const float* from);
+// Of published numbers of four bytes, each as a word.
+void publish(void* to, uint32_t word);
+void add_published(int* to, int value);
+uint32_t read_published(const void* from);
 unsigned atomic_inc_wrapping(unsigned* counter, unsigned most);
 void check_quad(const float* address);
 // Fails unless there was a barrier since the last wait for copies.
@@ -124,8 +126,21 @@ inline void sync_warp() { emulation::sync_warp(); }
 inline void wait_for_earlier_kernels() { emulation::wait_for_earlier_kernels(); }
 inline void let_later_kernels_start() { emulation::let_later_kernels_start(); }
 inline void fence_device() { emulation::fence_device(); }
-inline void publish(float* to, float value) { emulation::publish(to, value); }
-inline float read_published(const float* from) { return emulation::read_published(from); }
+template <class V>
+void publish(V* to, V value) {
+  uint32_t word;
+  static_assert(sizeof(V) == sizeof(word));
+  std::memcpy(&word, &value, 4);
+  emulation::publish(to, word);
+}
+inline void add_published(int* to, int value) { emulation::add_published(to, value); }
+template <class V>
+V read_published(const V* from) {
+  const uint32_t word = emulation::read_published(from);
+  V value;
+  std::memcpy(&value, &word, 4);
+  return value;
+}
 inline void publish_quad(float* to, const float (&values)[4]) {
   emulation::check_quad(to);
   for (int i = 0; i < 4; ++i) publish(to + i, values[i]);
@@ -161,6 +176,7 @@ inline unsigned ballot(bool yes) {
 inline int bit_count(unsigned bits) { return __builtin_popcount(bits); }
 inline int lowest_bit(unsigned bits) { return __builtin_ctz(bits); }
 inline void atomic_add_shared(int* address, int value) { *address += value; }
+inline void atomic_or_shared(unsigned* address, unsigned bits) { *address |= bits; }
 inline unsigned atomic_inc_wrapping(unsigned* counter, unsigned most) {
   return emulation::atomic_inc_wrapping(counter, most);
 }

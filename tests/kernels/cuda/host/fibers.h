@@ -26,7 +26,12 @@ struct Copy {
 
 struct Block;
 
-using Store = std::pair<float*, float>;
+// Of four bytes to a published number.
+struct Store {
+  void* to;
+  uint32_t word;
+  bool adds;  // the word, to what is there
+};
 
 struct Fiber {
   void* stack_pointer;
@@ -65,7 +70,7 @@ struct Block {
 struct Machine {
   std::vector<Fiber> fibers;  // those of one thread block, then those of the next
   Fiber* current = nullptr;
-  std::unordered_map<const float*, float> fenced;  // L2: what was published and fenced
+  std::unordered_map<const void*, uint32_t> fenced;  // L2: what was published and fenced
   std::vector<Store> unfenced;  // what threads have left behind
   std::vector<std::pair<void*, size_t>> guarded;
   std::mt19937 random;

@@ -6,6 +6,14 @@
 #endif
 
 namespace tidal::emulation {
+namespace {
+
+// Makes a store visible to read_published.
+void show(const Store& store) {
+  machine.fenced[store.to] = store.word + (store.adds ? read_published(store.to) : 0);
+}
+
+}  // namespace
 
 void set_guards(bool closed) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -18,8 +26,10 @@ void set_guards(bool closed) {
 }
 
 void write_published() {
-  for (const auto& [to, value] : machine.fenced) *const_cast<float*>(to) = value;
-  for (const auto& [to, value] : machine.unfenced) *to = value;
+  for (const Store& store : machine.unfenced) show(store);
+  for (const auto& [to, word] : machine.fenced) {
+    std::memcpy(const_cast<void*>(to), &word, 4);
+  }
   machine.fenced.clear();
   machine.unfenced.clear();
 }
@@ -39,19 +49,28 @@ void let_later_kernels_start() {
 
 void fence_device() {
   pause();
-  for (const auto& [to, value] : machine.current->stores) machine.fenced[to] = value;
+  for (const Store& store : machine.current->stores) show(store);
   machine.current->stores.clear();
   pause();
 }
 
-void publish(float* to, float value) {
-  *static_cast<volatile float*>(to) = *to;  // so that a sanitizer sees a wrong address
-  machine.current->stores.emplace_back(to, value);
+void publish(void* to, uint32_t word) {
+  volatile uint32_t* there = static_cast<uint32_t*>(to);
+  *there = *there;  // so that a sanitizer sees a wrong address
+  machine.current->stores.push_back({to, word, false});
 }
 
-float read_published(const float* from) {
+void add_published(int* to, int value) {
+  publish(to, static_cast<uint32_t>(value));
+  machine.current->stores.back().adds = true;
+}
+
+uint32_t read_published(const void* from) {
   const auto found = machine.fenced.find(from);
-  return found == machine.fenced.end() ? *from : found->second;
+  if (found != machine.fenced.end()) return found->second;
+  uint32_t word;
+  std::memcpy(&word, from, 4);
+  return word;
 }
 
 unsigned atomic_inc_wrapping(unsigned* counter, unsigned most) {
