@@ -17,7 +17,7 @@ from tests.kernels.cuda.op_arguments import (
     good_arguments,
     good_seq_lens,
 )
-from tidal_vllm.kernels import DecodeArgs, reference
+from tidal_vllm.kernels import DecodeArgs, Requirements, reference
 
 
 def refusals() -> dict[str, str]:
@@ -160,11 +160,20 @@ def occupancies() -> dict[str, list[int] | str]:
     return found
 
 
+def can_run() -> list[str]:
+    """What `cannot_run` says of set-ups that the driver takes."""
+    gpu = torch.device("cuda", 0)
+    return [
+        cuda.cannot_run(Requirements(gpu, 128, torch.float16, cache))
+        for cache in ("auto", "fp8")
+    ]
+
+
 if __name__ == "__main__":
     schemas = {op: str(getattr(torch.ops.tidal, op).default._schema) for op in OPS}
     parts = (
         *(refusals, refused_arguments, opchecks),
-        *(agreement, longer_tensors, far_blocks, occupancies),
+        *(agreement, longer_tensors, far_blocks, occupancies, can_run),
     )
     result = {part.__name__: part() for part in parts}
     json.dump(result | {"schemas": schemas, "path": cuda.__file__}, sys.stdout)
