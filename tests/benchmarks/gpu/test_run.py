@@ -10,6 +10,8 @@ from benchmarks.gpu import run as gpu_run
 from benchmarks.gpu.run import Run, libraries
 from benchmarks.gpu.steps import PART_SECONDS, STEPS, Command, Setup, Step
 
+pytestmark = pytest.mark.extended  # a newcomer has no GPU to run on
+
 
 def test_steps_stand_in_the_order_of_what_they_decide():
     names = [step.name for step in STEPS]
