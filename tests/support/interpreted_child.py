@@ -73,7 +73,10 @@ def answers(llm: Any, requests: int = 4) -> dict:
 
 
 def warmed(llm: Any) -> bool:
-    """Whether a new builder's launches leave the engine's buffers as they are."""
+    """Whether a new builder's launches leave the engine's buffers as they are.
+
+    But for counters, which it allocates anew, zeros.
+    """
     from tests.support.engines import builders, impls
 
     state, (old,) = impls(llm)[0].state, builders(llm)
@@ -82,7 +85,9 @@ def warmed(llm: Any) -> bool:
     for buffer in buffers:
         buffer.fill_(7)
     type(old)(old.kv_cache_spec, old.layer_names, old.vllm_config, old.device)
-    return len(buffers) >= 7 and all(bool((buffer == 7).all()) for buffer in buffers)
+    counters = (state.workspace.arrivals, state.workspace.digit_counts)
+    untouched = all(bool((buffer == 7).all()) for buffer in buffers)
+    return len(buffers) >= 8 and untouched and not any(c.any() for c in counters)
 
 
 def replays(llm: Any) -> dict:
