@@ -11,6 +11,11 @@ from pathlib import Path
 
 PIPE_SECONDS = 5
 """How long the last lines may take once every process has ended."""
+LAST_SECONDS = 10
+"""How long what a command leaves behind may take to end by itself."""
+TRACKER = "multiprocessing.resource_tracker"
+"""In the command line of the process of Python's that removes shared memory once all
+who had it are gone."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,10 @@ def run_child(
     except subprocess.TimeoutExpired:
         timed_out = True
     finally:  # also where the user interrupts
-        _kill(_started_by(child.pid))
-        child.wait()
+        if child.poll() is None:
+            _kill({pid for pid in _started_by(child.pid) if not _is_tracker(pid)})
+            child.wait()
+        _end(_started_by(child.pid))
         reader.join(PIPE_SECONDS)
     return Ended(child.returncode, timed_out, time.monotonic() - begun)
 
@@ -81,6 +88,38 @@ def _read_lines(child: subprocess.Popen, say: Callable[[str], None]) -> None:
     assert child.stdout is not None
     for line in child.stdout:
         say(line.rstrip("\n"))
+
+
+def _end(pids: set[int]) -> None:
+    """Let processes end by themselves, and kill those that do not."""
+    deadline = time.monotonic() + LAST_SECONDS
+    while (running := set(filter(_is_running, pids))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    _kill(running)
+
+
+def _is_running(pid: int) -> bool:
+    """Whether a process is there, and no zombie that waits for its parent."""
+    try:
+        return _stat(Path(f"/proc/{pid}"))[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def _is_tracker(pid: int) -> bool:
+    try:
+        return TRACKER in Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+    except OSError:
+        return False
+
+
+def _stat(folder: Path) -> list[str]:
+    """STATE PPID PGRP SESSION ... of PID (NAME) STATE ...: proc(5).
+
+    Raises:
+        OSError: The process has ended.
+    """
+    return (folder / "stat").read_text().rpartition(")")[2].split()  # any NAME
 
 
 def _kill(pids: set[int]) -> None:
@@ -99,8 +138,7 @@ def _started_by(root: int) -> set[int]:
     parents, found = {}, set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            # PID (NAME) STATE PPID PGRP SESSION ...: proc(5); a name may hold anything.
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            fields = _stat(folder)
         except OSError:  # it has ended since it was listed
             continue
         pid, parent, session = int(folder.name), int(fields[1]), int(fields[3])

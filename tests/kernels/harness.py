@@ -263,6 +263,10 @@ def _skip_uncovered(kernels: ModuleType, args: DecodeArgs) -> None:
     reason = cuda_limits.uncovered(needed)
     if any(stride * cache.itemsize % 16 for stride in cache.stride()[:3]):
         reason = "strides that are no multiple of 16 bytes"
+    if args.topk_blocks is not None:
+        sets, kv_heads = args.topk_blocks.shape[1], cache.shape[1]
+        if sets % kv_heads and kv_heads % sets:  # no scope makes such sets
+            reason = "sets that divide the heads of a KV head"
     if reason:
         pytest.skip(f"not covered: {reason}")
 

@@ -63,6 +63,19 @@ def test_nothing_is_left_of_what_was_started(start, hangs):
     assert not is_running(int(pid))
 
 
+@pytest.mark.parametrize("hangs", [False, True])
+def test_shared_memory_of_a_killed_command_is_removed(hangs):
+    """Python's resource tracker, another process of the command, has to live on."""
+    code = (
+        "import os, time\nfrom multiprocessing.shared_memory import SharedMemory\n"
+        "print(SharedMemory(create=True, size=16).name)\n"
+        f"time.sleep({600 if hangs else 0})\nos._exit(0)"
+    )
+    (name, *_), ended = python(code, limit=10.0 if hangs else 300.0)
+    assert ended.timed_out is hangs
+    assert not Path("/dev/shm", name).exists()
+
+
 def test_records_are_whole_after_a_kill(tmp_path):
     out = tmp_path / "out.jsonl"
     code = (

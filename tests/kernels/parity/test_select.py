@@ -22,7 +22,8 @@ def chosen_on(kernels, device, scores, lens, rule, num_sets=1):
     """
     kept = [rule.num_kept_blocks(max(n, 0)) for n in lens]
     scores = [tensor.to(device) for tensor in scores]
-    found = select(kernels, *scores, lens, rule, num_sets, max([0, *kept]) + 3)
+    most = max(rule.budget_blocks, rule.num_blocks(rule.keep_all_len))
+    found = select(kernels, *scores, lens, rule, num_sets, most + 3)
     for of_row, count, seq_len in zip(found, kept, lens, strict=True):
         assert (of_row is None) == (seq_len < 0)
         assert of_row is None or all(len(blocks) == count for blocks in of_row)
