@@ -5,7 +5,7 @@ dimension of each tensor is contiguous, an fp8 cache is float8_e4m3fn or uint8, 
 workspace is an allocated one. All three ops can be captured in a CUDA graph.
 
 Compiled ahead of time for sm_80, sm_90, sm_100, sm_120 and gfx942, and run under
-Triton's interpreter; not yet run on a GPU. docs/triton.md has counts and a model.
+Triton's interpreter and on an H100. docs/triton.md has counts and a model.
 """
 
 import math

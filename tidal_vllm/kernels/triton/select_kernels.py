@@ -91,7 +91,9 @@ def weigh_blocks(
     masses = mass + row * stride_mass_row + set_id * stride_mass_set
     tl.store(masses.to(tl.pointer_type(tl.int32)) + blocks, keys, mask=readable)
 
-    digits = tl.clamp((keys >> FIRST_SHIFT) - FIRST_DIGIT, 0, BINS - 1)
+    # Triton 3.6 and 3.7 clamp floats alone.
+    digits = tl.maximum((keys >> FIRST_SHIFT) - FIRST_DIGIT, 0)
+    digits = tl.minimum(digits, BINS - 1)
     of_set = digit_counts + (row * NUM_SETS + set_id) * BINS
     tl.atomic_add(of_set + digits, 1, mask=keys >= 0, sem="relaxed")
 
