@@ -142,10 +142,13 @@ def _attend(setup: Setup) -> Iterator[Command]:
     bench, ours = "kernels.bench_attend", ["--implementations", "cuda", "--cases"]
     dense = ["--implementations", "flash_attn", "--cases", *SHAPES, BATCH_4]
     yield _module(setup, bench, *dense)
-    for library in setup.libraries or (None,):
+    first, others = _first(setup), setup.libraries[1:]
+    yield _module(setup, bench, *ours, *SHAPES, BATCH_4, **first)
+    ours = ["--no-launches", *ours]
+    for library in others:
         env = _of_library(library)
         yield _module(setup, bench, *ours, *SHAPES, BATCH_4, **env)
-    first, small = _first(setup), ["--select-blocks", "4", "2", "1"]
+    small = ["--select-blocks", "4", "2", "1"]
     yield _module(setup, bench, *ours, SHAPES[0], *small, **first)
     yield _module(setup, bench, *ours, SHAPES[0], "--kv-cache-dtype", "fp8", **first)
 

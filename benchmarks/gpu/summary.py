@@ -29,7 +29,12 @@ def of(found: Sequence[dict]) -> str:
     for library, of_library in variants.items():
         build = f" with {library}" if library and len(variants) > 1 else ""
         lines += ["", f"| target{build} | bound | measured | |", "|---|---|---|---|"]
-        lines += [_row(target, of_library) for target in TARGETS]
+        first = library == next(iter(variants))
+        lines += [
+            _row(target, of_library)
+            for target in TARGETS
+            if first or target.measure(of_library) is not None
+        ]
     lines += ["", *_select_layer(found)]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -68,6 +73,7 @@ def _select_layer(found: Sequence[dict]) -> list[str]:
     lines = []
     for size in (16, 4):
         ours = {"select_block_size": size, "implementation": "cuda"}
+        ours |= {"kv_cache_dtype": "auto"}
         kept = value(found, "median_us", **BIG, **ours, op="dense + block_lse")
         share = ratio(kept, dense)
         if share is not None:

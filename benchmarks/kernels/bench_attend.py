@@ -63,7 +63,7 @@ def measure(name: str, args: argparse.Namespace) -> int:
             else:
                 run_ours(bench, decodes, name, budget, args)
         decodes = None  # before the next one is made
-    if name in OURS and bench.device.type == "cuda":
+    if args.launches and name in OURS and bench.device.type == "cuda":
         with bench.case({"op": "kernels"}, name):
             count_launches(bench, shape, name)
     return 1 if bench.num_wrong else 0
@@ -144,6 +144,12 @@ def main() -> int:
     parser = timing.parser(__doc__)
     parser.add_argument("--cases", nargs="+", default=CASES)
     parser.add_argument("--select-blocks", type=int, nargs="+", default=[16])
+    parser.add_argument(
+        "--launches",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="count the kernels that each op launches",
+    )
     parser.add_argument("--scopes", nargs="+", choices=SCOPES, default=["sequence"])
     parser.add_argument(
         "--kv-cache-dtype", choices=["auto", "fp8"], default="auto", help="as in vLLM"

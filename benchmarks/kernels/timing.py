@@ -152,7 +152,7 @@ class Bench:
             of_read = num_bytes / middle / self.read_bytes_per_us
             record |= {"bytes": num_bytes, "share_of_copy": round(share, 4)}
             record |= {"share_of_read": round(of_read, 4)}
-            shown += f"{100 * share:>7.1f} % of copy bandwidth"
+            shown += f"{100 * of_read:>7.1f} % of read bandwidth"
         if self.smoke:  # that it ran and was right; not how long it took
             record = {"benchmark": self.name, **case, "implementation": who}
             record["right"] = True
