@@ -1,7 +1,6 @@
 // dense_decode: each row attends to all its tokens, and the lse of each selection block
 // is kept where it is wanted. score_blocks: the same kernel without values, so the lse
-// alone. Defined by tidal_vllm/kernels/reference. Has run under the CPU emulation only,
-// not yet on a GPU.
+// alone. Defined by tidal_vllm/kernels/reference.
 #pragma once
 
 #include "attend.cuh"

@@ -220,26 +220,14 @@ TIDAL_DEVICE const char* opaque(const char* pointer) {
 // Starts to copy 16 bytes to shared memory; where `valid` is false it writes zeros and
 // reads nothing. L2 fetches the aligned kPrefetchBytes, 64 or 128, around the 16.
 //
-// -DTIDAL_EVICT_FIRST: L2 drops these bytes before others, so that block_lse stays there
-// until select_blocks reads it. Off, since sequences with a common prefix read its KV
-// blocks again; what it gains is not yet measured.
+// NOTE: no cache policy. ptxas 12.9 and 13.0 leave the policy's register out of LDGSTS,
+// which is an illegal instruction on sm_90 (also IST-DASLab/marlin#44).
 template <int kPrefetchBytes>
 TIDAL_DEVICE void copy_async_16(char* to, const char* from, bool valid) {
-#ifdef TIDAL_EVICT_FIRST
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  asm volatile(
-      "cp.async.cg.shared.global.L2::cache_hint.L2::%3B [%0], [%1], 16, %2, %4;" ::"r"(
-          shared_address(to)),
-      "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0), "n"(kPrefetchBytes),
-      "l"(policy)
-      : "memory");
-#else
   asm volatile(
       "cp.async.cg.shared.global.L2::%3B [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
       "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0), "n"(kPrefetchBytes)
       : "memory");
-#endif
 }
 TIDAL_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `kPending` groups of this thread's copies are under way. The copies

@@ -27,6 +27,10 @@ TIDAL_HOST_DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
 inline constexpr int kBlocksPerProcessor = TIDAL_BLOCKS_PER_PROCESSOR;
 inline constexpr int kLeastWaves = 3;  // of a sparse batch that is more than one wave
 inline constexpr int kMostWaves = 8;
+#ifndef TIDAL_DENSE_WAVES
+#define TIDAL_DENSE_WAVES 8
+#endif
+inline constexpr int kDenseWaves = TIDAL_DENSE_WAVES;  // the most of a dense batch
 inline constexpr int kDenseSplits = 32;  // more splits cost more to join than they gain
 
 // The most splits of any row of a batch, between 1 and `capacity`. A row without splits
@@ -57,7 +61,7 @@ inline int limit_splits(int64_t num_rows, int64_t blocks_per_row, int processors
       }
     }
   } else {
-    splits = kMostWaves * wave / blocks;
+    splits = kDenseWaves * wave / blocks;
     const int64_t one_wave = wave / blocks;
     const int64_t most = one_wave > kDenseSplits ? one_wave : kDenseSplits;
     splits = splits < most ? splits : most;
