@@ -11,12 +11,16 @@ namespace tidal {
 // Given to attend_tiles: computes the lse of selection blocks from the scores of a warp's
 // tiles, and writes it. Precondition: select_block_size is 1, 2, 4, 8 or a multiple
 // of 16.
+//
+// A store into part of a sector, 32 bytes of L2, costs as much as one of the whole. So the
+// lanes of a head gather neighbours, which they write at once.
 struct WriteBlockLse {
   const AttendParams& p;
   const Share& share;
   float* line;     // of head lane / 4; null: not wanted
   int num_blocks;  // one behind the last that this split may write
-  // Of the tiles so far of a block that is larger than a tile.
+  // Of the tiles so far of a block that is larger than a tile. Where a block is a tile, of
+  // the tile of the run that has this lane's number among those of its head.
   float max[2] = {}, sum[2] = {};
 
   TIDAL_DEVICE WriteBlockLse(const AttendParams& p, const Share& share)
@@ -32,8 +36,10 @@ struct WriteBlockLse {
                                const float (&weights)[2][4], const float (&maxima)[2],
                                const float (&sums)[2], int entry) {
     if (line == nullptr) return;
-    if (p.select_block_size >= kTileTokens) {
+    if (p.select_block_size > kTileTokens) {
       add_tile(tile, maxima, sums, entry);
+    } else if (p.select_block_size == kTileTokens) {
+      gather_tile(tile, maxima, sums, entry);
     } else if (p.select_block_size == 1) {
       write_tokens(scores, entry);
     } else {
@@ -42,7 +48,25 @@ struct WriteBlockLse {
     sync_warp();  // the lanes parted, and mma needs all of them
   }
 
-  // For a selection block of one tile or more.
+  // For selection blocks of one tile. The lanes of a head write a run of tiles at once.
+  TIDAL_DEVICE void gather_tile(int tile, const float (&maxima)[2], const float (&sums)[2],
+                                int entry) {
+    static_assert(kRunTiles == 4);  // as many as a head has lanes
+    const int in_run = tile % kRunTiles, quad = thread_index() % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (half > 0 && share.num_heads <= 8) break;
+      const float of_tile = sum_of_quad(sums[half]);
+      sum[half] = quad == in_run ? of_tile : sum[half];
+      max[half] = quad == in_run ? maxima[half] : max[half];
+    }
+    if (in_run < kRunTiles - 1 && entry + kTileTokens < share.end) return;
+    if (quad > in_run) return;
+    const int block = p.by_select_block_size.quotient(entry) - in_run + quad;
+    for (int half = 0; half < 2; ++half) write(half, block, max[half] + log2_of(sum[half]));
+  }
+
+  // For a selection block of more than one tile.
   TIDAL_DEVICE void add_tile(int tile, const float (&maxima)[2], const float (&sums)[2],
                              int entry) {
     const int in_block = tile - p.by_grain_tiles.quotient(tile) * p.by_grain_tiles.value;

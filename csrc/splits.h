@@ -12,6 +12,9 @@
 namespace tidal {
 
 inline constexpr int kTileTokens = 16;  // entries that a warp takes at a time
+// Consecutive tiles that a warp takes of a row that attends to all its tokens. What the
+// tiles' selection blocks get is then neighbours in block_lse.
+inline constexpr int kRunTiles = 4;
 inline constexpr int kTileHeads = 16;  // most query heads of one thread block
 
 TIDAL_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
