@@ -127,6 +127,10 @@ TIDAL_DEVICE void load_quad(float (&to)[4], const float* from) {
   const float4 found = *reinterpret_cast<const float4*>(from);
   to[0] = found.x, to[1] = found.y, to[2] = found.z, to[3] = found.w;
 }
+// Writes two neighbours at a multiple of 8 bytes.
+TIDAL_DEVICE void store_pair(float* to, float first, float second) {
+  *reinterpret_cast<float2*>(to) = make_float2(first, second);
+}
 
 TIDAL_DEVICE unsigned float_bits(float value) { return __float_as_uint(value); }
 TIDAL_DEVICE float float_of(unsigned bits) { return __uint_as_float(bits); }
