@@ -196,14 +196,14 @@ struct WriteBlockLse {
 
   TIDAL_DEVICE void write(int half, int block, float log2_sum) const {
     if (!may_write(half, block)) return;
-    line[8 * half * p.block_lse_head_stride + block] = log2_sum * kLn2;
+    store_score(line + 8 * half * p.block_lse_head_stride + block, log2_sum * kLn2);
   }
 
   // Of an even block and the one behind it.
   TIDAL_DEVICE void write_pair(int half, int block, float first, float second) const {
     if (in_pairs && may_write(half, block + 1)) {
-      store_pair(line + 8 * half * p.block_lse_head_stride + block, first * kLn2,
-                 second * kLn2);
+      store_scores(line + 8 * half * p.block_lse_head_stride + block, first * kLn2,
+                   second * kLn2);
     } else {
       write(half, block, first);
       write(half, block + 1, second);

@@ -10,7 +10,6 @@ from benchmarks.model.splits import ceil_div, split_row, workspace_splits
 from benchmarks.model.thread_blocks import Block, Kernel, Run, run_blocks
 
 TILE = 16  # tokens that a warp takes at a time
-RUN = 4  # consecutive tiles that it takes where dense
 # Loads before K and V arrive, each of which needs the one before: seq_lens,
 # block_table, K and V; where sparse, topk_lens and topk_blocks as well.
 DENSE_CHAIN, SPARSE_CHAIN = 3, 5
@@ -97,8 +96,8 @@ def _attend(
         1 if sparse else design.splits_at_least,
         sparse,
     )
-    # By csrc/share.cuh.
-    grain = TILE if sparse else block if block > TILE else RUN * TILE
+    run_tokens = block if block > TILE else design.dense_run * TILE
+    grain = TILE if sparse else run_tokens
     at_least = design.sparse_tokens if sparse else design.dense_tokens
     used = max(split_row(length, grain, splits, at_least)[0] for length in lens)
     head_token_bytes = shape.head_token_bytes // (2 if op == "score_blocks" else 1)
