@@ -1,6 +1,5 @@
 // The main loop of dense_decode, score_blocks and sparse_decode: one thread block computes
-// the attention of up to 16 query heads of one row over one split of its entries. Has run
-// under the CPU emulation only, not yet on a GPU.
+// the attention of up to 16 query heads of one row over one split of its entries.
 //
 // Each warp takes tiles of its own, through an asynchronous pipeline of its own: no
 // barrier of the thread block until join_warps. K and V of a token are copied together

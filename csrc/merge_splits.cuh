@@ -1,6 +1,6 @@
 // The end of a row that was split: the last of its thread blocks joins the results of all
 // splits, weighed by their lse and added in the order of the splits. So it does not matter
-// which one is last. Has run under the CPU emulation only, not yet on a GPU.
+// which one is last.
 #pragma once
 
 #include "share.cuh"

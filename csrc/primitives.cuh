@@ -127,6 +127,34 @@ TIDAL_DEVICE void load_quad(float (&to)[4], const float* from) {
   const float4 found = *reinterpret_cast<const float4*>(from);
   to[0] = found.x, to[1] = found.y, to[2] = found.z, to[3] = found.w;
 }
+// Writes a number of block_lse, or two neighbours at a multiple of 8 bytes.
+//
+// -DTIDAL_KEEP_BLOCK_LSE: L2 keeps it longer than KV, for select_blocks to read. What that
+// gains is not yet measured.
+#ifdef TIDAL_KEEP_BLOCK_LSE
+TIDAL_DEVICE uint64_t policy_to_keep() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+TIDAL_DEVICE void store_score(float* to, float value) {
+  asm volatile("st.global.L2::cache_hint.f32 [%0], %1, %2;" ::"l"(
+                   __cvta_generic_to_global(to)),
+               "f"(value), "l"(policy_to_keep())
+               : "memory");
+}
+TIDAL_DEVICE void store_scores(float* to, float first, float second) {
+  asm volatile("st.global.L2::cache_hint.v2.f32 [%0], {%1, %2}, %3;" ::"l"(
+                   __cvta_generic_to_global(to)),
+               "f"(first), "f"(second), "l"(policy_to_keep())
+               : "memory");
+}
+#else
+TIDAL_DEVICE void store_score(float* to, float value) { *to = value; }
+TIDAL_DEVICE void store_scores(float* to, float first, float second) {
+  *reinterpret_cast<float2*>(to) = make_float2(first, second);
+}
+#endif
 
 TIDAL_DEVICE unsigned float_bits(float value) { return __float_as_uint(value); }
 TIDAL_DEVICE float float_of(unsigned bits) { return __uint_as_float(bits); }
@@ -218,28 +246,16 @@ TIDAL_DEVICE const char* opaque(const char* pointer) {
 }
 
 // Starts to copy 16 bytes to shared memory; where `valid` is false it writes zeros and
-// reads nothing. L2 fetches the aligned kPrefetchBytes, 64 or 128, around the 16.
+// reads nothing. L2 fetches the aligned kBytes, 64, 128 or 256, around the 16.
 //
-// -DTIDAL_EVICT_FIRST: L2 drops these bytes before others, so that block_lse stays there
-// until select_blocks reads it. Off, since sequences with a common prefix read its KV
-// blocks again; what it gains is not yet measured.
-template <int kPrefetchBytes>
+// NOTE: no cache policy. ptxas 12.9 and 13.0 leave the policy's register out of LDGSTS,
+// which is an illegal instruction on sm_90 (also IST-DASLab/marlin#44).
+template <int kBytes>
 TIDAL_DEVICE void copy_async_16(char* to, const char* from, bool valid) {
-#ifdef TIDAL_EVICT_FIRST
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  asm volatile(
-      "cp.async.cg.shared.global.L2::cache_hint.L2::%3B [%0], [%1], 16, %2, %4;" ::"r"(
-          shared_address(to)),
-      "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0), "n"(kPrefetchBytes),
-      "l"(policy)
-      : "memory");
-#else
   asm volatile(
       "cp.async.cg.shared.global.L2::%3B [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
-      "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0), "n"(kPrefetchBytes)
+      "l"(__cvta_generic_to_global(from)), "r"(valid ? 16 : 0), "n"(kBytes)
       : "memory");
-#endif
 }
 TIDAL_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `kPending` groups of this thread's copies are under way. The copies

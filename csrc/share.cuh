@@ -61,9 +61,16 @@ TIDAL_DEVICE int count_entries(const AttendParams& p, int row, int head, int seq
          p.select_block_size;
 }
 
-// Where block_lse is wanted, one warp takes a whole selection block, to sum it up.
-TIDAL_DEVICE int grain_of(const AttendParams& p) {
-  return p.block_lse ? larger(kTileTokens, p.select_block_size) : kTileTokens;
+// The tiles that one warp takes in one go: one where sparse; the whole of a selection
+// block that is larger than a tile, to sum it up; else kRunTiles.
+TIDAL_DEVICE Divisor grain_tiles_of(const AttendParams& p) {
+  Divisor tiles = p.by_grain_tiles;
+  if (p.topk_lens == nullptr && tiles.value == 1) {
+    static_assert(kRunTiles == 4);
+    tiles.value = kRunTiles;
+    tiles.shift = 2;
+  }
+  return tiles;
 }
 
 // Grid: (head groups times head tiles, splits, rows). The first that a kernel does.
@@ -77,8 +84,8 @@ TIDAL_DEVICE Share find_share(const AttendParams& p) {
   share.first_head = group * p.heads_per_group + head_tile * kTileHeads;
   share.num_heads = smaller(kTileHeads, p.heads_per_group - head_tile * kTileHeads);
   share.split = block_y();
-  share.grain = grain_of(p);
-  share.by_grain_tiles = p.by_grain_tiles;
+  share.by_grain_tiles = grain_tiles_of(p);
+  share.grain = share.by_grain_tiles.value * kTileTokens;
   const int entries = count_entries(p, share.row, share.first_head, share.seq_len);
   share.splits = split_row(entries, share.grain, p.splits, p.min_split_tokens);
   share.begin = share.split * share.splits.entries_each;

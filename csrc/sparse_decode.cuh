@@ -1,6 +1,5 @@
 // sparse_decode: each row attends to the tokens of its chosen selection blocks, which are
-// gathered through the block table. Defined by tidal_vllm/kernels/reference. Has run
-// under the CPU emulation only, not yet on a GPU.
+// gathered through the block table. Defined by tidal_vllm/kernels/reference.
 #pragma once
 
 #include "attend.cuh"

@@ -12,6 +12,9 @@
 namespace tidal {
 
 inline constexpr int kTileTokens = 16;  // entries that a warp takes at a time
+// Consecutive tiles that a warp takes of a row that attends to all its tokens. What the
+// tiles' selection blocks get is then neighbours in block_lse.
+inline constexpr int kRunTiles = 4;
 inline constexpr int kTileHeads = 16;  // most query heads of one thread block
 
 TIDAL_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -27,6 +30,10 @@ TIDAL_HOST_DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
 inline constexpr int kBlocksPerProcessor = TIDAL_BLOCKS_PER_PROCESSOR;
 inline constexpr int kLeastWaves = 3;  // of a sparse batch that is more than one wave
 inline constexpr int kMostWaves = 8;
+#ifndef TIDAL_DENSE_WAVES
+#define TIDAL_DENSE_WAVES 8
+#endif
+inline constexpr int kDenseWaves = TIDAL_DENSE_WAVES;  // the most of a dense batch
 inline constexpr int kDenseSplits = 32;  // more splits cost more to join than they gain
 
 // The most splits of any row of a batch, between 1 and `capacity`. A row without splits
@@ -57,7 +64,7 @@ inline int limit_splits(int64_t num_rows, int64_t blocks_per_row, int processors
       }
     }
   } else {
-    splits = kMostWaves * wave / blocks;
+    splits = kDenseWaves * wave / blocks;
     const int64_t one_wave = wave / blocks;
     const int64_t most = one_wave > kDenseSplits ? one_wave : kDenseSplits;
     splits = splits < most ? splits : most;

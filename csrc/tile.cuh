@@ -32,6 +32,11 @@ inline constexpr int kSharedLimit = TIDAL_SHARED_LIMIT;
 inline constexpr int kScoreSharedLimit = smaller(57344, kSharedLimit);
 inline constexpr int kScoreBlocksPerProcessor = 4;
 inline constexpr int kMostStages = 6;
+// That L2 fetches around a copy of K and V: 128 or 256.
+#ifndef TIDAL_PREFETCH_BYTES
+#define TIDAL_PREFETCH_BYTES 128
+#endif
+inline constexpr int kPrefetchBytes = TIDAL_PREFETCH_BYTES;
 // Bytes after each token: eight tokens at a time are then read from distinct banks.
 inline constexpr int kTokenPad = 16;
 
@@ -66,8 +71,11 @@ struct Shape {
   static constexpr int token_bytes = kReadValues ? 2 * value_byte : value_byte;
   static constexpr int token_stride = token_bytes + kTokenPad;
   static constexpr int token_chunks = token_bytes / 16;  // copies of 16 bytes
-  // Bytes that L2 fetches around a copy: few enough not to fetch an unwanted V.
-  static constexpr int prefetch_bytes = kReadValues || token_bytes % 128 == 0 ? 128 : 64;
+  // Bytes that L2 fetches around a copy: few enough not to fetch an unwanted V or token.
+  static constexpr int prefetch_bytes =
+      kReadValues && token_bytes % kPrefetchBytes == 0 ? kPrefetchBytes
+      : kReadValues || token_bytes % 128 == 0          ? 128
+                                                       : 64;
 
   // Shared memory: the stages of each warp's pipeline, one tile each, then the query.
   static constexpr int stage_bytes = kTileTokens * token_stride;

@@ -96,7 +96,8 @@ def _attend(
         1 if sparse else design.splits_at_least,
         sparse,
     )
-    grain = TILE if sparse else max(TILE, block)
+    run_tokens = block if block > TILE else design.dense_run * TILE
+    grain = TILE if sparse else run_tokens
     at_least = design.sparse_tokens if sparse else design.dense_tokens
     used = max(split_row(length, grain, splits, at_least)[0] for length in lens)
     head_token_bytes = shape.head_token_bytes // (2 if op == "score_blocks" else 1)

@@ -58,6 +58,7 @@ class Design:
         limit_splits: See benchmarks/model/splits.py.
         dense_tokens, sparse_tokens: A row is split no finer than this.
         splits_at_least: Of dense rows.
+        dense_run: Consecutive tiles that a warp takes where dense.
         stream_share: Of `Gpu.gather_share`, while nothing but streaming goes on.
     """
 
@@ -71,6 +72,7 @@ class Design:
     dense_tokens: int = 512
     sparse_tokens: int = 128
     splits_at_least: int = 8
+    dense_run: int = 1
     stream_share: float = 1.0
 
 
@@ -97,6 +99,7 @@ AUDITED = Design(
 TODAY = replace(
     AUDITED,
     name="CUDA, today",
+    dense_run=4,
     loops=machine_code.PROTOTYPE,
     # One pass marks what has the first digit, 16,384 masses at a time. Around it: two
     # loads from L2, 0.35 each, of the counts and of the list's masses; and as much as

@@ -15,7 +15,6 @@ from tests.kernels.cuda.cases import (
     exact_of,
     make_sets,
     positions_of,
-    run_dense,
     run_sparse,
 )
 from tests.kernels.exact import half_unit
@@ -93,20 +92,6 @@ def all_blocks(case: KernelCase, num_sets: int) -> tuple[torch.Tensor, torch.Ten
     )
     lens = torch.tensor(counts, dtype=torch.int32)[:, None].repeat(1, num_sets)
     return rows.contiguous(), lens
-
-
-@pytest.mark.extended
-@pytest.mark.parametrize("scope, size", [("kv_head", 16), ("query_head", 1)])
-def test_a_full_budget_is_dense(kernels, scope, size):
-    """The same bits, since heads and splits are the same."""
-    case = KernelCase(
-        6, 2, 64, lens=(300, 0, 129, 16), splits=1, select_block_size=size
-    )
-    batch = case.make()
-    dense = run_dense(kernels, batch, case)
-    sparse = run_sparse(kernels, batch, case, *all_blocks(case, batch.num_sets(scope)))
-    assert torch.equal(sparse["output"], dense["output"])
-    assert torch.equal(sparse["lse"], dense["lse"])
 
 
 @pytest.mark.extended

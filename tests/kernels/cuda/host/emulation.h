@@ -153,6 +153,11 @@ inline void load_quad(float (&to)[4], const float* from) {
   emulation::check_quad(from);
   std::memcpy(to, from, sizeof(to));
 }
+inline void store_score(float* to, float value) { *to = value; }
+inline void store_scores(float* to, float first, float second) {
+  if (reinterpret_cast<uintptr_t>(to) % 8 != 0) emulation::fail("a pair is not aligned");
+  to[0] = first, to[1] = second;
+}
 
 template <class V>
 V shuffle(V value, int lane) {
