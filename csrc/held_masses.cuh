@@ -10,31 +10,40 @@
 
 namespace tidal {
 
-// Starts to load the masses, and leaves them in shared->held, from m.base on. They can be
-// read after the next barrier.
-TIDAL_DEVICE void hold(const Masses& m, ChooseShared* shared) {
-  constexpr int kStep = 4 * kSelectThreads;
-  const int at = 4 * thread_index(), count = m.end - m.base;
-  const float* from = m.mass + m.base + at;
+// Masses on their way: a thread's share of a row.
+struct Loaded {
+  static constexpr int kStep = 4 * kSelectThreads;
   Quad found[kMostHeld / kStep];
+
+  TIDAL_DEVICE void start(const Masses& m) {
+    const int at = 4 * thread_index(), count = m.end - m.base;
+    const float* from = m.mass + m.base + at;
 #pragma unroll
-  for (int i = 0; i < kMostHeld / kStep; ++i) {
-    if (at + i * kStep >= count) continue;
-    if (m.in_quads) {
-      read_published_quad(found[i].of, from + i * kStep);
-    } else {
+    for (int i = 0; i < kMostHeld / kStep; ++i) {
+      if (at + i * kStep >= count) continue;
+      if (m.in_quads) {
+        read_published_quad(found[i].of, from + i * kStep);
+      } else {
 #pragma unroll
-      for (int d = 0; d < 4; ++d) {
-        const bool exists = at + i * kStep + d < count;
-        found[i].of[d] = exists ? read_published(from + i * kStep + d) : 0.f;
+        for (int d = 0; d < 4; ++d) {
+          const bool exists = at + i * kStep + d < count;
+          found[i].of[d] = exists ? read_published(from + i * kStep + d) : 0.f;
+        }
       }
     }
   }
+
+  // Leaves them in shared->held, from m.base on, for who reads after the next barrier.
+  TIDAL_DEVICE void hold(const Masses& m, ChooseShared* shared) const {
+    const int at = 4 * thread_index(), count = m.end - m.base;
 #pragma unroll
-  for (int i = 0; i < kMostHeld / kStep; ++i) {
-    if (at + i * kStep < count) shared->held[thread_index() + i * kSelectThreads] = found[i];
+    for (int i = 0; i < kMostHeld / kStep; ++i) {
+      if (at + i * kStep < count) {
+        shared->held[thread_index() + i * kSelectThreads] = found[i];
+      }
+    }
   }
-}
+};
 
 // A thread's neighbours among the masses: a bit each, up to 32.
 struct Neighbours {

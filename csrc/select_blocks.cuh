@@ -47,12 +47,17 @@ TIDAL_DEVICE Found write_marked(const Masses& m, ChooseShared* shared, int first
 }
 static_assert(32 * kSelectThreads <= 0x7fff, "16 bits hold the counts of a round");
 
-// Writes to `chosen` the `room` heaviest blocks, ascending.
+// Writes to `chosen` the `room` heaviest blocks, ascending. `meanwhile` is called while the
+// counts are on their way.
+template <class Meanwhile>
 TIDAL_DEVICE void write_heaviest(const Masses& m, ChooseShared* shared, int* digit_counts,
-                                 int room, int* chosen) {
+                                 int room, int* chosen, Meanwhile&& meanwhile) {
   const bool are_held = m.end - m.base <= kMostHeld;
   find_first_digit(shared, digit_counts, room, [&] {
-    if (are_held) hold(m, shared);
+    Loaded loaded;
+    if (are_held) loaded.start(m);
+    if (are_held) loaded.hold(m, shared);
+    meanwhile();
   });
   if (are_held && shared->in_bin <= kMostRanked) {
     write_held(m, shared, chosen);
@@ -85,10 +90,13 @@ TIDAL_DEVICE void write_forced(const SelectParams& p, int row, int set, const Ke
                                int* chosen) {
   const int blocks = smaller(kept.blocks, p.max_blocks), thread = thread_index();
   if (thread == 0) p.topk_lens[row * p.topk_lens_row_stride + set] = blocks;
+#pragma unroll 1
   for (int i = blocks + thread; i < p.max_blocks; i += kSelectThreads) chosen[i] = -1;
   const int sinks = smaller(kept.sinks, blocks);
+#pragma unroll 1
   for (int i = thread; i < sinks; i += kSelectThreads) chosen[i] = i;
   const int newest = kept.total - kept.recent;
+#pragma unroll 1
   for (int i = thread; i < newest; i += kSelectThreads) {
     chosen[blocks - newest + i] = kept.recent + i;
   }
@@ -99,9 +107,9 @@ TIDAL_DEVICE void choose(const SelectParams& p, int row, int set, const float* m
                          int* digit_counts, int* chosen) {
   ChooseShared* shared = reinterpret_cast<ChooseShared*>(shared_memory());
   const Kept kept = shared->rule;
-  write_forced(p, row, set, kept, chosen);
   write_heaviest(Masses(p, mass, kept.sinks, kept.recent),
-                 shared, digit_counts, kept.room(), chosen + kept.sinks);
+                 shared, digit_counts, kept.room(), chosen + kept.sinks,
+                 [&] { write_forced(p, row, set, kept, chosen); });
 }
 
 // Grid: (thread blocks that share a row and set, sets, rows).
