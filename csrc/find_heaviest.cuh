@@ -1,5 +1,4 @@
 // The second part of select_blocks: marks the heaviest masses of a row and set, exactly.
-// Has run under the CPU emulation only, not yet on a GPU.
 //
 // A radix select. The first digit of the smallest mass that is kept follows from the
 // counts that sum_masses left. Then one pass over the masses marks, in bit masks, those
@@ -19,13 +18,24 @@ inline constexpr int kCountDepth = 4;
 inline constexpr int kMostMarked = 1 << 16;  // masses that have bits in the masks
 inline constexpr int kListDepth = 8;         // masses of the list that a thread takes
 inline constexpr int kMostListed = kListDepth * kSelectThreads;
+inline constexpr int kMostHeld = 1 << 14;  // masses that shared memory holds at once
+inline constexpr int kMostRanked = 256;    // masses that are compared with one another
 static_assert(kMostMarked % (4 * kMarkDepth * kSelectThreads) == 0);
 
-struct ChooseShared {
-  int bins[kBins];
-  unsigned kept[kMostMarked / 32];  // a bit per mass: it is kept
-  unsigned open[kMostMarked / 32];  // it is kept if there is room
-  int listed[kMostListed];          // places of masses with the first digit
+struct ChooseShared : SelectShared {
+  union {
+    struct {  // of held_masses.cuh
+      Quad held[kMostHeld / 4];
+      unsigned ranked[kMostRanked];  // the masses that are listed, in an order of their own
+      int heavier[kMostRanked];      // how many others of the list are heavier
+    };
+    struct {
+      int bins[kBins];
+      unsigned kept[kMostMarked / 32];  // a bit per mass: it is kept
+      unsigned open[kMostMarked / 32];  // it is kept if there is room
+      int listed[kMostListed];          // places of masses with the first digit
+    };
+  };
   int warp_totals[kSelectWarps];
   int digit;
   int in_bin;
@@ -109,47 +119,57 @@ TIDAL_DEVICE Sum sum_in_order(int value, int* warp_totals) {
   return result;
 }
 
-// Finds the digit of the `room`-th largest of the keys that the bins count. Leaves it in
-// shared->digit, in shared->in_bin how many keys have it, and in shared->room how many of
-// those are to be kept. Has barriers before and after.
-TIDAL_DEVICE void find_digit(ChooseShared* shared, int room) {
-  constexpr int kEach = kBins / kSelectThreads;
-  sync_block();
-  const int top = kBins - 1 - thread_index() * kEach;  // thread 0 has the largest digits
+inline constexpr int kBinsEach = kBins / kSelectThreads;
+
+// The largest digit that a thread looks at; it also takes the kBinsEach - 1 below it.
+TIDAL_DEVICE int top_digit() { return kBins - 1 - thread_index() * kBinsEach; }
+
+// Finds the digit of the `room`-th largest of the keys, of which counts[i] have the digit
+// top_digit() - i. Leaves it in shared->digit, in shared->in_bin how many keys have it, and
+// in shared->room how many of those are to be kept. Ends with a barrier.
+TIDAL_DEVICE void find_digit(ChooseShared* shared, const int (&counts)[kBinsEach], int room) {
   int count = 0;
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) count += shared->bins[top - i];
+  for (int i = 0; i < kBinsEach; ++i) count += counts[i];
   int before = sum_in_order(count, shared->warp_totals).before;
   if (before < room && before + count >= room) {
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int here = shared->bins[top - i];
-      if (before < room && before + here >= room) {
-        shared->digit = top - i;
-        shared->in_bin = here;
+    for (int i = 0; i < kBinsEach; ++i) {
+      if (before < room && before + counts[i] >= room) {
+        shared->digit = top_digit() - i;
+        shared->in_bin = counts[i];
         shared->room = room - before;
       }
-      before += here;
+      before += counts[i];
     }
   }
   sync_block();
 }
 
+// The same, from the bins. Begins with a barrier.
+TIDAL_DEVICE void find_digit_in_bins(ChooseShared* shared, int room) {
+  sync_block();
+  int counts[kBinsEach];
+#pragma unroll
+  for (int i = 0; i < kBinsEach; ++i) counts[i] = shared->bins[top_digit() - i];
+  find_digit(shared, counts, room);
+}
+
 // Finds the first digit, from the counts of all thread blocks, and makes them 0 again.
-TIDAL_DEVICE void find_first_digit(ChooseShared* shared, int* digit_counts, int room) {
-  constexpr int kEach = kBins / kSelectThreads;
-  int counts[kEach];
+// `meanwhile` is called while the counts are on their way.
+template <class Meanwhile>
+TIDAL_DEVICE void find_first_digit(ChooseShared* shared, int* digit_counts, int room,
+                                   Meanwhile&& meanwhile) {
+  int* from = digit_counts + top_digit();
+  int counts[kBinsEach];
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    counts[i] = read_published(digit_counts + i * kSelectThreads + thread_index());
-  }
+  for (int i = 0; i < kBinsEach; ++i) counts[i] = read_published(from - i);
+  meanwhile();
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int bin = i * kSelectThreads + thread_index();
-    shared->bins[bin] = counts[i];
-    if (counts[i] > 0) publish(digit_counts + bin, 0);
+  for (int i = 0; i < kBinsEach; ++i) {
+    if (counts[i] > 0) publish(from - i, 0);
   }
-  find_digit(shared, room);
+  find_digit(shared, counts, room);
 }
 
 struct Threshold {
@@ -177,7 +197,7 @@ TIDAL_DEVICE Threshold find_threshold(ChooseShared* shared, ForKeys&& for_keys) 
         atomic_add_shared(&shared->bins[key >> shift & kDigits], 1);
       }
     });
-    find_digit(shared, room);
+    find_digit_in_bins(shared, room);
     prefix |= static_cast<unsigned>(shared->digit) << shift;
     known |= kDigits << shift;
     room = shared->room;
@@ -258,17 +278,17 @@ TIDAL_DEVICE void list_open(const Masses& m, ChooseShared* shared) {
 // Chooses from the list, and marks what is kept of it, and as open what is tied for the
 // last places. Returns how many of the tied are kept.
 TIDAL_DEVICE int mark_listed(const Masses& m, ChooseShared* shared) {
-  const int listed = shared->in_bin;
+  const int left = shared->in_bin - thread_index();  // of the list, from this thread's first
+  const int in_list = (left + kSelectThreads - 1) / kSelectThreads;
   unsigned keys[kListDepth];
 #pragma unroll
   for (int i = 0; i < kListDepth; ++i) {
-    const int at = i * kSelectThreads + thread_index();
     keys[i] = 0;
-    if (at < listed) {
-      keys[i] = float_bits(read_published(m.mass + m.base + shared->listed[at]));
+    if (i < in_list) {
+      const int place = shared->listed[i * kSelectThreads + thread_index()];
+      keys[i] = float_bits(read_published(m.mass + m.base + place));
     }
   }
-  const int in_list = ceil_div(listed - thread_index(), kSelectThreads);  // this thread's
   const Threshold threshold = find_threshold(shared, [&](auto&& visit) {
 #pragma unroll
     for (int i = 0; i < kListDepth; ++i) {

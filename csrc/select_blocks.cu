@@ -14,7 +14,7 @@ Kernel kernel() {
 
 void launch_select_blocks(const SelectParams& p, const Stream& stream) {
   const OnDevice on_device(stream.device_index);
-  launch_kernel(kernel(), dim3(count_tiles(p), p.num_sets, p.num_rows), p, stream);
+  launch_kernel(kernel(), dim3(sharers_of(p), p.num_sets, p.num_rows), p, stream);
 }
 
 KernelUse use_of_select_blocks(int device_index) {

@@ -1,39 +1,16 @@
 // select_blocks: chooses the forced blocks and the heaviest others of each row and set.
-// Defined by tidal_vllm/kernels/reference. Has run under the CPU emulation only, not yet
-// on a GPU.
+// Defined by tidal_vllm/kernels/reference.
 //
-// One kernel. Its thread blocks sum the masses of a set's heads, a tile of selection
-// blocks each, and count their first digits (sum_masses.cuh). The last of a row and set to
-// arrive chooses: it marks in bit masks what is kept (find_heaviest.cuh), and writes the
-// set in ascending order.
+// One kernel. Its thread blocks sum the masses of a set's heads, tile by tile, and count
+// their first digits (sum_masses.cuh). The last of a row and set to arrive chooses, and
+// writes the set in ascending order: held_masses.cuh, or find_heaviest.cuh where there are
+// too many masses.
 #pragma once
 
 #include "arrivals.cuh"
-#include "find_heaviest.cuh"
+#include "held_masses.cuh"
 
 namespace tidal {
-
-// How much a set keeps of a row; all fields count selection blocks.
-struct Kept {
-  int total;   // of the row's sequence
-  int blocks;  // kept
-  int sinks;   // blocks before this one are forced
-  int recent;  // this block and all after it are forced
-
-  // How many of the blocks that are not forced are kept; 0 where masses do not matter.
-  TIDAL_DEVICE int room() const {
-    if (blocks == total || recent <= sinks) return 0;
-    return larger(blocks - sinks - (total - recent), 0);
-  }
-};
-
-TIDAL_DEVICE Kept kept_of(const SelectParams& p, int seq_len) {
-  const int size = p.select_block_size;
-  const int total = ceil_div(seq_len, size);
-  if (seq_len <= p.keep_all_len) return {total, total, total, total};
-  const int recent = larger(seq_len - larger(p.recent_tokens, 1), 0) / size;
-  return {total, p.token_budget / size, ceil_div(p.sink_tokens, size), recent};
-}
 
 // How many blocks were found so far.
 struct Found {
@@ -70,10 +47,22 @@ TIDAL_DEVICE Found write_marked(const Masses& m, ChooseShared* shared, int first
 }
 static_assert(32 * kSelectThreads <= 0x7fff, "16 bits hold the counts of a round");
 
-// Writes to `chosen` the `room` heaviest blocks, ascending.
+// Writes to `chosen` the `room` heaviest blocks, ascending. `meanwhile` is called while the
+// counts are on their way.
+template <class Meanwhile>
 TIDAL_DEVICE void write_heaviest(const Masses& m, ChooseShared* shared, int* digit_counts,
-                                 int room, int* chosen) {
-  find_first_digit(shared, digit_counts, room);
+                                 int room, int* chosen, Meanwhile&& meanwhile) {
+  const bool are_held = m.end - m.base <= kMostHeld;
+  find_first_digit(shared, digit_counts, room, [&] {
+    Loaded loaded;
+    if (are_held) loaded.start(m);
+    if (are_held) loaded.hold(m, shared);
+    meanwhile();
+  });
+  if (are_held && shared->in_bin <= kMostRanked) {
+    write_held(m, shared, chosen);
+    return;
+  }
   if (m.end - m.base <= kMostMarked && shared->in_bin <= kMostListed) {
     const unsigned low = static_cast<unsigned>(shared->digit) << kFirstShift;
     mark(m, shared, m.base, m.end, low, low + (1u << kFirstShift));
@@ -101,48 +90,50 @@ TIDAL_DEVICE void write_forced(const SelectParams& p, int row, int set, const Ke
                                int* chosen) {
   const int blocks = smaller(kept.blocks, p.max_blocks), thread = thread_index();
   if (thread == 0) p.topk_lens[row * p.topk_lens_row_stride + set] = blocks;
+#pragma unroll 1
   for (int i = blocks + thread; i < p.max_blocks; i += kSelectThreads) chosen[i] = -1;
   const int sinks = smaller(kept.sinks, blocks);
+#pragma unroll 1
   for (int i = thread; i < sinks; i += kSelectThreads) chosen[i] = i;
   const int newest = kept.total - kept.recent;
+#pragma unroll 1
   for (int i = thread; i < newest; i += kSelectThreads) {
     chosen[blocks - newest + i] = kept.recent + i;
   }
 }
 
 // What the last thread block of a row and set does.
-TIDAL_DEVICE void choose(const SelectParams& p, int row, int set, const Kept& kept,
-                         const float* mass, int* digit_counts, int* chosen) {
-  write_forced(p, row, set, kept, chosen);
+TIDAL_DEVICE void choose(const SelectParams& p, int row, int set, const float* mass,
+                         int* digit_counts, int* chosen) {
+  ChooseShared* shared = reinterpret_cast<ChooseShared*>(shared_memory());
+  const Kept kept = shared->rule;
   write_heaviest(Masses(p, mass, kept.sinks, kept.recent),
-                 reinterpret_cast<ChooseShared*>(shared_memory()), digit_counts,
-                 kept.room(), chosen + kept.sinks);
+                 shared, digit_counts, kept.room(), chosen + kept.sinks,
+                 [&] { write_forced(p, row, set, kept, chosen); });
 }
 
-// Grid: (tiles of selection blocks, sets, rows).
+// Grid: (thread blocks that share a row and set, sets, rows).
 TIDAL_KERNEL(kSelectThreads, 2) select_blocks_kernel(const SelectParams p) {
   wait_for_earlier_kernels();
   let_later_kernels_start();
   const int set = block_y(), row = block_z();
   const int seq_len = p.seq_lens[row];
   if (seq_len < 0) return;
-  const Kept kept = kept_of(p, seq_len);
-  const int room = kept.room();
-  int* chosen = p.topk_blocks + row * p.topk_row_stride + set * p.topk_set_stride;
-  if (room == 0) {
-    if (block_x() == 0) write_forced(p, row, set, kept, chosen);
-    return;
-  }
-  const int blocks = smaller(kept.total, p.num_blocks);
-  const int tiles = ceil_div(blocks, tile_of(p).blocks());
-  if (block_x() >= tiles) return;
+  const int heads = p.num_sets == 1 ? p.num_heads : p.num_heads / p.num_sets;
+  const MassTile tile = tile_of(heads);
+  if (block_x() > 0 && !begins_before(p, block_x() * tile.blocks(), seq_len)) return;
   const int64_t line = static_cast<int64_t>(row) * p.num_sets + set;
   int* digit_counts = p.digit_counts + line * kBins;
   float* mass = p.mass + row * p.mass_row_stride + set * p.mass_set_stride;
-  sum_masses(p, row, set, blocks, kept.sinks, kept.recent, mass, digit_counts);
+  const int sharers = sum_masses(p, tile, row, set, heads, seq_len, mass, digit_counts);
+  int* chosen = p.topk_blocks + row * p.topk_row_stride + set * p.topk_set_stride;
+  if (sharers == 0) {
+    if (block_x() == 0) write_forced(p, row, set, kept_of(p, seq_len), chosen);
+    return;
+  }
   unsigned* counter = p.arrivals + static_cast<int64_t>(row) * p.num_heads + set;
-  if (!arrives_last(counter, tiles)) return;
-  choose(p, row, set, kept_of(p, p.seq_lens[row]), mass, digit_counts, chosen);
+  if (!arrives_last(counter, sharers)) return;
+  choose(p, row, set, mass, digit_counts, chosen);
 }
 
 }  // namespace tidal

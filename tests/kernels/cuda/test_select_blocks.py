@@ -87,6 +87,8 @@ CASES = [
     case("ties in three chunks", 34000, [34000, 33333], 9000, 1, 1, 340, 50),
     case("ties beyond the list", 20000, [20000], 9000, 1, 1, 340, 3),
     case("ties beyond the masks", 70001, [70001], 40000, 1, 1, 340, 3),
+    # A thread block takes up to three of the tiles of 2,048: there are 615.
+    case("many tiles", 8300, [8300, 8200, 4097, *[-1] * 120], 1024, 1, 4, 300, 4096),
     case("one more than forced", 300, [4800, 4777], 48, 16, 16, 1, 4096),
     case("single tokens", 3000, [3000, 2999, 1025, 17], 1024, 1, 1, 340, 3),
     case("single tokens, all free", 3000, [3000, 2999, 1025, 17], 1024, 1, 0, 1, 4096),

@@ -72,7 +72,7 @@ KernelUse use_of_select_blocks(int) {
 }
 
 void launch_select_blocks(const SelectParams& p, const Stream&) {
-  emulation::launch(Dim{count_tiles(p), p.num_sets, p.num_rows}, kSelectThreads,
+  emulation::launch(Dim{sharers_of(p), p.num_sets, p.num_rows}, kSelectThreads,
                     kSelectSharedBytes, [&] { select_blocks_kernel(p); });
 }
 
