@@ -1,4 +1,5 @@
-// The second part of select_blocks: marks the heaviest masses of a row and set, exactly.
+// The second part of select_blocks: finds the heaviest masses of a row and set, exactly.
+// held_masses.cuh goes on where they are few; the rest of this file where they are many.
 //
 // A radix select. The first digit of the smallest mass that is kept follows from the
 // counts that sum_masses left. Then one pass over the masses marks, in bit masks, those
@@ -127,7 +128,8 @@ TIDAL_DEVICE int top_digit() { return kBins - 1 - thread_index() * kBinsEach; }
 // Finds the digit of the `room`-th largest of the keys, of which counts[i] have the digit
 // top_digit() - i. Leaves it in shared->digit, in shared->in_bin how many keys have it, and
 // in shared->room how many of those are to be kept. Ends with a barrier.
-TIDAL_DEVICE void find_digit(ChooseShared* shared, const int (&counts)[kBinsEach], int room) {
+TIDAL_DEVICE void find_digit(ChooseShared* shared, const int (&counts)[kBinsEach],
+                             int room) {
   int count = 0;
 #pragma unroll
   for (int i = 0; i < kBinsEach; ++i) count += counts[i];
@@ -278,7 +280,7 @@ TIDAL_DEVICE void list_open(const Masses& m, ChooseShared* shared) {
 // Chooses from the list, and marks what is kept of it, and as open what is tied for the
 // last places. Returns how many of the tied are kept.
 TIDAL_DEVICE int mark_listed(const Masses& m, ChooseShared* shared) {
-  const int left = shared->in_bin - thread_index();  // of the list, from this thread's first
+  const int left = shared->in_bin - thread_index();  // of the list, from its first on
   const int in_list = (left + kSelectThreads - 1) / kSelectThreads;
   unsigned keys[kListDepth];
 #pragma unroll
