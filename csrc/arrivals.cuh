@@ -4,7 +4,7 @@
 // A counter per piece of work goes up by one with each thread block, and wraps to 0 with
 // the last. So it is 0 before each launch without being cleared, also inside a CUDA
 // graph. Counters start as zeros and belong to one stream: two launches that use the same
-// counters must not overlap. Has run under the CPU emulation only, not yet on a GPU.
+// counters must not overlap.
 #pragma once
 
 #include "primitives.cuh"

@@ -1,5 +1,4 @@
-// How fp8 numbers, and the query beside them, become fp16 operands of mma. Has run under
-// the CPU emulation only, not yet on a GPU.
+// How fp8 numbers, and the query beside them, become fp16 operands of mma.
 #pragma once
 
 #include "primitives.cuh"

@@ -13,7 +13,7 @@ namespace {
 constexpr double kLog2E = 1.4426950408889634;
 constexpr int kMostRows = 65535;  // the limit of a grid in z
 
-// What tells the three ops that attend apart. The numbers are not yet measured on a GPU.
+// What tells the three ops that attend apart. Other numbers were not measured on a GPU.
 struct AttendOp {
   const char* name;
   bool writes_output;

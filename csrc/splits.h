@@ -30,10 +30,6 @@ TIDAL_HOST_DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
 inline constexpr int kBlocksPerProcessor = TIDAL_BLOCKS_PER_PROCESSOR;
 inline constexpr int kLeastWaves = 3;  // of a sparse batch that is more than one wave
 inline constexpr int kMostWaves = 8;
-#ifndef TIDAL_DENSE_WAVES
-#define TIDAL_DENSE_WAVES 8
-#endif
-inline constexpr int kDenseWaves = TIDAL_DENSE_WAVES;  // the most of a dense batch
 inline constexpr int kDenseSplits = 32;  // more splits cost more to join than they gain
 
 // The most splits of any row of a batch, between 1 and `capacity`. A row without splits
@@ -45,8 +41,8 @@ inline constexpr int kDenseSplits = 32;  // more splits cost more to join than t
 // waves even out. Dense rows differ in length, so they get many, and at least `at_least`
 // splits, for a long row among short ones.
 //
-// Chosen by benchmarks/model (docs/performance_model.md), not yet measured on a GPU. It
-// depends on constants of the host alone, never on the length of a row.
+// Chosen by benchmarks/model (docs/performance_model.md); only these limits were measured on
+// a GPU, no others (docs/gpu_results.md). The number depends on constants of the host alone, never on the length of a row.
 inline int limit_splits(int64_t num_rows, int64_t blocks_per_row, int processors,
                         int capacity, int at_least, bool sparse) {
   const int64_t wave = int64_t{kBlocksPerProcessor} * processors;
@@ -64,7 +60,7 @@ inline int limit_splits(int64_t num_rows, int64_t blocks_per_row, int processors
       }
     }
   } else {
-    splits = kDenseWaves * wave / blocks;
+    splits = kMostWaves * wave / blocks;
     const int64_t one_wave = wave / blocks;
     const int64_t most = one_wave > kDenseSplits ? one_wave : kDenseSplits;
     splits = splits < most ? splits : most;
