@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu import report
 from benchmarks.quality import choice, correction_ablation, reselect_ablation
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +34,13 @@ def test_tables_are_what_was_measured(name):
     shown = dict(re.findall(marked, page(name), re.DOTALL))
     assert shown
     assert shown == {script.name_of(r): script.table(r) for r in records(name)}
+
+
+def test_the_gpus_tables_are_what_was_measured():
+    marked = r"<!-- table: (\S+) -->\n(.*?)\n<!-- end of table -->"
+    shown = dict(re.findall(marked, page("gpu_results"), re.DOTALL))
+    found = (ROOT / "benchmarks/results/gpu_h100.jsonl").read_text().splitlines()
+    assert shown == report.tables([json.loads(line) for line in found])
 
 
 def test_corrections_default_rests_on_measurements():
