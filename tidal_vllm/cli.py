@@ -42,9 +42,25 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from tidal_vllm.demo import run_demo
+    from tidal_vllm.demo import planted, text
+    from tidal_vllm.models.get import get_model
+    from tidal_vllm.models.known import NAMES, ModelError
 
-    return run_demo(arguments.model_dir, arguments.contexts, arguments.token_budget)
+    model, contexts = arguments.model, arguments.contexts
+    budget = arguments.token_budget
+    if model is None:
+        return planted.run_demo(
+            arguments.model_dir, contexts or planted.CONTEXTS, budget
+        )
+    try:
+        if model not in NAMES and Path(model).is_dir():
+            folder = Path(model)
+        else:
+            folder = get_model(model)
+        return text.run_text_demo(folder, contexts or text.CONTEXTS, budget)
+    except (ModelError, text.DemoError) as error:
+        print(f"tidal-vllm demo: {error}", file=sys.stderr)
+        return 1
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
@@ -113,18 +129,23 @@ def _parser() -> argparse.ArgumentParser:
         "demo", help="dense and sparse decoding side by side, answers checked"
     )
     demo.add_argument(
+        "--model",
+        metavar="NAME",
+        help="a model of get-model, or a model's folder, which continues a real text "
+        "(default: the planted model, whose answers are known)",
+    )
+    demo.add_argument(
         "--model-dir",
         type=Path,
         default=Path(".cache/planted"),
-        help="where the demo's model is built (default: %(default)s)",
+        help="where the planted model is built (default: %(default)s)",
     )
     demo.add_argument(
         "--contexts",
         type=_positive_int,
         nargs="+",
-        default=[1000, 4000, 16000],
         metavar="TOKENS",
-        help="prompt lengths (default: 1000 4000 16000)",
+        help="prompt lengths (default: 1000 4000 16000; with --model: 3000)",
     )
     demo.add_argument(
         "--token-budget",
