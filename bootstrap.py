@@ -2,6 +2,7 @@
 """Set up tidal_vllm in ./.venv and run its demo or its tests.
 
     python3 bootstrap.py demo          set up, then show sparse decoding at work
+    python3 bootstrap.py demo --model smollm2      the same, with a pretrained model
     python3 bootstrap.py test          set up, then run the tests of a few minutes
     python3 bootstrap.py test --all    set up, then run all tests
     python3 bootstrap.py setup         set up and look at what came of it
@@ -77,6 +78,17 @@ class Options:
         takes = {"setup": 0, "wheels": 1}.get(self.word, len(self.rest))
         if len(self.rest) != takes:
             usage("`wheels` takes one folder, `setup` nothing")
+
+    @property
+    def models(self):
+        """Whether the demo has to fetch a model, which takes packages of its own."""
+        words = iter(self.rest if self.word == "demo" else ())
+        for word in words:
+            name, _, value = word.partition("=")
+            if name == "--model":
+                folder = os.path.join(HERE, value or next(words, ""))
+                return not os.path.isdir(folder)
+        return False
 
     @property
     def folder(self):
@@ -213,6 +225,7 @@ def main(arguments):
         full=options.full,
         wheels=options.wheels,
         tests=options.word != "demo",
+        models=options.models,
     )
     if not environment.is_ready():
         if not environment.record.get("done"):

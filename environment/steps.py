@@ -55,6 +55,7 @@ class Environment:
         full: Whether to install what only a GPU uses, even where none is found.
         wheels: Folder to install from, without network.
         tests: Whether what tests and linters need is installed, too.
+        models: Whether what `tidal-vllm get-model` needs is installed, too.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Environment:
         full: bool = False,
         wheels: str | None = None,
         tests: bool = True,
+        models: bool = False,
     ) -> None:
         self.root, self.folder = Path(root), Path(folder)
         self.vllm, self.torch = f"vllm=={vllm}", f"torch=={torch}"
@@ -77,6 +79,7 @@ class Environment:
         self._record_file = self.folder / "setup.json"
         self.record = self._read_record()
         self.full = full or has_nvidia_gpu() or self.record.get("full", False)
+        self.models = models or self.record.get("models", False)
         self._lock: int | None = None
 
     def is_ready(self) -> bool:
@@ -141,8 +144,11 @@ class Environment:
         yield Part(
             "Looking at " + ", ".join(BUILT_FOR_TORCH), (), self._keep_what_imports
         )
+        if self.models:
+            readers = tuple(self._extras("models"))
+            yield Part("Installing what reads models", readers, self._install_readers)
         if self.tests:
-            tools = tuple(self._extras("test", "lint", "bench"))
+            tools = tuple(self._extras("test", "lint", "bench", "models"))
             yield Part("Installing what tests need", tools, self._install_test_tools)
 
     def _create(self, step: Step) -> None:
@@ -205,7 +211,11 @@ class Environment:
         needed += [self.vllm] if self.full else self._required(step, "rest")
         step.run(self._installer.install(*needed, self.torch if self.full else "pip"))
         # They require torch, and no more that is not there.
-        step.run(self._installer.install(*self._extras("bench"), bare=True))
+        bare = self._extras("models", "bench")
+        step.run(self._installer.install(*bare, bare=True))
+
+    def _install_readers(self, step: Step) -> None:
+        step.run(self._installer.install(*self._extras("models"), bare=True))
 
     def _extras(self, *names: str) -> list[str]:
         project = tomllib.loads((self.root / "pyproject.toml").read_text())["project"]
@@ -259,7 +269,12 @@ class Environment:
             return {}
 
     def _write_record(self, done: list[str], complete: bool) -> None:
-        self.record = {"done": done, "full": self.full, "complete": complete}
+        self.record = {
+            "done": done,
+            "full": self.full,
+            "models": self.models,
+            "complete": complete,
+        }
         fresh = self._record_file.with_suffix(".new")
         fresh.write_text(json.dumps(self.record))
         fresh.replace(self._record_file)

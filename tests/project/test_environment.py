@@ -210,13 +210,30 @@ def test_a_gpu_or_a_wish_installs_everything(environment, monkeypatch):
     assert left_out not in titles(), "what was once installed stays"
 
 
-def test_an_oracle_that_requires_torch_brings_none(environment):
+def test_what_requires_torch_brings_none(environment):
     """Where torch has not all of its requirements, the installer would fetch them."""
     commands = []
     step = SimpleNamespace(run=lambda command: commands.append(command) or "")
+    environment._install_readers(step)
     environment._install_test_tools(step)
-    (command,) = [c for c in commands if c[-1].startswith("xformers")]
-    assert "--no-deps" in command
+    for name, count in (("xformers", 1), ("accelerate", 2)):
+        named = [c for c in commands if any(word.startswith(name) for word in c)]
+        assert len(named) == count
+        assert all("--no-deps" in command for command in named)
+
+
+def test_what_reads_models_is_installed_on_request_and_stays(environment):
+    def titles(**kwargs):
+        made = steps.Environment(
+            str(ROOT), str(environment.folder), vllm="1", torch="2", **kwargs
+        )
+        made._write_record([], complete=False)
+        return [part.title for part in made._parts()]
+
+    readers = "Installing what reads models"
+    assert readers not in titles(tests=False)
+    assert readers in titles(tests=False, models=True)
+    assert titles()[-2:] == [readers, "Installing what tests need"]
 
 
 def test_the_package_knows_the_same_companions_of_torch():

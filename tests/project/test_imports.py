@@ -37,12 +37,13 @@ MAY_IMPORT = {
     "plugin": CPU,
     "probe": CPU | {"child_process", "plugin", "planted"},
     "doctor": LEAVES | {"child_process", "probe", "profiles"},
-    "demo": ENGINE | {"planted", "fair_timing"},
-    "cli": CPU | {"calibrate", "demo", "doctor", "planted"},
+    "models": {"models"},
+    "demo": ENGINE | {"demo", "planted", "fair_timing"},
+    "cli": CPU | {"calibrate", "demo", "doctor", "models", "planted"},
 }
 # Loaded in every process of vLLM's, before the command line is read.
 WITHOUT_TORCH = ("names", "versions", "config", "plan", "profiles", "plugin", "cli")
-WITHOUT_TORCH += ("extension", "doctor")
+WITHOUT_TORCH += ("extension", "doctor", "models")
 WITHOUT_VLLM = (*WITHOUT_TORCH, "kernels", "methods", "demo", "probe")
 
 
