@@ -51,7 +51,7 @@ _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 
 
 def sentence(rng: random.Random, noun: str | None = None) -> str:
-    """A sentence of 10 to 17 words, about a noun if one is given; no digits."""
+    """A sentence of 12 to 16 words, about a noun if one is given; no digits."""
     words = rng.choice(_TEMPLATES).format(
         people=rng.choice(_PEOPLE),
         adj=rng.choice(ADJECTIVES),
@@ -82,8 +82,11 @@ def sentences_of(text: str) -> Iterator[str]:
 def made_up_words(rng: random.Random, count: int, syllables: int = 3) -> list[str]:
     """Distinct words that no language has, of equal length: none contains another.
 
-    Two letters a syllable; 343,000 words of three.
+    Args:
+        syllables: Of two letters each; more where the words would run out.
     """
+    while 2 * count > (len(_CONSONANTS) * len(_VOWELS)) ** syllables:
+        syllables += 1
     words: dict[str, None] = {}
     while len(words) < count:
         pairs = [
