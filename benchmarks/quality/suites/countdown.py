@@ -76,9 +76,10 @@ def _problem(
     while True:
         numbers = rng.sample(range(1, _LARGEST + 1), 4)
         lines: list[str] = []
+        steps: list[str] = []
         results: dict[int, int] = {}
         _search(numbers, None, lines, [], results, most)
-        targets = [c for c, at in results.items() if fewest <= at <= most and c]
+        targets = [c for c, at in results.items() if fewest <= at <= most]
         if not targets:
             continue
         target = rng.choice(targets)

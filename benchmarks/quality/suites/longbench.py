@@ -104,11 +104,11 @@ _CLASS = "Name the class, in the way of the examples above and nothing else."
 _CODE = "Write the next line of the code above and nothing else."
 _PARAGRAPH = "Which paragraph above is this the abstract of? Answer: Paragraph, number."
 _COUNT = "How many different paragraphs stand above? Answer with the number alone."
-_QA = ("narrativeqa", "qasper", "multifieldqa_en")
-_QA += ("hotpotqa", "2wikimqa", "musique")
+_BOOKS = ("narrativeqa", "qasper", "multifieldqa_en")
+_HOPS = ("hotpotqa", "2wikimqa", "musique")
 _SUMMARIES = ("gov_report", "qmsum", "multi_news")
 DATASETS: dict[str, tuple[str, str]] = {
-    **dict.fromkeys(_QA, ("token_f1", _SHORT)),
+    **dict.fromkeys(_BOOKS + _HOPS, ("token_f1", _SHORT)),
     **dict.fromkeys(_SUMMARIES, ("rouge_l", _SUMMARY)),
     "triviaqa": ("token_f1_of_first_line", _SHORT),
     "samsum": ("rouge_l_of_first_line", _SUMMARY),

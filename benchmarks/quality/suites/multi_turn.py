@@ -56,10 +56,9 @@ def draft(
                 user(f"What do you think about the {noun}?"),
                 assistant(prose.paragraph(rng, sentences, noun)),
             ]
-    asked = rng.sample(range(facts), questions)
     first, *later = [
-        f"Which code has the locker of {names[fact]}? Answer with the code alone."
-        for fact in asked
+        f"Which code has the locker of {name}? Answer with the code alone."
+        for name in names[:questions]
     ]
-    wanted = tuple(codes[fact] for fact in asked)
+    wanted = tuple(codes[:questions])
     return Draft((*messages, user(first)), TURN_END.join(wanted), wanted, tuple(later))

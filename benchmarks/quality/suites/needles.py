@@ -86,9 +86,7 @@ def draft(
     elif haystack == "essay":
         hay = [prose.sentence(rng) for _ in range(num_hay)]
     lines = scatter(rng, needles, hay)
-    asked = rng.sample(range(num_keys), num_queries)
-    wanted = [all_values[k * num_values + v] for k in asked for v in range(num_values)]
-    names = [all_keys[k] for k in asked]
+    wanted, names = all_values[: num_queries * num_values], all_keys[:num_queries]
     listed = names[0]
     if len(names) > 1:
         listed = f"{', '.join(names[:-1])}, and {names[-1]}"

@@ -43,13 +43,12 @@ def draft(rng: random.Random, size: int, *, chains: int = 2, hops: int = 4) -> D
     lines = scatter(
         rng, assignments, [prose.NOISE] * (size + len(turns)), in_order=True
     )
-    asked = rng.randrange(chains)
-    wanted = variables[asked * (hops + 1) : (asked + 1) * (hops + 1)]
+    wanted = variables[: hops + 1]
     newline = "\n"
     prompt = (
         f"Variables are assigned in the text below, some of them from others. Keep "
         f"track of what each holds.\n\n{newline.join(lines)}\n\n"
-        f"Which {hops + 1} variables hold the value {values[asked]}? Answer with their "
+        f"Which {hops + 1} variables hold the value {values[0]}? Answer with their "
         f"names alone."
     )
     return Draft((user(prompt),), " ".join(wanted), tuple(wanted))

@@ -22,7 +22,9 @@ CLASS = {"dataset": "trec_e", "answers": ["Date"], "all_classes": ["Date", "City
 
 
 def write(path, *lines):
-    text = "\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines)
+    text = "\n".join(
+        x if isinstance(x, str) else json.dumps(x, ensure_ascii=False) for x in lines
+    )
     path.write_text(text, encoding="utf-8")
     return path
 
