@@ -129,8 +129,8 @@ TIDAL_DEVICE void load_quad(float (&to)[4], const float* from) {
 }
 // Writes a number of block_lse, or two neighbours at a multiple of 8 bytes. L2 keeps it
 // longer than KV, which nobody reads again: select_blocks reads it next. On an H100
-// dense_decode with scores of blocks of 16 takes 0.5 to 1.3 % less time for it, and with
-// blocks of 4 the same (docs/gpu_results.md).
+// dense_decode with scores of blocks of 16 takes 0.4 to 1.3 % less time for it; with blocks
+// of 4, 2 % less where there is one row, else the same (docs/gpu_results.md).
 TIDAL_DEVICE uint64_t policy_to_keep() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));

@@ -66,7 +66,8 @@ def targets(found: Records) -> str:
         row = [target.text, f"{sign} {target.bound:g} {target.unit}".rstrip()]
         for column in columns:
             measured, said = verdict(target, column)
-            shown = "" if measured is None else f"{measured:.4g} {target.unit}".rstrip()
+            digits = {"us": 1, "x": 2}.get(target.unit, 4)
+            shown = f"{measured:.{digits}f} {target.unit}".rstrip() if measured else ""
             row.append(f"{shown}, {said}" if shown else "")
         rows.append(row)
     return markdown(("", "target", "first build", "present builds"), rows)

@@ -3,8 +3,8 @@
 `tidal_vllm.kernels.arguments` says what the ops take, `tidal_vllm.kernels.reference`
 what they compute. The kernels allocate nothing and never wait for the GPU, so a CUDA
 graph can hold them. Results are the same bits from run to run, and those of a row do
-not depend on the other rows. None of this has run on a GPU yet: the kernels' source is
-tested under an emulation on the CPU (tests/kernels/cuda).
+not depend on the other rows. The kernels' source is tested under an emulation on the
+CPU (tests/kernels/cuda), and was on an H100 (docs/gpu_results.md).
 
 Of what `DecodeArgs` allows, the extension takes:
     query: bf16 or fp16, last dim contiguous; head_size 64, 96, 128 or 256.
