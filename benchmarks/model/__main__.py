@@ -1,7 +1,7 @@
 r"""What should a decode step's attention take, by a model? Nothing runs on a GPU.
 
     python -m benchmarks.model --gpu h100 --shape llama-3.1-8b --batch 64 \
-        --context 32768 --budget 3264 --fa-share 0.85
+        --context 32768 --budget 3264 --fa-share 0.987
     python -m benchmarks.model --write-page
 
 Prints each op of a step, with its bytes, launches, waves and tail, then the step
@@ -64,7 +64,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--fa-share",
         type=_share,
         default=page.FA_SHARE,
-        help="FlashAttention's share of copy bandwidth, above 0, at most 1; an input",
+        help="FlashAttention's share of read bandwidth, above 0, at most 1; an input",
     )
     parser.add_argument(
         "--counts",
@@ -116,7 +116,7 @@ def lines(step: Step, gpu: Gpu) -> list[str]:
                 f"{part.times}",
                 f"{op.us:.1f}",
                 f"{op.least_us:.1f}",
-                f"{op.share_of_copy(gpu):.3f}",
+                f"{op.share_of_read(gpu) * op.alone_us(gpu) / op.us:.3f}",
                 f"{op.kv_bytes / 1e6:.1f} MB",
                 f"{op.other_bytes / 1e6:.1f} MB",
                 f"{op.launches}",

@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass
 
 from benchmarks.model.design import Design
-from benchmarks.model.hardware import Gpu, Shape
+from benchmarks.model.hardware import EMPTY, Gpu, Shape
 from benchmarks.model.machine_code import loop_of
 from benchmarks.model.splits import ceil_div, split_row, workspace_splits
 from benchmarks.model.thread_blocks import Block, Kernel, Run, run_blocks
@@ -14,8 +14,8 @@ TILE = 16  # tokens that a warp takes at a time
 # block_table, K and V; where sparse, topk_lens and topk_blocks as well.
 DENSE_CHAIN, SPARSE_CHAIN = 3, 5
 # us, fitted to the audit: the last tile and joining the warps; a fence, a barrier and
-# an atomic; a thread block that reads the lengths and ends.
-JOIN_WARPS, ARRIVE, EMPTY = 0.8, 0.6, 0.6
+# an atomic.
+JOIN_WARPS, ARRIVE = 0.8, 0.6
 # Clocks that a warp takes for an instruction where no other warp holds it up, fitted:
 # one thread block of dense_decode, 989 instructions, reaches 0.8 of its processor's
 # share of the bandwidth; fp8, 1275 instructions, 1.4 times the tokens of bf16.
@@ -30,7 +30,7 @@ class Prediction:
     """What an op is predicted to take. A model's numbers, not measured.
 
     Attributes:
-        us: With its launches, as a CUDA graph replays it.
+        us: With its launches, inside a CUDA graph of many kernels.
         kv_bytes: K and V that it has to read.
         other_bytes: What else of HBM it reads or writes: block_lse, topk_blocks.
         blocks: Thread blocks of the grid of its first kernel.
@@ -50,9 +50,14 @@ class Prediction:
     splits: int
     least_us: float
 
-    def share_of_copy(self, gpu: Gpu) -> float:
-        """Of the bytes of K and V, where there are any."""
-        return (self.kv_bytes or self.other_bytes) / self.us / gpu.copy_bytes_per_us
+    def alone_us(self, gpu: Gpu) -> float:
+        """Of a CUDA graph of its own, as the benchmarks measure an op."""
+        return self.us + gpu.graph_us
+
+    def share_of_read(self, gpu: Gpu) -> float:
+        """Alone, of the bytes of K and V, where there are any."""
+        num_bytes = self.kv_bytes or self.other_bytes
+        return num_bytes / self.alone_us(gpu) / gpu.read_bytes_per_us
 
 
 def dense_decode(
@@ -119,7 +124,8 @@ def _attend(
     # block_lse is fp32 for each query head; topk_blocks is read once for all heads.
     scores = 4 * num_blocks * (1 if sparse else shape.num_heads)
     if scores and not sparse:
-        us += scores / gpu.gather_bytes_per_us
+        us += scores / gpu.store_bytes_per_us
+    us += design.sparse_us if sparse else 0.0
     kv_bytes = tokens * shape.num_kv_heads * head_token_bytes
     return Prediction(
         op=op,

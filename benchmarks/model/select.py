@@ -2,9 +2,9 @@
 
 import functools
 
-from benchmarks.model.attend import ARRIVE, EMPTY, Prediction
+from benchmarks.model.attend import ARRIVE, Prediction
 from benchmarks.model.design import Choose, Design
-from benchmarks.model.hardware import Gpu, Shape
+from benchmarks.model.hardware import EMPTY, Gpu, Shape
 from benchmarks.model.splits import ceil_div
 from benchmarks.model.thread_blocks import Block, Kernel, Run, run_blocks
 

@@ -7,14 +7,13 @@ other in one CUDA graph, and what a model does between them is not there.
 from dataclasses import dataclass
 
 from benchmarks.model.attend import (
-    EMPTY,
     Prediction,
     dense_decode,
     score_blocks,
     sparse_decode,
 )
 from benchmarks.model.design import Design
-from benchmarks.model.hardware import Gpu, Shape
+from benchmarks.model.hardware import EMPTY, Gpu, Shape
 from benchmarks.model.select import select_blocks
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.plan.layers import plan_layers
@@ -77,12 +76,13 @@ def plan_of(shape: Shape, config: TidalConfig) -> LayerPlan:
 def dense_backend(
     gpu: Gpu, shape: Shape, lens: tuple[int, ...], fa_share: float
 ) -> Prediction:
-    """vLLM's FlashAttention, of which only its share of copy is known; an input."""
+    """vLLM's FlashAttention, of which only its share of read, alone, is an input."""
     kv_bytes = sum(lens) * shape.token_bytes
-    us = kv_bytes / (fa_share * gpu.copy_bytes_per_us)
+    least_us = gpu.least_us(kv_bytes)
+    alone_us = kv_bytes / (fa_share * gpu.read_bytes_per_us)
     return Prediction(
         op="FlashAttention",
-        us=us,
+        us=max(least_us, alone_us - gpu.graph_us),
         kv_bytes=kv_bytes,
         other_bytes=0,
         launches=1,
@@ -90,7 +90,7 @@ def dense_backend(
         waves=0.0,
         tail_us=0.0,
         splits=0,
-        least_us=kv_bytes / gpu.copy_bytes_per_us,
+        least_us=least_us,
     )
 
 
