@@ -13,16 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import records
+from benchmarks.gpu.builds import ATTEND, FIRST, PRESENT, TRITON
 from benchmarks.gpu.summary import verdict
 from benchmarks.gpu.targets import TARGETS, Records
 from benchmarks.model.page import markdown
 
 PAGE = Path(__file__).parents[2] / "docs/gpu_results.md"
-FIRST = "6add55e"
-ATTEND, SELECT, TRITON = "98ef302 -DTIDAL_KEEP_BLOCK_LSE=1", "a544ee9", "45ff83b"
-"""The builds whose kernels are those of the project: dense and sparse decoding by CUDA,
-choosing by CUDA, and all ops by Triton."""
-PRESENT = (ATTEND, SELECT, TRITON)
 
 
 def of_builds(found: Records, *builds: str) -> list[dict]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks import records
+from benchmarks.gpu.builds import FIRST, PRESENT
 from benchmarks.model import design
 from benchmarks.model.attend import dense_decode, score_blocks, sparse_decode
 from benchmarks.model.design import TRITON, TRITON_GUESSED, Design
@@ -20,10 +21,6 @@ from benchmarks.model.targets import FP8, H100, SHAPE, case, even
 from tidal_vllm.config import TidalConfig
 
 MEASURED = RESULTS / "gpu_h100.jsonl"
-# The builds whose kernels are today's: attending and choosing by CUDA, all by Triton.
-PRESENT = ("98ef302 -DTIDAL_KEEP_BLOCK_LSE=1", "a544ee9", "45ff83b")
-# What was measured with this one alone: blocks of 2 and 1, fp8, the stack.
-FIRST = "6add55e"
 OPS = {
     "dense": "dense",
     "dense + block_lse": "dense with scores",
