@@ -1,4 +1,4 @@
-"""Builds of the kernels that a GPU has measured: a commit, and what was changed in it."""
+"""Builds of the kernels that a GPU measured: a commit, and what was changed in it."""
 
 FIRST = "6add55e"
 ATTEND, SELECT, TRITON = "98ef302 -DTIDAL_KEEP_BLOCK_LSE=1", "a544ee9", "45ff83b"
