@@ -1,6 +1,6 @@
-r"""Everything to do on a GPU machine, in order of what it decides; 2 x 5 minutes.
+r"""Everything to do on a GPU machine, in order of what it decides; 2 x 6 minutes.
 
-    python -m benchmarks.gpu.run --out DIR --prebuilt DIR --fa3 DIR --site DIR
+    python -m benchmarks.gpu.run --out DIR --prebuilt DIR --site DIR
     python -m benchmarks.gpu.run --rehearse --out DIR      every step, without a GPU
 
 docs/gpu.md says what is needed, what each step decides and what is written.
@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks import records
@@ -128,21 +129,28 @@ class Run:
     def environment(self, step: Step, command: Command) -> dict[str, str]:
         """The environment of a command; vLLM is on the path in part 2 only."""
         setup, paths = self.setup, [ROOT]
-        if step.part == 1:
-            if setup.fa3:
-                paths.append(unpack.place(setup.fa3, pack.PACKAGE, setup.work))
-            # A rehearsal shows that nothing of this part imports vLLM.
-            paths += [_without_vllm(setup.work)] if setup.rehearse else []
-        else:
-            if setup.site:
-                paths.append(unpack.place(setup.site, "vllm", setup.work))
-            paths += [_with_entry_points(setup.work)]
         fixed = {
-            "PYTHONPATH": os.pathsep.join(map(str, paths)),
             "PYTHONUNBUFFERED": "1",
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
         }
+        site = unpack.place(setup.site, "vllm", setup.work) if setup.site else None
+        if step.part == 1:
+            if setup.fa3:
+                paths.append(unpack.place(setup.fa3, pack.PACKAGE, setup.work))
+            elif site:
+                paths.append(_flash_attention_of(site, setup.work))
+            # A rehearsal shows that nothing of this part imports vLLM.
+            paths += [_without_vllm(setup.work)] if setup.rehearse else []
+        else:
+            if site:
+                paths.append(site)
+            paths += [_with_entry_points(setup.work)]
+            in_site = site is not None and (site / "flashinfer").is_dir()
+            if not in_site and find_spec("flashinfer") is None:
+                # Its sampler is vLLM's choice on a GPU, whether it is there or not.
+                fixed["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+        fixed["PYTHONPATH"] = os.pathsep.join(map(str, paths))
         if setup.rehearse and step.part == 1:
             # NOTE: vLLM takes the variable for a sign that Triton has a device.
             fixed["CUDA_VISIBLE_DEVICES"] = ""
@@ -154,6 +162,18 @@ class Run:
         record |= {"seconds": round(seconds, 1), "why": why or None}
         records.append(self.setup.results, record)
         return status
+
+
+def _flash_attention_of(site: Path, work: Path) -> Path:
+    """A folder whose package `vllm_flash_attn` is that of vLLM, without vLLM.
+
+    The package's own __init__.py, which would import from the rest of vLLM, is not run.
+    """
+    package = work / "flash_attention" / pack.PACKAGE
+    package.mkdir(parents=True, exist_ok=True)
+    inside = str(site.resolve() / "vllm" / pack.PACKAGE)
+    (package / "__init__.py").write_text(f"__path__ = [{inside!r}]\n")
+    return package.parent
 
 
 def _without_vllm(work: Path) -> Path:
@@ -221,7 +241,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="tidal-gpu-") as folder:
         work = Path(folder)
         fa3 = args.fa3
-        if args.rehearse and fa3 is None:
+        if args.rehearse and not (fa3 or args.site):
             fa3 = pack.stage_interface(work / "fa3")
         setup = Setup(
             out=args.out.resolve(),

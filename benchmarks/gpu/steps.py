@@ -12,7 +12,7 @@ from benchmarks.gpu import pack, unpack
 
 ROOT = Path(__file__).parents[2]
 PART_SECONDS = 345
-"""Limit of each of the two parts: both and the summary fit into ten minutes."""
+"""Limit of each of the two parts, a little under six minutes."""
 
 # Batch x context : budget, in tokens.
 SHAPES = ["64x32768:3264", "16x32768:4096", "16x131072:13104", "1x131072:4096"]
@@ -41,7 +41,7 @@ class Setup:
         out: Where the results go.
         libraries: Builds of the CUDA extension, the first of which is the one to judge.
         fa3: A folder with FlashAttention 3 as the package `vllm_flash_attn`, or with
-            an archive of it in part-00, part-01, ...
+            an archive of it in part-00, part-01, ...; None where the site has it.
         site: The same of vLLM and what it imports; None where it is installed.
         work: A folder for what is not kept.
         rehearse: No GPU: tiny sizes, the reference in place of the kernels.
@@ -137,8 +137,15 @@ def _unpack(given: Path | None, package: str, work: Path) -> Iterator[Command]:
             yield Command(words)
 
 
+def _unpack_flash_attention(setup: Setup) -> Iterator[Command]:
+    if setup.fa3:
+        yield from _unpack(setup.fa3, pack.PACKAGE, setup.work)
+    else:
+        yield from _unpack(setup.site, "vllm", setup.work)
+
+
 def _attend(setup: Setup) -> Iterator[Command]:
-    yield from _unpack(setup.fa3, pack.PACKAGE, setup.work)
+    yield from _unpack_flash_attention(setup)
     bench, ours = "kernels.bench_attend", ["--implementations", "cuda", "--cases"]
     dense = ["--implementations", "flash_attn", "--cases", *SHAPES, BATCH_4]
     yield _module(setup, bench, *dense)
@@ -161,7 +168,7 @@ def _select(setup: Setup) -> Iterator[Command]:
 
 
 def _stack(setup: Setup) -> Iterator[Command]:
-    yield from _unpack(setup.fa3, pack.PACKAGE, setup.work)
+    yield from _unpack_flash_attention(setup)
     words = ["--implementations", "cuda", "--intervals", "1", "--cases", *STACKS]
     yield _module(setup, "kernels.bench_stack", *words, **_first(setup))
 
@@ -200,14 +207,14 @@ def _engine(setup: Setup) -> Iterator[Command]:
 
 
 STEPS = (
-    Step("device", 1, 30, "what the machine is, and what it can move", _device),
-    Step("cuda", 1, 90, "whether the CUDA kernels are right", _cuda_parity, True),
+    Step("device", 1, 20, "what the machine is, and what it can move", _device),
+    Step("cuda", 1, 70, "whether the CUDA kernels are right", _cuda_parity, True),
     Step("attend", 1, 110, "attention beside FlashAttention 3", _attend, True),
     Step("select", 1, 25, "what choosing costs", _select, True),
-    Step("stack", 1, 35, "what a model's attention gains", _stack, True),
+    Step("stack", 1, 30, "what a model's attention gains", _stack, True),
     Step("triton", 1, 60, "whether the Triton kernels are right", _triton, True),
     Step("counters", 1, 30, "what limits the kernels", _counters),
-    Step("site", 2, 60, "nothing: unpacks vLLM where it is packed", _site),
-    Step("planted", 2, 80, "whether vLLM gives exact answers", _planted),
-    Step("engine", 2, 215, "what an engine gains", _engine),
+    Step("site", 2, 15, "nothing: unpacks vLLM where it still is packed", _site),
+    Step("planted", 2, 150, "whether vLLM gives exact answers", _planted),
+    Step("engine", 2, 180, "what an engine gains", _engine),
 )

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from benchmarks import records
+from benchmarks.gpu import pack
 from benchmarks.gpu import run as gpu_run
 from benchmarks.gpu.run import Run, libraries
 from benchmarks.gpu.steps import PART_SECONDS, STEPS, Command, Setup, Step
@@ -20,11 +21,10 @@ def test_steps_stand_in_the_order_of_what_they_decide():
     assert [step.part for step in STEPS] == [1] * 7 + [2] * 3
 
 
-def test_each_part_ends_within_five_minutes():
-    assert PART_SECONDS < 300
+def test_each_part_ends_within_six_minutes():
+    assert PART_SECONDS < 360
     limits = [sum(step.limit for step in STEPS if step.part == part) for part in (1, 2)]
-    # Where vLLM is installed, nothing is unpacked.
-    assert max(limits[0], limits[1] - 60) <= 305
+    assert max(limits) <= PART_SECONDS
 
 
 def test_every_named_case_is_measured(tmp_path):
@@ -47,6 +47,50 @@ def test_every_named_case_is_measured(tmp_path):
     (attend,) = (step for step in STEPS if step.name == "attend")
     builds_used = [c.env.get("TIDAL_CUDA_LIBRARY") for c in attend.commands(setup)]
     assert builds_used == [None, *map(str, builds), str(builds[0]), str(builds[0])]
+
+
+@pytest.mark.parametrize("where", ["environment", "site", None])
+def test_the_sampler_of_flashinfer_is_off_where_flashinfer_is_missing(
+    tmp_path, monkeypatch, where
+):
+    name = "VLLM_USE_FLASHINFER_SAMPLER"
+    monkeypatch.delenv(name, raising=False)
+    there = where == "environment"
+    monkeypatch.setattr(gpu_run, "find_spec", lambda _: object() if there else None)
+    site = tmp_path / "site"
+    (site / "vllm").mkdir(parents=True)
+    if where == "site":
+        (site / "flashinfer").mkdir()
+    done = Run(Setup(tmp_path, tmp_path / "work", site=site), ())
+    command = Command([])
+    said = done.environment(step("engine", 2, ""), command)
+    assert said.get(name) == (None if where else "0")
+    assert name not in done.environment(step("attend", 1, ""), command)
+
+
+def test_flash_attention_comes_out_of_a_packed_site_without_vllm(tmp_path):
+    inside = tmp_path / "unpacked/vllm/vllm_flash_attn"
+    inside.mkdir(parents=True)
+    for package in (inside, inside.parent):
+        (package / "__init__.py").write_text("raise ImportError('of vLLM')\n")
+    (inside / "_vllm_fa3_C.py").write_text("print('FlashAttention 3')\n")
+    interface = "from . import _vllm_fa3_C\n"
+    (inside / pack.INTERFACE).write_text(interface)
+    pack.write_pieces(tmp_path / "unpacked", tmp_path / "site")
+
+    def commands(setup: Setup):
+        (unpacks, *_) = attend.commands(setup)
+        yield unpacks
+        yield Command(["-c", "import vllm_flash_attn.flash_attn_interface"])
+
+    (attend,) = (step for step in STEPS if step.name == "attend")
+    setup = Setup(tmp_path, tmp_path / "work", site=tmp_path / "site")
+    ends = Run(setup, ()).one(Step("two", 1, 60, "", commands), deadline=1e9)
+    assert ends == "passed", (tmp_path / "run.log").read_text()
+    assert "two      | FlashAttention 3" in (tmp_path / "run.log").read_text()
+    # It is unpacked once for all steps.
+    (unpacks,) = (step for step in STEPS if step.name == "site")
+    assert list(unpacks.commands(setup)) == []
 
 
 def step(name: str, part: int, code: str, limit: float = 60, judges=False) -> Step:
