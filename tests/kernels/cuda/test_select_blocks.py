@@ -24,15 +24,27 @@ def relative(scores):
     return (EXP + FEW * (1 + scores.abs())) * UNIT
 
 
-def select(kernels, mass, seq_lens, rule, *, num_sets=1, max_blocks=None, stride=0):
+def select(
+    kernels,
+    mass,
+    seq_lens,
+    rule,
+    *,
+    num_sets=1,
+    max_blocks=None,
+    stride=0,
+    in_quads=False,
+):
     """Run the op on block_lse = log(mass) and lse = 0.
 
-    Whatever the op must not read holds NaN, and what it must not write holds 7.
+    Whatever the op must not read holds NaN, and what it must not write holds 7. With
+    `in_quads` the lines of block_lse and mass begin at multiples of 16 bytes.
     """
     rows, heads, used = mass.shape
+    spare, mass_spare = (4 + -used % 4,) * 2 if in_quads else (5, 3)
     most = -(-max(rule.token_budget, rule.sparse_threshold) // rule.select_block_size)
     max_blocks = max_blocks or most
-    wide = torch.full((rows, heads, used + 5), math.nan)
+    wide = torch.full((rows, heads, used + spare), math.nan)
     block_lse = wide[..., :used]
     block_lse.copy_(mass.log())
     for row, seq_len in enumerate(seq_lens):
@@ -45,7 +57,7 @@ def select(kernels, mass, seq_lens, rule, *, num_sets=1, max_blocks=None, stride
         "seq_lens": torch.tensor(seq_lens, dtype=torch.int32),
         "topk_blocks": blocks[..., :max_blocks],
         "topk_lens": lens[:, :num_sets],
-        "mass": torch.full((rows + 1, num_sets, used + 3), math.nan),
+        "mass": torch.full((rows + 1, num_sets, used + mass_spare), math.nan),
         "arrivals": torch.zeros(rows + 1, heads, dtype=torch.int32),
         "digit_counts": torch.zeros(
             rows + 1, num_sets, FIRST_DIGITS, dtype=torch.int32
@@ -147,6 +159,31 @@ def test_masses_that_differ_in_any_bit(kernels, spread):
     assert_within(mass, block_lse.exp(), block_lse.exp() * relative(block_lse))
     expected = naive.select(mass.tolist(), 3000, rule)
     assert tensors["topk_blocks"][0, 0].tolist() == expected
+
+
+def dealt_masses(rows, heads, blocks):
+    """Masses over 24 powers of two that differ clearly, each of one head alone."""
+    rng = torch.Generator().manual_seed(blocks)
+    order = torch.rand(rows, 1, blocks, generator=rng).argsort()
+    owner = torch.randint(0, heads, (rows, 1, blocks), generator=rng)
+    return torch.exp2(-24.0 * order / blocks) * (owner == torch.arange(heads)[:, None])
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("in_quads", [False, True])
+def test_the_longest_rows_that_are_held(kernels, in_quads):
+    """Masses 32 to 16,415, of which few have the first digit of the smallest kept."""
+    lens, rule = [16425, 16426, 8201], rule_of(700, 1, 40, 9)
+    check(kernels, dealt_masses(3, 1, 16430), lens, rule, in_quads=in_quads)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("heads, num_sets", [(33, 1), (66, 2)])
+def test_loads_of_four_blocks_of_many_heads(kernels, heads, num_sets):
+    """Four threads share 33 heads; the last load is of fewer than four blocks."""
+    lens, rule = [1302, 1025, -1], rule_of(128, 1, 2, 9)
+    mass = dealt_masses(3, heads, 1302)
+    check(kernels, mass, lens, rule, num_sets=num_sets, in_quads=True)
 
 
 @pytest.mark.extended
