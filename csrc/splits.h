@@ -41,8 +41,9 @@ inline constexpr int kDenseSplits = 32;  // more splits cost more to join than t
 // waves even out. Dense rows differ in length, so they get many, and at least `at_least`
 // splits, for a long row among short ones.
 //
-// Chosen by benchmarks/model (docs/performance_model.md); only these limits were measured on
-// a GPU, no others (docs/gpu_results.md). The number depends on constants of the host alone, never on the length of a row.
+// Chosen by benchmarks/model (docs/performance_model.md); only these limits were measured
+// on a GPU, no others (docs/gpu_results.md). The number depends on constants of the host
+// alone, never on the length of a row.
 inline int limit_splits(int64_t num_rows, int64_t blocks_per_row, int processors,
                         int capacity, int at_least, bool sparse) {
   const int64_t wave = int64_t{kBlocksPerProcessor} * processors;
