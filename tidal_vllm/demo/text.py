@@ -67,11 +67,14 @@ def _prompts(model_dir: Path, contexts: list[int]) -> list[list[int]]:
     """The beginning of the document, once for each length."""
     from transformers import AutoConfig, AutoTokenizer
 
+    # Without an answer transformers asks on stdin whether the folder's code may run.
+    own = {"local_files_only": True, "trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        config = AutoConfig.from_pretrained(model_dir, **own)
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, **own)
+        tokens = tokenizer(_document(), verbose=False)["input_ids"]
+    except Exception as error:  # of any class, with damaged files
+        reason, *_ = f"{type(error).__name__}: {error}".splitlines()
         raise DemoError(f"{model_dir} is no model's folder: {reason}") from error
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest and max(contexts) + ANSWER_TOKENS > longest:
@@ -80,7 +83,6 @@ def _prompts(model_dir: Path, contexts: list[int]) -> list[list[int]]:
             f"tokens, and {ANSWER_TOKENS} of them are its answer; at most "
             f"{longest - ANSWER_TOKENS}"
         )
-    tokens = tokenizer(_document(), verbose=False)["input_ids"]
     if max(contexts) > len(tokens):
         raise DemoError(
             f"--contexts {max(contexts)} is too long: the document has {len(tokens)} "

