@@ -29,8 +29,15 @@ struct fp8_e4m3 {
 #include "emulation.h"
 #else
 
+// A processor of sm_89 and sm_120 has shared memory for one thread block of any kernel, so
+// registers need not be left for a second one.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 1200)
+#define TIDAL_KERNEL(threads, blocks_per_processor) \
+  __global__ void __launch_bounds__(threads, 1)
+#else
 #define TIDAL_KERNEL(threads, blocks_per_processor) \
   __global__ void __launch_bounds__(threads, blocks_per_processor)
+#endif
 #define TIDAL_DEVICE __device__ __forceinline__
 
 namespace tidal {
