@@ -223,10 +223,11 @@ TIDAL_DEVICE Threshold threshold_of_all(const Masses& m, ChooseShared* shared) {
 // Marks the masses from `first` to `end`, up to kMostMarked, as kept whose keys are
 // `least` or more, and as open where they are less and at least `low`. The first bit is
 // that of `first`, a multiple of 32. Marks before m.begin and beyond `end` mean nothing:
-// valid_bits.
+// valid_bits. kDepth: for_masses.
+template <int kDepth = kMarkDepth>
 TIDAL_DEVICE void mark(const Masses& m, ChooseShared* shared, int first, int end,
                        unsigned low, unsigned least) {
-  for_masses<kMarkDepth>(m, first, end, [&](int at, const float (&masses)[4]) {
+  for_masses<kDepth>(m, first, end, [&](int at, const float (&masses)[4]) {
     unsigned below = 0, out = 0;  // a bit per mass: less than `least`; than `low`
 #pragma unroll
     for (int d = 0; d < 4; ++d) {

@@ -29,15 +29,20 @@ struct fp8_e4m3 {
 #include "emulation.h"
 #else
 
-// A processor of sm_89 and sm_120 has shared memory for one thread block of any kernel, so
-// registers need not be left for a second one.
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 1200)
-#define TIDAL_KERNEL(threads, blocks_per_processor) \
-  __global__ void __launch_bounds__(threads, 1)
+// The most thread blocks of one kernel that the shared memory of a processor holds: three
+// of score_blocks on sm_80, one of any kernel on sm_89 and sm_120. Registers need not be
+// left for more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
+#define TIDAL_MOST_BLOCKS 3
+#elif defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 1200)
+#define TIDAL_MOST_BLOCKS 1
 #else
-#define TIDAL_KERNEL(threads, blocks_per_processor) \
-  __global__ void __launch_bounds__(threads, blocks_per_processor)
+#define TIDAL_MOST_BLOCKS 32
 #endif
+#define TIDAL_KERNEL(threads, blocks_per_processor)                           \
+  __global__ void __launch_bounds__(threads, (blocks_per_processor) < TIDAL_MOST_BLOCKS \
+                                                 ? (blocks_per_processor)     \
+                                                 : TIDAL_MOST_BLOCKS)
 #define TIDAL_DEVICE __device__ __forceinline__
 
 namespace tidal {

@@ -78,7 +78,7 @@ TIDAL_DEVICE void write_heaviest(const Masses& m, ChooseShared* shared, int* dig
 #pragma unroll 1
   for (int first = m.base; first < m.end; first += kMostMarked) {
     const int end = smaller(first + kMostMarked, m.end);
-    mark(m, shared, first, end, threshold.least - 1, threshold.least);
+    mark<kCountDepth>(m, shared, first, end, threshold.least - 1, threshold.least);
     sync_block();
     found = write_marked(m, shared, first, end, threshold.ties, found, chosen);
   }
