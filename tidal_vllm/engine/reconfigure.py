@@ -5,13 +5,14 @@ are made anew.
 """
 
 import copy
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
 from tidal_vllm.engine.attention import TidalImpl, impls_made
 from tidal_vllm.engine.backend import TidalBackend
 from tidal_vllm.engine.state import choose_implementations
-from tidal_vllm.plan.resolve import resolve
+from tidal_vllm.plan.resolve import Startup, resolve
 from tidal_vllm.registry import METHODS
 from tidal_vllm.validators import TidalConfigError
 
@@ -37,13 +38,7 @@ def reconfigure(model_runner: Any, settings: dict[str, Any]) -> Callable[[], Non
     config = copy.copy(model_runner.vllm_config)
     config.additional_config = {"tidal": settings}
     impls = _full_attention(config)
-    method = resolve(config).config.method
-    if METHODS[method].follows_keys or impls[0].follows_keys:
-        allowed = (
-            "a method that keeps something of every key that is written stays as the "
-            "engine was started: must be another one, before and after"
-        )
-        raise TidalConfigError("tidal.method", method, allowed)
+    _check_method(resolve(config), impls[0])
     groups = [
         group
         for groups in model_runner.attn_groups
@@ -64,7 +59,9 @@ def reconfigure(model_runner: Any, settings: dict[str, Any]) -> Callable[[], Non
         first.kernels, _ = choose_implementations(
             config, first.head_size, first.kv_cache_dtype
         )
-        first.state = first.make_state(config)
+        former, first.state = first.state, first.make_state(config)
+        if first.follows_keys and former and first.state:
+            first.state.method.take_over(former.method)
         for impl in impls:
             impl.kernels, impl.state = first.kernels, first.state
         for group, builders in kept_builders:
@@ -76,6 +73,24 @@ def reconfigure(model_runner: Any, settings: dict[str, Any]) -> Callable[[], Non
         undo()
         raise
     return undo
+
+
+def _check_method(startup: Startup, first: TidalImpl) -> None:
+    """Refuse to leave a method that knows every key, or to come to one."""
+    method, size = startup.config.method, startup.rule.select_block_size
+    if not METHODS[method].follows_keys and not first.follows_keys:
+        return
+    allowed = (
+        "a method that keeps something of every key that is written stays as the "
+        "engine was started: must be another one, before and after, or the same with "
+        "the same select_block_size and sparse layers"
+    )
+    state = first.state
+    if state is None or not startup.plan.sparse:
+        raise TidalConfigError("tidal.method", method, allowed)
+    same = type(state.method) is pkgutil.resolve_name(METHODS[method].path)
+    if not same or state.method.rule.select_block_size != size:
+        raise TidalConfigError("tidal.method", method, allowed)
 
 
 def _full_attention(vllm_config: Any) -> list[TidalImpl]:

@@ -57,6 +57,13 @@ class Method:
                 token; negative for padding.
         """
 
+    def take_over(self, former: "Method") -> None:
+        """Keep what another object of this class has noticed of the keys so far.
+
+        Called where an engine gets other settings while it runs, of a method that
+        `follows_keys`; the class and `select_block_size` are the same.
+        """
+
     def select(self, layer_name: str, args: DecodeArgs, seq_lens: torch.Tensor) -> None:
         """Fill `args.topk_blocks` and `args.topk_lens`.
 

@@ -40,6 +40,10 @@ class Quest(Method):
         """By layer: `[num_kv_blocks * blocks of a KV block, num_kv_heads, 2,
         head_size]`, the lowest and the highest of a selection block's keys."""
 
+    def take_over(self, former: Method) -> None:
+        assert isinstance(former, Quest)
+        self.bounds = former.bounds
+
     def keys_written(
         self, layer_name: str, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:

@@ -1,0 +1,1 @@
+"""Dense and sparse configurations on the same prompts, through one running engine."""

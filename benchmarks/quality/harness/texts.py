@@ -1,0 +1,68 @@
+"""Natural text that every Python carries, cut into prompts and their continuations."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Cut(NamedTuple):
+    """A prompt, and how the text goes on: token ids."""
+
+    prompt: list[int]
+    continuation: list[int]
+
+
+def document() -> str:
+    """What Python's `help()` says of the language: 0.7 MB of English prose."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics.values())
+
+
+def read(path: Path | None) -> str:
+    """A text file, or `document`.
+
+    Raises:
+        ValueError: The file cannot be read as text; names it.
+    """
+    if path is None:
+        return document()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--text {path}: {error}") from error
+
+
+def cuts(
+    tokens: Sequence[int], count: int, context: int, continuation: int
+) -> list[Cut]:
+    """Pieces of a text, spread evenly over it; they overlap only where it is short.
+
+    Args:
+        tokens: The text.
+        context: Tokens of a prompt with its continuation.
+        continuation: Tokens.
+
+    Raises:
+        ValueError: The text is shorter than one piece.
+    """
+    last = len(tokens) - context
+    if last < 0:
+        raise ValueError(
+            f"the text has {len(tokens)} tokens: must be {context} or more, those of "
+            "one prompt and its continuation"
+        )
+    starts = [i * last // max(count - 1, 1) for i in range(count)]
+    split = context - continuation
+    pieces = [list(tokens[start : start + context]) for start in starts]
+    return [Cut(piece[:split], piece[split:]) for piece in pieces]
+
+
+def tokens_of(text: str, encode: Callable[[str], list[int]]) -> tuple[list[int], str]:
+    """The tokens of a text, and a fingerprint of them."""
+    tokens = encode(text)
+    told = hashlib.sha256(repr(tokens).encode()).hexdigest()[:16]
+    return tokens, told
