@@ -147,7 +147,6 @@ class TidalConfig:
         self._check_select_attends()
         self._check_rank_choice()
         check_choice("tidal.kernels", self.kernels, KERNELS)
-        self._check_kernels()
         allowed = "must be an integer >= 1 (decode steps)"
         check_int("tidal.reselect_interval", self.reselect_interval, 1, allowed)
         self._check_tokens()
@@ -237,15 +236,6 @@ class TidalConfig:
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
-
-    def _check_kernels(self) -> None:
-        alone = METHODS[self.method].reference_only
-        if alone and self.kernels not in ("auto", "reference"):
-            allowed = (
-                f"method {self.method!r} runs on the reference ops alone: must be "
-                "'auto' or 'reference'"
-            )
-            raise TidalConfigError("tidal.kernels", self.kernels, allowed)
 
     def _check_select_attends(self) -> None:
         everywhere = METHODS[self.method].every_layer

@@ -38,9 +38,10 @@ class MethodEntry:
             to what it chose, as a share of a sequence's KV, by select_block_size.
         keeps_beside: What the method keeps in device memory beside the KV cache, as a
             share of the cache, by select_block_size.
-        reference_only: Whether the method runs on the reference ops alone.
+        captures_graphs: Whether a CUDA graph can hold how the method chooses. Otherwise
+            there are no full graphs, whatever the kernels are.
         follows_keys: Whether the method keeps something of each key that is written,
-            so that KV may not arrive in another way.
+            so that KV may not arrive in another way, nor in fp8.
         ranks_agree: Whether tensor parallel ranks can come to one choice: by the sum of
             their masses, or because no head is asked.
     """
@@ -51,7 +52,7 @@ class MethodEntry:
     dense_layers: int = 0
     scoring_reads: Callable[[int], float] = all_keys
     keeps_beside: Callable[[int], float] = nothing
-    reference_only: bool = True
+    captures_graphs: bool = False
     follows_keys: bool = False
     ranks_agree: bool = False
 
@@ -69,7 +70,7 @@ METHODS: dict[str, MethodEntry] = {
             "sink_tokens": 0,
             "recent_fraction": 0.0,
         },
-        reference_only=False,
+        captures_graphs=True,
         ranks_agree=True,
     ),
     # One set of tokens for all heads, r = 0.25 of the budget for the newest tokens and
@@ -128,7 +129,7 @@ METHODS: dict[str, MethodEntry] = {
             "recent_fraction": 0.0,
         },
         every_layer=True,
-        reference_only=False,
+        captures_graphs=True,
         ranks_agree=True,
     ),
 }

@@ -73,25 +73,23 @@ class TestDenseBackend:
         )
 
 
-class TestMethods:
-    """Methods that run on the reference ops alone, on a GPU."""
+class TestFp8Caches:
+    """Whether a method can do with one, on a GPU."""
 
-    def kernels(self, monkeypatch, method, **more):
-        monkeypatch.setattr(
-            state, "current_platform", SimpleNamespace(device_type="cuda")
-        )
-        given = {"head_size": 128, "dtype": torch.bfloat16, "kv_cache_dtype": "auto"}
-        return state._kernels_of(TidalConfig(method=method), **given | more)
+    def kernels(self, monkeypatch, method):
+        gpu = SimpleNamespace(device_type="cuda")
+        monkeypatch.setattr(state, "current_platform", gpu)
+        monkeypatch.setattr(state, "choose", lambda device, **needed: needed)
+        given = (128, torch.bfloat16, "fp8")
+        return state._kernels_of(TidalConfig(method=method), *given)
 
-    @pytest.mark.parametrize("method", ["lessismore", "quest", "sliding_window"])
-    def test_are_slow_and_say_so(self, monkeypatch, method):
-        found = self.kernels(monkeypatch, method)
-        assert (found.name, found.capturable) == ("reference", False)
-        assert f"tidal.method = {method!r} runs on the PyTorch" in found.advice
+    def test_the_kernels_read_it(self, monkeypatch):
+        found = self.kernels(monkeypatch, "lessismore")
+        assert (found["requested"], found["kv_cache_dtype"]) == ("auto", "fp8")
 
-    def test_refuse_an_fp8_cache_by_the_key_that_matters(self, monkeypatch):
+    def test_refused_where_the_method_reads_keys(self, monkeypatch):
         with pytest.raises(TidalConfigError) as caught:
-            self.kernels(monkeypatch, "quest", kv_cache_dtype="fp8")
+            self.kernels(monkeypatch, "quest")
         assert (caught.value.key, caught.value.value) == ("tidal.method", "quest")
         assert "kv_cache_dtype = fp8" in caught.value.allowed
 

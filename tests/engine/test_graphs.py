@@ -56,6 +56,12 @@ class TestGraphSupport:
         monkeypatch.setattr(builder, "_cudagraph_support", support[of_dense])
         assert self.support(llm, kernels="triton") is AttentionCGSupport[wanted]
 
+    def test_a_method_that_reads_lengths_cannot(self, llm, monkeypatch):
+        builder, always = ReferenceBackend.get_builder_cls(), AttentionCGSupport.ALWAYS
+        monkeypatch.setattr(builder, "_cudagraph_support", always)
+        found = self.support(llm, kernels="triton", method="lessismore")
+        assert found is AttentionCGSupport.NEVER
+
     def test_without_sparse_layers_it_is_the_dense_backends(self, llm, monkeypatch):
         builder, wanted = ReferenceBackend.get_builder_cls(), AttentionCGSupport.ALWAYS
         monkeypatch.setattr(builder, "_cudagraph_support", wanted)

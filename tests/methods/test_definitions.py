@@ -1,5 +1,6 @@
 """What each method computes, against its definition in plain Python."""
 
+import itertools
 import math
 
 import pytest
@@ -26,39 +27,49 @@ class TestMergedRankings:
         self, seed, num_sets, num_heads
     ):
         """Ties, NaN and -inf among them; a head without a score lists nothing."""
-        rule, seq_len = rule_of(24, 2, sinks=3, recent=5), 41
-        scores = random(num_sets, num_heads, 21, seed=seed).mul(2).round()
-        scores[0, 0, 7], scores[-1, -1, 9] = math.nan, -math.inf
+        rule, seq_lens = rule_of(24, 2, sinks=3, recent=5), [41, 0, 30, -1]
+        scores = random(4, num_sets, num_heads, 21, seed=seed).mul(2).round()
+        scores[0, 0, 0, 7], scores[0, -1, -1, 9] = math.nan, -math.inf
         if seed % 2:
-            scores[0, -1] = math.nan
-            scores[-1, 0, 5:15] = -math.inf  # fewer scores than room
-        forced = rule.forced_blocks(seq_len)
-        room = 12 - len(forced)
-        assert len(forced) == 5
-        found = merge_rankings(scores, seq_len, rule)
-        for of_set, mass in zip(scores.tolist(), found.tolist(), strict=True):
-            lists = []
-            for head in of_set:
-                free = [b for b in range(21) if b not in forced and head[b] > -math.inf]
-                ranked = sorted(free, key=lambda b, head=head: -head[b])[:room]
-                lists.append(ranked + [None] * (room - len(ranked)))
-            places = [b for rank in zip(*lists, strict=True) for b in rank]
-            for block, weight in enumerate(mass):
-                listed = block in places
-                assert weight == (-places.index(block) if listed else -math.inf)
+            scores[0, 0, -1] = math.nan
+            scores[0, -1, 0, 5:15] = -math.inf  # fewer scores than room
+        scores[2, ..., 15:] = math.inf  # what another layer left
+        lens = torch.tensor(seq_lens, dtype=torch.int32)
+        found = merge_rankings(scores, lens, rule)
+        for row, num_forced in ((0, 5), (2, 5)):
+            forced = rule.forced_blocks(seq_lens[row])
+            others = {*range(rule.num_blocks(seq_lens[row]))} - {*forced}
+            assert len(forced) == num_forced
+            room = 12 - num_forced
+            for of_set, mass in zip(
+                scores[row].tolist(), found[row].tolist(), strict=True
+            ):
+                lists = []
+                for head in of_set:
+                    free = [b for b in sorted(others) if head[b] > -math.inf]
+                    ranked = sorted(free, key=lambda b, head=head: -head[b])[:room]
+                    lists.append(ranked + [None] * (room - len(ranked)))
+                places = [b for rank in zip(*lists, strict=True) for b in rank]
+                for block, weight in enumerate(mass):
+                    listed = block in places
+                    assert weight == (-places.index(block) if listed else -math.inf)
 
     def test_a_budget_that_is_forced_has_no_room(self):
         rule = rule_of(8, 2, sinks=2, recent=5)
-        assert (merge_rankings(random(1, 2, 15), 30, rule) == -math.inf).all()
+        lens = torch.tensor([30], dtype=torch.int32)
+        found = merge_rankings(random(1, 1, 2, 15), lens, rule)
+        assert (found == -math.inf).all()
 
 
 class TestBounds:
     def test_are_the_best_that_any_corner_of_the_box_scores(self):
-        query, keys = random(4, HEAD_SIZE, seed=1), random(5, 6, 2, HEAD_SIZE, seed=2)
-        low, high = keys.amin(1), keys.amax(1)  # [blocks, kv_heads, D]
-        found = upper_bounds(query, torch.stack((low, high), 2))
-        for head in range(4):
-            for block in range(5):
+        queries = random(2, 4, HEAD_SIZE, seed=1)
+        of_rows = random(2, 5, 6, 2, HEAD_SIZE, seed=2)
+        bounds = torch.stack((of_rows.amin(2), of_rows.amax(2)), 3)
+        of_row = zip(queries, of_rows, upper_bounds(queries, bounds), strict=True)
+        for query, keys, found in of_row:
+            low, high = keys.amin(1), keys.amax(1)  # [blocks, kv_heads, D]
+            for head, block in itertools.product(range(4), range(5)):
                 pairs = zip(
                     query[head].tolist(),
                     low[block, head // 2].tolist(),
@@ -73,14 +84,20 @@ class TestBounds:
     def test_heads_of_a_set_weigh_alike(self):
         """By the sum of their softmax; far below the best, the order stays."""
         scores = random(4, 30, seed=3) * torch.tensor([1.0, 40.0, 3.0, 0.1])[:, None]
-        forced = torch.tensor([0, 29])
-        found = share_scores(scores, 2, forced)[:, 1:29]
+        scores = torch.stack((random(4, 30), scores))
+        left_out = torch.zeros(2, 30, dtype=torch.bool)
+        left_out[1, [0, 29]] = True
+
+        def of_last_row(scores, num_sets):
+            return share_scores(scores, num_sets, left_out)[1, :, 1:29]
+
+        found, scores = of_last_row(scores, 2), scores[1]
         wanted = scores[:, 1:29].double().softmax(1).view(2, 2, 28).sum(1).log()
         torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-4)
-        alone = share_scores(1e4 * scores, 4, forced)
-        assert torch.equal(alone[:, 1:29], 1e4 * scores[:, 1:29])
-        scores[1, 29] = 1e6  # a draft's key in the newest block
-        assert torch.equal(share_scores(scores, 2, forced)[:, 1:29], found)
+        both = torch.stack((random(4, 30), scores))
+        assert torch.equal(of_last_row(1e4 * both, 4), 1e4 * scores[:, 1:29])
+        both[1, 1, 29] = 1e6  # a draft's key in the newest block
+        assert torch.equal(of_last_row(both, 2), found)
 
 
 class TestBoundsOfWrittenKeys:

@@ -129,15 +129,6 @@ class TestRefusals:
         ):
             pass
 
-    def test_other_kernels_than_a_method_has(self, engine, random_llama):
-        llm = engine(random_llama, tidal=ROLES)
-        settings = settings_of("lessismore", kernels="triton")
-        with (
-            pytest.raises(TidalConfigError, match="'lessismore' runs on the reference"),
-            reconfigured(llm, **settings),
-        ):
-            pass
-
     def test_quest_does_not_take_parts_of_blocks_from_the_prefix_cache(
         self, engine, tmp_path
     ):

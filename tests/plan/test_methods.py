@@ -52,16 +52,6 @@ def test_off_on_demand(method):
     assert "tidal.select_layers" in found.off_reason
 
 
-@pytest.mark.parametrize("method", [n for n, e in METHODS.items() if e.reference_only])
-@pytest.mark.parametrize("kernels", ["cuda", "triton"])
-def test_refuses_kernels_that_the_method_lacks(method, kernels):
-    assert TidalConfig(method=method, kernels="reference").method == method
-    with pytest.raises(TidalConfigError) as caught:
-        TidalConfig(method=method, kernels=kernels)
-    assert caught.value.key == "tidal.kernels"
-    assert f"{method!r} runs on the reference ops alone" in caught.value.allowed
-
-
 @pytest.mark.parametrize("method", EVERY_LAYER)
 @pytest.mark.parametrize(
     ("key", "value"), [("select_layers", [2]), ("profile", "qwen3-8b")]

@@ -49,6 +49,7 @@ from tidal_vllm.plan.roles import Role
 from tidal_vllm.plan.stages import check_full_layers
 from tidal_vllm.plan.steps import runs_sparse
 from tidal_vllm.plan.table import format_plan
+from tidal_vllm.registry import METHODS
 
 logger = init_logger("vllm.tidal.metadata")
 
@@ -132,7 +133,7 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
     def get_cudagraph_support(
         cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec
     ) -> AttentionCGSupport:
-        """Full graphs of decodes, if the kernels can be captured.
+        """Full graphs of decodes, if the kernels and the method can be captured.
 
         Where no layer is sparse, whatever the dense backend supports.
         """
@@ -151,7 +152,8 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         )
         if kernels is None or slides:
             return support
-        if not kernels.capturable:
+        method = resolve(vllm_config).config.method
+        if not (kernels.capturable and METHODS[method].captures_graphs):
             return AttentionCGSupport.NEVER
         ours = AttentionCGSupport.UNIFORM_BATCH
         return min(support, ours, key=lambda kind: kind.value)

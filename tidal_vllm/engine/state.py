@@ -1,6 +1,6 @@
 """What the SELECT and SPARSE layers of an engine share, and what runs the layers."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from vllm.config import VllmConfig
@@ -171,28 +171,18 @@ def dense_backend_of(
 def _kernels_of(
     config: TidalConfig, head_size: int, dtype: torch.dtype, kv_cache_dtype: str
 ) -> Kernels:
-    """The kernels that the configuration asks for, as far as its method has them."""
-    device_type = current_platform.device_type
-    alone = METHODS[config.method].reference_only
-    if alone and kv_cache_dtype in FP8_CACHES:
+    """The kernels that the configuration asks for, if its method can read the cache."""
+    if METHODS[config.method].follows_keys and kv_cache_dtype in FP8_CACHES:
         allowed = (
-            "runs on the reference ops alone, which do not read kv_cache_dtype = "
+            "reads the keys itself, in their own dtype, but kv_cache_dtype = "
             f"{kv_cache_dtype}: must be another method, or kv_cache_dtype be 'auto'"
         )
         raise TidalConfigError("tidal.method", config.method, allowed)
-    kernels = choose(
-        device_type,
-        requested="reference" if alone else config.kernels,
+    return choose(
+        current_platform.device_type,
+        requested=config.kernels,
         head_size=head_size,
         dtype=dtype,
         kv_cache_dtype=kv_cache_dtype,
         select_block_size=config.select_block_size,
     )
-    if not alone or device_type == "cpu":
-        return kernels
-    advice = (
-        f"tidal.method = {config.method!r} runs on the PyTorch reference ops alone: "
-        "slow on a GPU, and without CUDA graphs. 'tidaldecode' and 'oracle' run on "
-        "kernels"
-    )
-    return replace(kernels, advice=advice)

@@ -3,10 +3,13 @@
 import torch
 
 from tidal_vllm.kernels import DecodeArgs, Kernels
-from tidal_vllm.kernels.reference import top_blocks
 from tidal_vllm.methods.base import Method
 from tidal_vllm.methods.ranks import AgreeingRanks
+from tidal_vllm.methods.top_blocks import choose_by_mass, forced_blocks, num_blocks_of
 from tidal_vllm.plan.rule import SelectionRule
+
+# Bytes of a head's score of a block: itself and what the softmax makes of it.
+_BYTES_PER_SCORE = 16
 
 
 class Quest(Method):
@@ -77,56 +80,61 @@ class Quest(Method):
 
     def select(self, layer_name: str, args: DecodeArgs, seq_lens: torch.Tensor) -> None:
         rule, num_sets = self.rule, args.topk_blocks.shape[1]
-        longest = max(rule.num_blocks(int(seq_lens.max())), 0)
-        mass = args.query.new_zeros(
-            (args.query.shape[0], num_sets, longest), dtype=torch.float32
-        )
         per_block = args.kv_cache.shape[2] // rule.select_block_size
         all_bounds = self._bounds(layer_name, args.kv_cache)
-        for row, seq_len in enumerate(seq_lens.tolist()):
-            if seq_len > rule.keep_all_len:
-                total = rule.num_blocks(seq_len)
-                nth = torch.arange(total, device=args.query.device)
-                physical = args.block_table[row, nth // per_block].long() * per_block
-                bounds = all_bounds[physical + nth % per_block]
-                scores = args.scale * upper_bounds(args.query[row], bounds)
-                forced = torch.tensor(rule.forced_blocks(seq_len), device=nth.device)
-                mass[row, :, :total] = share_scores(scores, num_sets, forced)
-        top_blocks(args, seq_lens, rule, mass)
+
+        def masses(rows: slice, lens: torch.Tensor, num_blocks: int) -> torch.Tensor:
+            index = torch.arange(num_blocks, device=lens.device)
+            inside = index < num_blocks_of(lens, rule)[:, None]
+            physical = args.block_table[rows][:, index // per_block].long()
+            # What a block table holds behind a sequence may be anything.
+            physical = (physical * per_block + index % per_block).where(inside, 0)
+            scores = upper_bounds(args.query[rows], all_bounds[physical])
+            out = forced_blocks(lens, rule, index) | ~inside
+            return share_scores(args.scale * scores, num_sets, out)
+
+        # The gathered bounds, and copies of them in fp32; the heads' scores.
+        vectors = all_bounds[0].numel() * (all_bounds.itemsize + 8)
+        per_row = vectors + args.query.shape[1] * _BYTES_PER_SCORE
+        choose_by_mass(args, seq_lens, rule, masses, per_row)
 
 
 def upper_bounds(query: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
     """What the keys of each block score at most, before scaling.
 
     Args:
-        query: `[num_heads, head_size]`.
-        bounds: `[num_blocks, num_kv_heads, 2, head_size]`, lowest and highest keys.
+        query: `[num_rows, num_heads, head_size]`.
+        bounds: `[num_rows, num_blocks, num_kv_heads, 2, head_size]`, lowest and highest
+            keys.
 
     Returns:
-        `[num_heads, num_blocks]` fp32.
+        `[num_rows, num_heads, num_blocks]` fp32.
     """
-    q = query.float().unflatten(0, (bounds.shape[1], -1))  # [kv_heads, group, D]
-    low, high = bounds.float().permute(2, 1, 3, 0)  # [kv_heads, D, num_blocks]
+    q = query.float().unflatten(1, (bounds.shape[2], -1))  # [rows, kv_heads, group, D]
+    # [rows, kv_heads, D, num_blocks]
+    low, high = bounds.float().permute(3, 0, 2, 4, 1)
     # max(q * low, q * high) is q * high where q is positive, else q * low.
     found = q.clamp(min=0) @ high + q.clamp(max=0) @ low
-    return found.flatten(0, 1)
+    return found.flatten(1, 2)
 
 
 def share_scores(
-    scores: torch.Tensor, num_sets: int, forced: torch.Tensor
+    scores: torch.Tensor, num_sets: int, left_out: torch.Tensor
 ) -> torch.Tensor:
     """One weight per set and block.
 
     Args:
-        scores: `[num_heads, num_blocks]` fp32.
-        forced: Blocks that are kept anyway. They take no part in how the heads weigh:
-            the newest one may hold keys of drafts behind the row.
+        scores: `[num_rows, num_heads, num_blocks]` fp32.
+        left_out: `[num_rows, num_blocks]` bool, blocks that are kept anyway, and those
+            that a row does not have. They take no part in how the heads weigh: the
+            newest one may hold keys of drafts behind the row.
 
     Returns:
-        `[num_sets, num_blocks]` fp32, -inf for forced blocks.
+        `[num_rows, num_sets, num_blocks]` fp32, -inf for blocks that are left out.
     """
-    by_set = scores.index_fill(1, forced, -torch.inf).unflatten(0, (num_sets, -1))
-    if by_set.shape[1] == 1:
-        return by_set[:, 0]
+    scores = scores.masked_fill(left_out[:, None], -torch.inf)
+    by_set = scores.unflatten(1, (num_sets, -1))
+    if by_set.shape[2] == 1:
+        return by_set[:, :, 0]
     # In logarithms, so that blocks far below the best keep their order.
-    return by_set.log_softmax(2).logsumexp(1)
+    return by_set.log_softmax(3).logsumexp(2)

@@ -3,8 +3,8 @@
 import torch
 
 from tidal_vllm.kernels import DecodeArgs
-from tidal_vllm.kernels.reference import top_blocks
 from tidal_vllm.methods.base import Method
+from tidal_vllm.methods.top_blocks import choose_by_mass
 
 
 class SlidingWindow(Method):
@@ -15,7 +15,8 @@ class SlidingWindow(Method):
     """
 
     def select(self, layer_name: str, args: DecodeArgs, seq_lens: torch.Tensor) -> None:
-        longest = self.rule.num_blocks(int(seq_lens.max()))
-        index = torch.arange(max(longest, 0), device=seq_lens.device)
-        shape = (seq_lens.shape[0], args.topk_blocks.shape[1], -1)
-        top_blocks(args, seq_lens, self.rule, index.float().expand(shape))
+        def masses(rows: slice, lens: torch.Tensor, num_blocks: int) -> torch.Tensor:
+            index = torch.arange(num_blocks, device=lens.device).float()
+            return index.expand(len(lens), args.topk_blocks.shape[1], -1)
+
+        choose_by_mass(args, seq_lens, self.rule, masses, bytes_per_block=0)

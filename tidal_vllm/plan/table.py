@@ -88,8 +88,8 @@ def _shares(plan: LayerPlan, config: TidalConfig, max_model_len: int) -> str:
 
 def _method_text(config: TidalConfig) -> str:
     entry, text = METHODS[config.method], config.method
-    if entry.reference_only:
-        text += ", on the PyTorch reference ops alone"
+    if not entry.captures_graphs:
+        text += ", without full CUDA graphs"
     if share := entry.keeps_beside(config.select_block_size):
         text += f"; it takes {share:.1%} of the KV cache's memory beside it"
     return text

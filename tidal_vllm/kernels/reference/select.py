@@ -1,7 +1,8 @@
 """Choosing blocks in fp32 PyTorch: the mass of a block, and the heaviest blocks.
 
-`select_blocks` is `top_blocks` of `block_mass`. Other methods of choosing give
-`top_blocks` masses of their own.
+`select_blocks` is `top_blocks` of `block_mass`. Methods with masses of their own choose
+by `tidal_vllm.methods.top_blocks`, which means the same: all rows at once, for a GPU.
+For one row on a CPU that takes two to three times as long.
 """
 
 import math
