@@ -16,15 +16,20 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.machine import describe_run
+from benchmarks.quality.attention_mass import (
+    Mean,
+    block_lses,
+    captured,
+    choose,
+    last_attention,
+    texts,
+)
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.plan.rule import SelectionRule
 
@@ -44,75 +49,6 @@ FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
     "bfloat16": lambda lse: lse.bfloat16().float(),
     "fixed16": to_fixed,
 }
-
-
-@dataclass
-class Mean:
-    """Of numbers between 0 and 1."""
-
-    values: list[Tensor] = field(default_factory=list)
-
-    def add(self, values: Tensor) -> None:
-        self.values.append(values.flatten().float())
-
-    def describe(self) -> dict:
-        found = torch.cat(self.values)
-        low = found.kthvalue(max(1, len(found) // 100)).values
-        return {"mean": round(float(found.mean()), 5), "p1": round(float(low), 4)}
-
-
-def block_lses(logits: Tensor, size: int) -> Tensor:
-    """The log-sum-exp of each selection block: [P, H, N] from logits [P, H, T]."""
-    padded = torch.nn.functional.pad(
-        logits, (0, -logits.shape[2] % size), value=-torch.inf
-    )
-    return padded.unflatten(2, (-1, size)).logsumexp(-1)
-
-
-def choose(mass: Tensor, seq_lens: list[int], rule: SelectionRule) -> Tensor:
-    """Which blocks are kept: bool [P, N] from masses [P, N], by the rule."""
-    kept = torch.zeros_like(mass, dtype=torch.bool)
-    for row, seq_len in enumerate(seq_lens):
-        weights = mass[row, : rule.num_blocks(seq_len)].clone()
-        weights[list(rule.forced_blocks(seq_len))] = torch.inf
-        order = weights.sort(descending=True, stable=True).indices
-        kept[row, order[: rule.num_kept_blocks(seq_len)]] = True
-    return kept
-
-
-def captured(block_lse: Tensor, lse: Tensor, kept: Tensor) -> Tensor:
-    """The attention mass [P, H] of the kept blocks [P, N] or [P, H, N]."""
-    weights = (block_lse - lse[..., None]).exp()
-    return (weights * (kept if kept.ndim == 3 else kept[:, None])).sum(-1)
-
-
-def last_logits(model, tokens: Tensor, positions: int) -> Iterator[Tensor]:
-    """Each layer's attention logits [P, H, T] of the last positions of a text."""
-    seen: list[Tensor] = []
-
-    def attend(module, query, key, value, attention_mask, scaling, **kwargs):
-        groups = query.shape[1] // key.shape[1]
-        keys = key.repeat_interleave(groups, 1)
-        last = query[:, :, -positions:].float()
-        logits = (last @ keys.float().transpose(-1, -2))[0] * scaling
-        length = keys.shape[2]
-        own = torch.arange(length - positions, length)[:, None]
-        hidden = torch.arange(length)[None] > own
-        seen.append(logits.masked_fill(hidden, -torch.inf).transpose(0, 1))
-        output = torch.nn.functional.scaled_dot_product_attention(
-            query,
-            keys,
-            value.repeat_interleave(groups, 1),
-            is_causal=True,
-            scale=scaling,
-        )
-        return output.transpose(1, 2).contiguous(), None
-
-    ALL_ATTENTION_FUNCTIONS.register("benchmark_choice", attend)
-    model.set_attn_implementation("benchmark_choice")
-    with torch.inference_mode():
-        model.model(tokens[None], use_cache=False)
-    yield from seen
 
 
 class Study:
@@ -156,15 +92,15 @@ class Study:
     def _choices(self, block_lse, lse, seq_lens) -> dict[str, Tensor]:
         found = {}
         for name, convert in FORMATS.items():
-            mass = (convert(block_lse) - lse[..., None]).exp().sum(1)
+            mass = (convert(block_lse) - lse[..., None]).exp().sum(1, keepdim=True)
             found[name] = choose(mass, seq_lens, self.rule)
         mass = (block_lse - lse[..., None]).exp()
         for count, ranks in self.ranks(block_lse.shape[1]).items():
             kept = torch.zeros_like(block_lse, dtype=torch.bool)
             for heads in ranks:
                 part = mass[:, heads.start : heads.stop]
-                chosen = choose(part.sum(1), seq_lens, self.rule)
-                kept[:, heads.start : heads.stop] = chosen[:, None]
+                chosen = choose(part.sum(1, keepdim=True), seq_lens, self.rule)
+                kept[:, heads.start : heads.stop] = chosen
             found[f"ranks {count}"] = kept
         return found
 
@@ -176,9 +112,10 @@ class Study:
             self.same.setdefault(name, Mean()).add(missing == 0)
 
     def _weigh(self, how: str, choices: dict[str, Tensor], block_lse, lse) -> None:
+        weights = (block_lse - lse[..., None]).exp()
         for name, kept in choices.items():
             mean = self.mass.setdefault((how, name), Mean())
-            mean.add(captured(block_lse, lse, kept))
+            mean.add(captured(weights, kept))
 
     def results(self) -> list[dict]:
         found = []
@@ -216,15 +153,6 @@ def _mass(result: dict) -> str:
     return f"{mass['mean']:.4f} ({mass['p1']:.3f})"
 
 
-def texts(tokenizer, count: int, length: int) -> Iterator[Tensor]:
-    """Cuts of Python's documentation, one behind another."""
-    everything = "\n\n".join(topics[name] for name in sorted(topics))
-    tokens = torch.tensor(tokenizer(everything).input_ids)
-    step = len(tokens) // count
-    for nth in range(count):
-        yield tokens[nth * step : nth * step + length]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a pretrained model")
@@ -248,9 +176,10 @@ def main() -> int:
         kv_heads = model.config.num_key_value_heads
         studies.append(Study(rule, args.select_layers, kv_heads))
     for nth, tokens in enumerate(texts(tokenizer, args.texts, args.length)):
-        layers = list(last_logits(model, tokens, args.positions))
+        layers = last_attention(model, tokens, args.positions)
+        logits = [seen.logits for seen in layers]
         for study in studies:
-            study.see_text(iter(layers))
+            study.see_text(iter(logits))
         print(f"text {nth + 1} of {args.texts}", flush=True)
     about = {
         "benchmark": "choice",

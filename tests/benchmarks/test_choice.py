@@ -3,7 +3,8 @@
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.quality.choice import Study, block_lses, last_logits
+from benchmarks.quality.attention_mass import block_lses, last_attention
+from benchmarks.quality.choice import Study
 from tests.support.models import build_random_model, random_prompt
 from tidal_vllm.plan.rule import SelectionRule
 
@@ -15,7 +16,7 @@ def test_captured_mass_is_of_the_model(tmp_path):
     tokens = torch.tensor(random_prompt(100, seed=1))
     with torch.inference_mode():
         weights = model(tokens[None], output_attentions=True).attentions[0][0, :, -1]
-    logits = next(iter(last_logits(model, tokens, positions=2)))
+    logits = next(iter(last_attention(model, tokens, positions=2))).logits
     rule = SelectionRule(
         token_budget=16,
         select_block_size=4,
