@@ -50,9 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--equal-to", metavar="NAME", help="and what this one reads at its budget")
     add("--text", type=Path, help="a text file; default: Python's documentation")
     add("--group", type=int, default=8, help="sequences that decode together")
+    add("--greedy", type=int, default=0, help="tokens of a free continuation, too")
     add("--dtype", default="auto", help="as vLLM's")
     add("--max-num-batched-tokens", type=int, default=8192)
     add("--kv-cache-gib", type=float, help="default: what the sequences need")
+    add("--gpu-memory-utilization", type=float, default=0.9, help="as vLLM's")
     add("--out", type=Path, help="append JSON lines here; what it holds is kept")
     add("--report", type=Path, metavar="FILE", help="print tables of a file and end")
     return parser
@@ -85,10 +87,11 @@ def _measure(args: argparse.Namespace) -> int:
         most = min(args.group, max(cell.sequences for cell in cells))
         context = max(cell.context for cell in cells)
         more = {
-            "max_model_len": context + 1,
+            "max_model_len": context + 1 + args.greedy,
             "max_num_seqs": most,
             "max_num_batched_tokens": args.max_num_batched_tokens,
             "dtype": args.dtype,
+            "gpu_memory_utilization": args.gpu_memory_utilization,
         }
         if args.kv_cache_gib:
             more["kv_cache_memory_bytes"] = int(args.kv_cache_gib * 2**30)
@@ -98,7 +101,11 @@ def _measure(args: argparse.Namespace) -> int:
             "text": fingerprint,
         }
         forced = Forced(
-            args.out, setup, args.group, lambda s: Engine(args.model, s, **more)
+            args.out,
+            setup,
+            args.group,
+            lambda settings: Engine(args.model, settings, **more),
+            args.greedy,
         )
         layers = range(config.num_hidden_layers)
         named = peers(layers) | (read_file(args.configs) if args.configs else {})

@@ -18,10 +18,12 @@ from benchmarks.quality.harness.compare import Pass
 from benchmarks.quality.harness.configurations import Configuration
 from benchmarks.quality.harness.engine import DENSE, Engine, keeps_keys
 from benchmarks.quality.harness.texts import Cut
+from tidal_vllm.demo.engines import equal_tokens
 from tidal_vllm.plan.steps import kv_read_share
 
 QUARTERS = 4
-Key = tuple[str, str, int]
+FORCED, GREEDY = "forced", "greedy"
+Key = tuple[str, str, str, int]
 
 
 class Forced:
@@ -33,6 +35,7 @@ class Forced:
             model, its dtype, the text.
         group: Sequences that decode together.
         start: Starts an engine with the settings given.
+        greedy: Tokens of a free continuation, greedily; 0: none.
     """
 
     def __init__(
@@ -41,11 +44,14 @@ class Forced:
         setup: dict[str, Any],
         group: int,
         start: Callable[[dict[str, Any]], Engine],
+        greedy: int = 0,
     ) -> None:
         self.out, self.setup, self.group, self.start = out, setup, group, start
+        self.greedy = greedy
         self.references: dict[tuple[str, int], torch.Tensor] = {}
+        self.continued: dict[tuple[str, int], list[list[int]]] = {}
         self.done: set[Key] = {
-            self._key(record["cell"], record["settings"], record["first"])
+            _key(record["measure"], *(record[k] for k in ("cell", "settings", "first")))
             for record in records.read(out)
             if record.get("benchmark") == "quality" and record["setup"] == setup
         }
@@ -60,20 +66,21 @@ class Forced:
         for _, configurations, _ in work:
             for made in configurations:
                 engines.setdefault(_engine_of(made.settings), made.settings)
-        # The shared engine first: it makes the references.
-        for name in sorted(engines):
-            mine = [
-                (cell, [c for c in found if _engine_of(c.settings) == name], texts)
-                for cell, found, texts in work
-            ]
-            if name and not any(self._missing(*job) for job in mine):
-                continue
-            self._one_engine(engines[name] if name else DENSE, mine)
+        # The shared engine first: it makes the references of all.
+        for name in sorted({"", *engines}):
+            jobs = []
+            for cell, found, texts in work:
+                mine = [c for c in found if _engine_of(c.settings) == name]
+                asked = mine if name else found
+                jobs += [(cell, mine, texts, i) for i in self._groups(cell, asked)]
+            if jobs:
+                self._one_engine(engines[name] if name else DENSE, jobs)
 
-    def _one_engine(self, settings: dict[str, Any], work) -> None:
-        jobs = [(*job, i) for job in work for i in self._groups(*job)]
-        if not jobs:
-            return
+    def _one_engine(
+        self,
+        settings: dict[str, Any],
+        jobs: Sequence[tuple[Cell, list[Configuration], list[Cut], int]],
+    ) -> None:
         engine = self.start(settings)
         try:
             bar = tqdm(jobs, desc="Forcing", file=sys.stderr, dynamic_ncols=True)
@@ -83,17 +90,20 @@ class Forced:
         finally:
             engine.close()
 
-    def _groups(self, cell, configurations, texts) -> Iterator[int]:
-        """Where the groups begin that lack something, or whose reference is needed."""
+    def _groups(self, cell: Cell, asked: list[Configuration]) -> Iterator[int]:
+        """Where the groups begin that lack something."""
         for first in range(0, cell.sequences, self.group):
-            if any(self._lacks(cell, c, first) for c in configurations):
+            if any(self._lacks(cell, made, first) for made in asked):
                 yield first
 
-    def _missing(self, cell, configurations, texts) -> bool:
-        return any(self._groups(cell, configurations, texts))
-
-    def _lacks(self, cell: Cell, made: Configuration, first: int) -> bool:
-        return self._key(cell.name, made.settings, first) not in self.done
+    def _lacks(
+        self, cell: Cell, made: Configuration, first: int, measure: str | None = None
+    ) -> bool:
+        measures = [measure] if measure else [FORCED] + [GREEDY] * bool(self.greedy)
+        return any(
+            _key(measure, cell.name, made.settings, first) not in self.done
+            for measure in measures
+        )
 
     def _one_group(
         self,
@@ -113,67 +123,74 @@ class Forced:
             dense = engine.force(prompts, tokens, None)
             reference = dense.kept
             assert reference is not None
-            again = Configuration("dense", DENSE)
-            if self._lacks(cell, again, first):
-                found = engine.force(prompts, tokens, reference)
-                self._keep(engine, cell, again, first, found, 0.0)
             self.references[cell.name, first] = reference
+            if self.greedy:
+                answers = engine.answer(prompts, [self.greedy] * len(prompts), False)
+                self.continued[cell.name, first] = answers
+            configurations = [Configuration("dense", DENSE), *configurations]
         for made in configurations:
-            if self._lacks(cell, made, first):
-                engine.configure(made.settings)
+            place = {
+                "setup": self.setup,
+                "cell": cell.name,
+                "name": made.name,
+                "budget": made.budget,
+                "settings": made.settings,
+                "kv_read": self._kv_read(engine, cell, made),
+                "first": first,
+            }
+            if not self._lacks(cell, made, first):
+                continue
+            engine.configure(made.settings)
+            begun = time.monotonic()
+            if self._lacks(cell, made, first, FORCED):
+                found = compared(engine.force(prompts, tokens, reference))
+                self._keep(FORCED, place, found, begun)
+            if self.greedy and self._lacks(cell, made, first, GREEDY):
                 begun = time.monotonic()
-                found = engine.force(prompts, tokens, reference)
-                self._keep(engine, cell, made, first, found, time.monotonic() - begun)
+                answers = engine.answer(prompts, [self.greedy] * len(prompts), False)
+                dense = self.continued[cell.name, first]
+                pairs = zip(answers, dense, strict=True)
+                equal = [equal_tokens(*pair) for pair in pairs]
+                self._keep(GREEDY, place, {"equal": equal, "of": self.greedy}, begun)
 
-    def _keep(
-        self,
-        engine: Engine,
-        cell: Cell,
-        made: Configuration,
-        first: int,
-        found: Pass,
-        seconds: float,
-    ) -> None:
+    def _kv_read(self, engine: Engine, cell: Cell, made: Configuration) -> float:
         startup = engine.startup(made.settings)
-        # The first token comes of the prompt, densely.
-        kl, agreed, nll = (
-            part[:, 1:].cpu() for part in (found.kl, found.agreed, found.nll)
-        )
-        if not (kl.isfinite().all() and nll.isfinite().all()):
-            raise RuntimeError(
-                f"{made.name} in cell {cell.name}: not every step was seen"
-            )
-        quarters = zip(
-            *(part.tensor_split(QUARTERS, dim=1) for part in (kl, agreed)), strict=True
-        )
-        record = {
-            "benchmark": "quality",
-            "measure": "forced",
-            "setup": self.setup,
-            "cell": cell.name,
-            "name": made.name,
-            "budget": made.budget,
-            "settings": made.settings,
-            "kv_read": round(
-                kv_read_share(startup.plan, startup.config, cell.middle), 5
-            ),
-            "first": first,
-            "tokens": kl.shape[1],
-            "kl": _rounded(kl.sum(1), 6),
-            "agreed": [int(n) for n in agreed.sum(1)],
-            "nll": _rounded(nll.sum(1), 5),
-            "quarters": [
-                {"kl": round(float(k.mean()), 7), "agreed": round(float(a.mean()), 5)}
-                for k, a in quarters
-            ],
-            "kl_p99": round(float(kl.flatten().quantile(0.99)), 6),
-            "seconds": round(seconds, 2),
-        }
-        records.append(self.out, record)
-        self.done.add(self._key(cell.name, made.settings, first))
+        return round(kv_read_share(startup.plan, startup.config, cell.middle), 5)
 
-    def _key(self, cell: str, settings: dict[str, Any], first: int) -> Key:
-        return cell, json.dumps(settings, sort_keys=True), first
+    def _keep(self, measure: str, place: dict, found: dict, begun: float) -> None:
+        kind = {"benchmark": "quality", "measure": measure}
+        seconds = round(time.monotonic() - begun, 2)
+        records.append(self.out, kind | place | found | {"seconds": seconds})
+        self.done.add(_key(measure, *(place[k] for k in ("cell", "settings", "first"))))
+
+
+def compared(found: Pass) -> dict[str, Any]:
+    """What is kept of a pass: sums over each sequence, means over each quarter.
+
+    Raises:
+        RuntimeError: The engine did not show every step.
+    """
+    # The first token comes of the prompt, densely.
+    seen = found.kl, found.agreed, found.nll
+    kl, agreed, nll = (part[:, 1:].cpu() for part in seen)
+    if not (kl.isfinite().all() and nll.isfinite().all()):
+        raise RuntimeError("some steps of the pass went unseen")
+    split = (part.tensor_split(QUARTERS, dim=1) for part in (kl, agreed))
+    return {
+        "tokens": kl.shape[1],
+        "kl": _rounded(kl.sum(1), 6),
+        "agreed": [int(n) for n in agreed.sum(1)],
+        "nll": _rounded(nll.sum(1), 5),
+        "quarters": [
+            {"kl": round(float(k.mean()), 7), "agreed": round(float(a.mean()), 5)}
+            for k, a in zip(*split, strict=True)
+        ],
+        "kl_p99": round(float(kl.flatten().quantile(0.99)), 6),
+    }
+
+
+def _key(measure: str, cell: str, settings: dict[str, Any], first: int) -> Key:
+    return measure, cell, json.dumps(settings, sort_keys=True), first
 
 
 def _engine_of(settings: dict[str, Any]) -> str:
