@@ -147,6 +147,29 @@ def test_bounds_follow_a_kv_cache_of_another_size():
     assert torch.equal(quest.bounds["layer"][10], key.expand(-1, 2, -1))
 
 
+def test_heads_of_a_row_weigh_by_its_own_blocks_beside_a_longer_row():
+    """In block 0 of the cache, of the longer row, head 0 has far higher bounds."""
+    quest = Quest(CPU, rule_of(8, SIZE), attends_to_chosen=True)
+    cache = torch.zeros(5, NUM_KV_HEADS, KV_BLOCK, 2 * HEAD_SIZE)
+    cache[0, 0, :, 0] = 100.0
+    cache[1, 0, :SIZE, 0] = 5.0  # head 0 wants the first block
+    cache[1, 1, SIZE:, 0] = 0.4  # head 1 rather has the second one
+    quest.keys_written("layer", cache, torch.arange(5 * KV_BLOCK))
+    query = torch.zeros(2, NUM_KV_HEADS, HEAD_SIZE)
+    query[..., 0] = 1.0
+    args = DecodeArgs(
+        query=query,
+        kv_cache=cache,
+        block_table=torch.tensor([[1, 2, 9], [0, 3, 4]], dtype=torch.int32),
+        output=query,
+        scale=1.0,
+        topk_blocks=torch.zeros(2, 1, 2, dtype=torch.int32),
+        topk_lens=torch.zeros(2, 1, dtype=torch.int32),
+    )
+    quest.select("layer", args, torch.tensor([12, 20], dtype=torch.int32))
+    assert args.topk_blocks[0].tolist() == [[0, 2]]
+
+
 def test_a_sliding_window_keeps_sinks_and_the_newest():
     rule = rule_of(12, 4, sinks=4, recent=3)
     topk_blocks = torch.full((4, 2, 3), 77, dtype=torch.int32)

@@ -16,7 +16,7 @@ RULES = {
     "sinks in two blocks": rule_of(24, 4, sinks=5, recent=1),
     "recent across blocks": rule_of(32, 4, sinks=0, recent=6),
     "forced fill the budget": rule_of(12, 4, sinks=4, recent=4),
-    "one block": rule_of(4, 4),
+    "one block": rule_of(4, 4, recent=0),
     "threshold above the budget": rule_of(8, 4, threshold=30),
 }
 NUM_SETS = 3
