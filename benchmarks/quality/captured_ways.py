@@ -70,6 +70,11 @@ class Way:
         return layer >= self.dense and (layer - self.dense) % self.every == 0
 
     @property
+    def carried(self) -> bool:
+        """Whether choices of earlier steps are used."""
+        return self.age > 0 or self.interval > 1
+
+    @property
     def scoring_reads(self) -> float:
         """What a layer reads to choose, as a share of its sequence's KV."""
         return METHODS[self.method].scoring_reads(self.size)
