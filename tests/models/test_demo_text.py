@@ -1,13 +1,17 @@
 """What the demo on a pretrained model asks, and what it cannot use."""
 
 import builtins
+import contextlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from tidal_vllm.cli import main
 from tidal_vllm.demo import text
+from tidal_vllm.demo.engines import Answer, Answers
+from tidal_vllm.fair_timing import Race
 from tidal_vllm.planted import PlantedSpec
 from tidal_vllm.planted.build import build_planted_model
 
@@ -74,6 +78,33 @@ def test_a_question_needs_a_chat_template(folder, tmp_path, capsys):
     assert text._question(tokenizer, bare, None) is None, "it continues"
     said = refused(capsys, "--model", bare, "--question", "What?")
     assert "--question needs a chat template" in said
+
+
+@pytest.mark.parametrize("words", [[], ["--question", "What?"], ["--continue"]])
+def test_what_is_asked_and_shown(folder, monkeypatch, capsys, words):
+    sampled = {}
+
+    def compare(dense, sparse, prompt, **sampling):
+        sampled.update(sampling)
+        answer = Answer("an answer", [5, 6], 0.1, 50.0)
+        return Answers([answer] * 2, [answer] * 2, Race([0.1], [0.1]))
+
+    engine = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=None))
+    both = contextlib.nullcontext((engine, engine))
+    monkeypatch.setattr(text, "dense_and_sparse", lambda *_: both)
+    monkeypatch.setattr(text, "resolve", lambda _: SimpleNamespace(plan=0, config=0))
+    monkeypatch.setattr(text, "format_plan", lambda *_: "the plan")
+    monkeypatch.setattr(text, "compare", compare)
+    command = ["demo", "--model", str(folder), "--contexts", "50"]
+    assert main([*command, *words]) == 0
+    printed = capsys.readouterr().out
+    asks = words != ["--continue"]
+    question = words[1] if len(words) == 2 else text.QUESTION
+    assert (f"  asked   {question}\n" in printed) is asks
+    assert ("  dense   an answer\n" in printed) is asks
+    assert ("  dense   ...an answer\n" in printed) is not asks
+    assert sampled.get("ignore_eos", False) is not asks, "an answer ends by itself"
+    assert sampled.get("min_tokens", 0) == asks, "and has a decode step to be timed"
 
 
 def test_question_and_template_count_as_context(folder, capsys):
