@@ -91,6 +91,11 @@ class Options:
         return False
 
     @property
+    def evaluate(self):
+        """Whether lm_eval is needed, which only a test outside the first tier runs."""
+        return self.word == "wheels" or self.word == "test" and "--all" in self.rest
+
+    @property
     def folder(self):
         """The folder of the environment."""
         first = next(iter(TORCH))
@@ -226,6 +231,7 @@ def main(arguments):
         wheels=options.wheels,
         tests=options.word != "demo",
         models=options.models,
+        evaluate=options.evaluate,
     )
     if not environment.is_ready():
         if not environment.record.get("done"):

@@ -56,6 +56,7 @@ class Environment:
         wheels: Folder to install from, without network.
         tests: Whether what tests and linters need is installed, too.
         models: Whether what `tidal-vllm get-model` needs is installed, too.
+        evaluate: Whether lm_eval is installed, too; with tests only.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Environment:
         wheels: str | None = None,
         tests: bool = True,
         models: bool = False,
+        evaluate: bool = False,
     ) -> None:
         self.root, self.folder = Path(root), Path(folder)
         self.vllm, self.torch = f"vllm=={vllm}", f"torch=={torch}"
@@ -80,6 +82,7 @@ class Environment:
         self.record = self._read_record()
         self.full = full or has_nvidia_gpu() or self.record.get("full", False)
         self.models = models or self.record.get("models", False)
+        self.evaluate = evaluate or self.record.get("evaluate", False)
         self._lock: int | None = None
 
     def is_ready(self) -> bool:
@@ -150,6 +153,9 @@ class Environment:
         if self.tests:
             tools = tuple(self._extras("test", "lint", "bench", "models"))
             yield Part("Installing what tests need", tools, self._install_test_tools)
+        if self.tests and self.evaluate:
+            harness = tuple(self._extras("evaluate"))
+            yield Part("Installing lm_eval", harness, self._install_harness)
 
     def _create(self, step: Step) -> None:
         if self._pip_works():
@@ -206,13 +212,19 @@ class Environment:
                 step.say(f"without {name}, which cannot be imported")
 
     def _install_test_tools(self, step: Step) -> None:
-        needed = self._extras("test", "lint")
-        # Named again, so that nothing of vLLM's gets replaced.
-        needed += [self.vllm] if self.full else self._required(step, "rest")
-        step.run(self._installer.install(*needed, self.torch if self.full else "pip"))
+        self._install_beside_vllm(step, "test", "lint")
         # They require torch, and no more that is not there.
         bare = self._extras("models", "bench")
         step.run(self._installer.install(*bare, bare=True))
+
+    def _install_harness(self, step: Step) -> None:
+        self._install_beside_vllm(step, "evaluate")
+
+    def _install_beside_vllm(self, step: Step, *extras: str) -> None:
+        needed = self._extras(*extras)
+        # Named again, so that nothing of vLLM's gets replaced.
+        needed += [self.vllm] if self.full else self._required(step, "rest")
+        step.run(self._installer.install(*needed, self.torch if self.full else "pip"))
 
     def _install_readers(self, step: Step) -> None:
         step.run(self._installer.install(*self._extras("models"), bare=True))
@@ -273,6 +285,7 @@ class Environment:
             "done": done,
             "full": self.full,
             "models": self.models,
+            "evaluate": self.evaluate,
             "complete": complete,
         }
         fresh = self._record_file.with_suffix(".new")

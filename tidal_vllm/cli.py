@@ -49,6 +49,8 @@ def _demo(arguments: argparse.Namespace) -> int:
     model, contexts = arguments.model, arguments.contexts
     budget = arguments.token_budget
     if model is None:
+        if arguments.question or arguments.go_on:
+            arguments.refuse("--question and --continue go with --model")
         return planted.run_demo(
             arguments.model_dir, contexts or planted.CONTEXTS, budget
         )
@@ -57,7 +59,13 @@ def _demo(arguments: argparse.Namespace) -> int:
             folder = Path(model)
         else:
             folder = get_model(model)
-        return text.run_text_demo(folder, contexts or text.CONTEXTS, budget)
+        return text.run_text_demo(
+            folder,
+            contexts or text.CONTEXTS,
+            budget,
+            arguments.question,
+            arguments.go_on,
+        )
     except (ModelError, text.DemoError) as error:
         print(f"tidal-vllm demo: {error}", file=sys.stderr)
         return 1
@@ -131,8 +139,22 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--model",
         metavar="NAME",
-        help="a model of get-model, or a model's folder, which continues a real text "
-        "(default: the planted model, whose answers are known)",
+        help="a model of get-model, or a model's folder, which is asked about a real "
+        "text (default: the planted model, whose answers are known)",
+    )
+    turn = demo.add_mutually_exclusive_group()
+    turn.add_argument(
+        "--question",
+        type=_words,
+        metavar="TEXT",
+        help="with --model: what it is asked about Python's documentation, in its chat "
+        "template (default: a question of ours; without a template it continues)",
+    )
+    turn.add_argument(
+        "--continue",
+        dest="go_on",
+        action="store_true",
+        help="with --model: it continues the text, and is asked nothing",
     )
     demo.add_argument(
         "--model-dir",
@@ -154,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TOKENS",
         help="tokens a sparse layer may attend to (default: %(default)s)",
     )
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=_demo, refuse=demo.error)
 
     calibrate = commands.add_parser(
         "calibrate", help="measure which layers of a model should select, and how much"
@@ -201,6 +223,12 @@ def _parser() -> argparse.ArgumentParser:
     planted.add_argument("--hops", type=_positive_int, default=1)
     planted.set_defaults(run=_planted)
     return parser
+
+
+def _words(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; --continue asks nothing")
+    return text
 
 
 def _positive_int(text: str) -> int:

@@ -108,14 +108,14 @@ def test_the_demo_lets_it_continue_a_text(readers, tmp_path):
     convert(tmp_path / "tiny.gguf", folder)
     command = [sys.executable, "-m", "tidal_vllm.cli", "demo", "--model", folder]
     command += ["--token-budget", "128"]
-    done = run([*command, "--contexts", "600", "300"])
+    done = run([*command, "--contexts", "600", "300", "--continue"])
     assert done.returncode == 0, done.stdout
     assert "SPARSE 1     3\n" in done.stdout
     assert "After 600 tokens of Python's documentation, tiny:\n  dense  " in done.stdout
     rows = re.findall(r"^ +(\d+) +\d+/64 +(\d+) +(\d+) ", done.stdout, re.MULTILINE)
     assert [tuple(map(int, row))[:2] for row in rows] == [(600, 632), (300, 332)]
     assert all(100 < int(sparse) <= 128 for *_, sparse in rows)
-    done = run([*command, "--contexts", "600", "961"])
+    done = run([*command, "--contexts", "600", "961", "--continue"])
     (line,) = done.stdout.splitlines()
     assert done.returncode == 1
     assert "--contexts 961 is too long" in line and "at most 960" in line

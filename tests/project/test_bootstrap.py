@@ -131,6 +131,20 @@ def test_a_demo_that_fetches_a_model_needs_its_readers(bootstrap, arguments, fet
     assert bootstrap.Options(arguments).models is fetches
 
 
+@pytest.mark.parametrize(
+    "arguments, needed",
+    [
+        (["test"], False),
+        (["test", "tests/serving", "--all"], True),
+        (["setup"], False),
+        (["wheels", "x"], True),
+    ],
+    ids=lambda value: value if isinstance(value, bool) else " ".join(value),
+)
+def test_all_tests_and_wheels_for_them_need_lm_eval(bootstrap, arguments, needed):
+    assert bootstrap.Options(arguments).evaluate is needed
+
+
 PYTEST = ["python", "-m", "pytest"]
 
 

@@ -234,6 +234,8 @@ def test_what_reads_models_is_installed_on_request_and_stays(environment):
     assert readers not in titles(tests=False)
     assert readers in titles(tests=False, models=True)
     assert titles()[-2:] == [readers, "Installing what tests need"]
+    assert titles(evaluate=True)[-1] == titles()[-1] == "Installing lm_eval"
+    assert titles(tests=False)[-1] == readers, "a demo needs no lm_eval"
 
 
 def test_the_package_knows_the_same_companions_of_torch():
