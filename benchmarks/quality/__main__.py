@@ -60,6 +60,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def run_record(setup: dict) -> dict:
+    """Where the records that follow in a file were measured."""
+    from benchmarks.machine import describe_run
+
+    kind = {"benchmark": "quality", "measure": "run", "setup": setup}
+    return kind | describe_run("vllm", "tidal_vllm", "transformers")
+
+
 def _measure(args: argparse.Namespace) -> int:
     if not args.model or not args.out:
         raise ValueError("MODEL and --out are needed to measure, --report to read")
@@ -126,6 +134,7 @@ def _measure(args: argparse.Namespace) -> int:
             )
             pieces = cuts(text, cell.sequences, cell.context, cell.tokens + 1)
             work.append((cell, made, pieces))
+        records.append(args.out, run_record(setup))
         forced.run(work)
     return 0
 

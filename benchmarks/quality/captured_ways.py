@@ -172,11 +172,8 @@ def _max(way, seen, weights, sets, about) -> Tensor:
 def _merge(way, seen, weights, sets, about) -> Tensor:
     """LessIsMore's merge of the heads' rankings."""
     by_set = weights.log().unflatten(1, (sets, -1))
-    merged = [
-        merge_rankings(scores, seq_len, about.rule)
-        for scores, seq_len in zip(by_set, about.seq_lens, strict=True)
-    ]
-    return torch.stack(merged)
+    seq_lens = torch.tensor(about.seq_lens, device=weights.device)
+    return merge_rankings(by_set, seq_lens, about.rule)
 
 
 def _value(way, seen, weights, sets, about) -> Tensor:

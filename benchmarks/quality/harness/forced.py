@@ -53,7 +53,7 @@ class Forced:
         self.done: set[Key] = {
             _key(record["measure"], *(record[k] for k in ("cell", "settings", "first")))
             for record in records.read(out)
-            if record.get("benchmark") == "quality" and record["setup"] == setup
+            if record.get("measure") in (FORCED, GREEDY) and record["setup"] == setup
         }
 
     def run(self, work: Sequence[tuple[Cell, list[Configuration], list[Cut]]]) -> None:
