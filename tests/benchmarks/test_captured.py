@@ -119,6 +119,7 @@ def test_quests_bounds_are_those_of_the_method(layers):
 
     blocks = seen.key.unflatten(1, (-1, 16))
     bounds = torch.stack([blocks.amin(2), blocks.amax(2)]).permute(2, 1, 0, 3)
-    scores = upper_bounds(seen.query[-1], bounds) * 8**-0.5
-    forced = torch.tensor(rule.forced_blocks(LENGTH))
-    assert torch.allclose(found, share_scores(scores, 1, forced), atol=1e-5)
+    scores = upper_bounds(seen.query[-1:], bounds[None]) * 8**-0.5
+    forced = torch.zeros(1, num_blocks, dtype=torch.bool)
+    forced[0, list(rule.forced_blocks(LENGTH))] = True
+    assert torch.allclose(found, share_scores(scores, 1, forced)[0], atol=1e-5)
