@@ -189,12 +189,13 @@ def stack(found: Records) -> str:
     for record in found:
         if "speedup" not in record:
             continue
-        at = {key: record[key] for key in ("batch", "context")}
+        at = {key: record[key] for key in ("run", "batch", "context")}
         dense = newest(found, **at, op="all dense")
         mine = newest(found, **at, select_attends=record["select_attends"])
         assert dense is not None and mine is not None
         rows.append(
             [
+                f"{at['run']}",
                 f"{at['batch']} x {at['context'] // 1024}K",
                 f"{record['token_budget']}",
                 record["select_attends"],
@@ -203,7 +204,8 @@ def stack(found: Records) -> str:
                 f"{record['speedup_by_bytes']:.2f}x",
             ]
         )
-    header = ("batch x context", "budget", "`select_attends`", "dense", "by roles")
+    header = ("run", "batch x context", "budget", "`select_attends`")
+    header += ("dense", "by roles")
     return markdown((*header, "speed-up", "by bytes alone"), rows)
 
 
@@ -211,6 +213,7 @@ def engine(found: Records) -> str:
     """A decode step of vLLM's engine, milliseconds."""
     rows = [
         [
+            f"{r['run']}",
             f"{r['batch']} x {r['context'] // 1024}K",
             f"{r['token_budget']}",
             *(f"{r[f'{name}_step_ms']:.2f}" for name in ("dense", "tidal")),
@@ -219,7 +222,7 @@ def engine(found: Records) -> str:
         for r in found
         if r["benchmark"] == "decode_engine"
     ]
-    header = ("batch x context", "budget", "FLASH_ATTN", "TIDAL", "speed-up")
+    header = ("run", "batch x context", "budget", "FLASH_ATTN", "TIDAL", "speed-up")
     return markdown(header, rows)
 
 

@@ -25,9 +25,16 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         if args.report:
-            from benchmarks.quality.harness.report import report
+            from benchmarks.model.page import written
+            from benchmarks.quality.harness.page import PAGE, tables
+            from benchmarks.quality.harness.report import cells_of, draw, report
 
-            print(report(records.read(args.report)))
+            found = records.read(args.report)
+            print(report(found))
+            if args.write_page:
+                PAGE.write_text(written(PAGE.read_text(), tables(found)))
+            if args.picture:
+                draw(next(iter(cells_of(found).values())), args.picture)
             return 0
         return _measure(args)
     except ValueError as error:
@@ -57,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpu-memory-utilization", type=float, default=0.9, help="as vLLM's")
     add("--out", type=Path, help="append JSON lines here; what it holds is kept")
     add("--report", type=Path, metavar="FILE", help="print tables of a file and end")
+    add("--picture", type=Path, help="with --report: draw its first cell")
+    add("--write-page", action="store_true", help="with --report: docs/quality.md")
     return parser
 
 

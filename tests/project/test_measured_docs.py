@@ -13,6 +13,7 @@ from benchmarks.quality import (
     correction_ablation,
     reselect_ablation,
 )
+from benchmarks.quality.harness import page as quality_page
 
 ROOT = Path(__file__).parents[2]
 # Page, and by the name of its results the module that makes tables of them.
@@ -49,6 +50,12 @@ def test_the_gpus_tables_are_what_was_measured():
     shown = dict(re.findall(marked, page("gpu_results"), re.DOTALL))
     found = (ROOT / "benchmarks/results/gpu_h100.jsonl").read_text().splitlines()
     assert shown == report.tables([json.loads(line) for line in found])
+
+
+def test_qualitys_tables_are_what_was_measured():
+    marked = r"<!-- table: (\S+) -->\n(.*?)\n<!-- end of table -->"
+    shown = dict(re.findall(marked, page("quality"), re.DOTALL))
+    assert shown == quality_page.tables(records("quality_smollm2"))
 
 
 def test_corrections_default_rests_on_measurements():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tidal_vllm.config import TidalConfig
+from tidal_vllm.config import PRESETS, TidalConfig
 from tidal_vllm.plan.layers import safest_roles
 from tidal_vllm.plan.resolve import Startup
 from tidal_vllm.plan.steps import kv_read_share
@@ -115,6 +115,14 @@ def block_size(settings: dict[str, Any]) -> int:
     return TidalConfig(**settings).select_block_size
 
 
+def complete(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with nothing left to a preset, whose values may change."""
+    config = TidalConfig(**settings)
+    kept = {key: getattr(config, key) for key in PRESETS["default"]}
+    del kept["token_budget"]
+    return {k: v for k, v in settings.items() if k != "preset"} | kept
+
+
 def with_budget(settings: dict[str, Any], tokens: int) -> dict[str, Any] | None:
     """Settings with a budget, of whole blocks; None where it cannot hold the forced."""
     size = block_size(settings)
@@ -149,13 +157,14 @@ def in_cell(
         own = with_budget(named[equal_to], int(share * context))
         if own is not None:
             shares.append(reads.share(own, context))
-    for name, settings in named.items():
+    for name, given in named.items():
+        settings = complete(given)
         made = {"equal budget": with_budget(settings, int(share * context))}
         for read in shares:
             made[f"equal bytes {read:.3f}"] = reads.budget_for(settings, read, context)
-        for how, complete in made.items():
-            key = json.dumps(complete, sort_keys=True)
-            if complete is not None and (name, key) not in seen:
+        for how, found_settings in made.items():
+            key = json.dumps(found_settings, sort_keys=True)
+            if found_settings is not None and (name, key) not in seen:
                 seen.add((name, key))
-                found.append(Configuration(name, complete, how))
+                found.append(Configuration(name, found_settings, how))
     return found
