@@ -11,6 +11,7 @@ from tidal_vllm.demo.engines import (
     footnotes,
     log_errors_only,
 )
+from tidal_vllm.natural_text import python_documentation
 from tidal_vllm.plan.resolve import resolve
 from tidal_vllm.plan.table import format_plan
 
@@ -56,13 +57,6 @@ def run_text_demo(model_dir: Path, contexts: list[int], token_budget: int) -> in
     return 0
 
 
-def _document() -> str:
-    """Text that every Python carries: what `help()` says of the language."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics.values())
-
-
 def _prompts(model_dir: Path, contexts: list[int]) -> list[list[int]]:
     """The beginning of the document, once for each length."""
     from transformers import AutoConfig, AutoTokenizer
@@ -72,7 +66,7 @@ def _prompts(model_dir: Path, contexts: list[int]) -> list[list[int]]:
     try:
         config = AutoConfig.from_pretrained(model_dir, **own)
         tokenizer = AutoTokenizer.from_pretrained(model_dir, **own)
-        tokens = tokenizer(_document(), verbose=False)["input_ids"]
+        tokens = tokenizer(python_documentation(), verbose=False)["input_ids"]
     except Exception as error:  # of any class, with damaged files
         reason, *_ = f"{type(error).__name__}: {error}".splitlines()
         raise DemoError(f"{model_dir} is no model's folder: {reason}") from error
