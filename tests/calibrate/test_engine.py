@@ -76,6 +76,23 @@ def test_other_tokens_can_be_forced(llama):
     assert not any(found.agreed)
 
 
+def test_prompts_tried_at_once_do_as_they_do_alone(llama):
+    """Answers of different lengths, with corrections and without."""
+    engine, prompt, reply, _ = llama
+    prompts = [prompt, random_prompt(290, seed=2), random_prompt(311, seed=3)]
+    dense = engine.answers(prompts, [STEPS, 5, STEPS])
+    assert dense[0].token_ids == reply.token_ids and len(dense[1].token_ids) == 5
+    tokens = [one.token_ids for one in dense]
+    often = settings(token_budget=64, correction_interval=3)
+    for setting in (settings(token_budget=64), often):
+        asked = zip(prompts, tokens, strict=True)
+        alone = [trial(engine, p, t, setting) for p, t in asked]
+        together = engine.trials(prompts, tokens, setting)
+        for one, found in zip(alone, together, strict=True):
+            assert found.token_ids == one.token_ids and found.agreed == one.agreed
+            assert found.logprobs == pytest.approx(one.logprobs, abs=1e-4)
+
+
 def test_corrections_run_under_the_trial_s_settings(llama):
     engine, prompt, reply, _ = llama
 
