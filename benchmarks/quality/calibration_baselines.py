@@ -141,10 +141,11 @@ def choose(loss: np.ndarray, overlap: np.ndarray, num_select: int) -> dict:
 def decode(engine: CalibrationEngine, answers, select) -> dict:
     """How sparse decoding with these layers does against dense attention."""
     settings = complete_settings(CONFIG, range(select[0]), select)
-    agreed = [
-        engine.trial(asked.prompt_token_ids, reply.token_ids, settings).agreed[1:]
-        for asked, reply in answers
-    ]
+    prompts = [asked.prompt_token_ids for asked, _ in answers]
+    replies = engine.trials(
+        prompts, [reply.token_ids for _, reply in answers], settings
+    )
+    agreed = [reply.agreed[1:] for reply in replies]
     tokens = [token for answer in agreed for token in answer]
     return {
         "agreement": sum(tokens) / len(tokens),

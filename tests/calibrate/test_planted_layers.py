@@ -71,11 +71,8 @@ class Model:
 
     def agreement(self, select) -> float:
         settings = complete_settings(self.config, range(select[0]), select)
-        agreed = [
-            self.engine.trial(prompt, tokens, settings).agreed[1:]
-            for prompt, tokens in self.answers
-        ]
-        return float(np.mean([one for answer in agreed for one in answer]))
+        replies = self.engine.trials(*zip(*self.answers, strict=True), settings)
+        return float(np.mean([one for reply in replies for one in reply.agreed[1:]]))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tidal_vllm.calibrate.recorder import Recorder, merge_ranks
+from tidal_vllm.calibrate.recorder import SHORT, Recorder, merge_ranks
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.kernels import reference
 from tidal_vllm.methods.ranks import AgreeingRanks
@@ -178,6 +178,34 @@ def test_a_batch_is_refused():
             lens.expand(2),
             SCALE,
         )
+
+
+@pytest.mark.parametrize("seq_len", [100, SHORT + 1])
+def test_the_engine_s_threads_stay(seq_len, monkeypatch):
+    """Choosing takes one thread; scoring takes all where the sequence is long."""
+    seen = {}
+
+    def watched(name):
+        op = getattr(reference, name)
+
+        def run(*args):
+            seen[name] = torch.get_num_threads()
+            return op(*args)
+
+        monkeypatch.setattr(reference, name, run)
+
+    watched("score_blocks")
+    watched("top_blocks")
+    recorder = Recorder(LAYERS, HEADS, KV_HEADS, SETTINGS)
+    query, _, paged = sequence(seq_len, 0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        recorder.observe(LAYERS[0], query, *paged, SCALE)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {"score_blocks": 1 if seq_len == 100 else 2, "top_blocks": 1}
 
 
 def test_memory_does_not_grow_with_the_context():

@@ -65,7 +65,7 @@ def test_the_question_stands_behind_the_document_in_the_chat_template(folder):
     with_document, continued = (
         text._prompts(tokenizer, [50], asked)[0] for asked in ("a question", None)
     )
-    assert continued == tokenizer(text._document())["input_ids"][:50]
+    assert continued == tokenizer(text.python_documentation())["input_ids"][:50]
     assert with_document[-2:] == alone[-2:]
     assert with_document.count(tokenizer.bos_token_id) == 1
     assert len(with_document) == 50 + len(alone)

@@ -70,8 +70,17 @@ def test_published_layers(name):
 def test_packaged_profile_is_usable_and_sourced(path):
     profile = load_profile(path)
     assert profile.name == path.stem == profile.label
-    assert re.search(r"arXiv \d{4}\.\d{5}", profile.source)
+    assert profile.measured or re.search(r"arXiv \d{4}\.\d{5}", profile.source)
     assert plan_layers(TidalConfig(), profile.num_hidden_layers, profile).sparse
+
+
+@pytest.mark.parametrize("model", ["hub/SmolLM2-135M-Instruct", "/m/smollm2-0.1.2"])
+def test_a_measured_profile_belongs_to_a_config(model):
+    name = "smollm2-135m-instruct"
+    sha256 = load_profile(PACKAGED_DIR / f"{name}.json").config_sha256
+    found = find_profile(None, model, 30, [PACKAGED_DIR], sha256)
+    assert found.name == name and found.settings["token_budget"] == 408
+    assert find_profile(None, model, 30, [PACKAGED_DIR], "0" * 64) is None
 
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "r1-distill-llama-8b", "qwen3-8b"])

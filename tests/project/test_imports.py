@@ -31,14 +31,15 @@ MAY_IMPORT = {
     "engine": ENGINE,
     "scheduler": {"engine"},
     "cpu": CPU,
-    "calibrate": ENGINE | {"calibrate", "planted"},
+    "calibrate": ENGINE | {"calibrate", "natural_text", "planted"},
     "fair_timing": set(),
+    "natural_text": set(),
     "child_process": set(),
     "plugin": CPU,
     "probe": CPU | {"child_process", "plugin", "planted"},
     "doctor": LEAVES | {"child_process", "probe", "profiles"},
     "models": {"models"},
-    "demo": ENGINE | {"demo", "planted", "fair_timing"},
+    "demo": ENGINE | {"demo", "planted", "fair_timing", "natural_text"},
     "cli": CPU | {"calibrate", "demo", "doctor", "models", "planted"},
 }
 # Loaded in every process of vLLM's, before the command line is read.

@@ -2,7 +2,7 @@
 
 command     the run, its exit code and its output
 options     the options; `request` checks them against the model before any work
-prompts     what the model is asked: built in, or the user's file
+prompts     what the model is asked: built in, or the user's file; `text`: a document
 engine      vLLM's engine, set up to be recorded and reconfigured; `trial` forces tokens
 worker      the part of the engine inside each worker; `recorder` does the arithmetic
 run         the order of the work: record, choose, confirm, draw the curve

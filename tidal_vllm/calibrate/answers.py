@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,7 +75,8 @@ class Answers:
         job, state, records = self.job, self.state, []
         if any(state.reply(f"dense {i}") is None for i in range(len(job.prompts))):
             _ = self.engine  # started here, so that the bar counts prompts only
-        for i, prompt in enumerate(_progress(job.prompts, "Recording dense attention")):
+        bar = _progress(len(job.prompts), "Recording dense attention")
+        for i, prompt in enumerate(job.prompts):
             key = f"dense {i}"
             if state.reply(key) is None:
                 reply, recorded = self.engine.record(
@@ -84,13 +84,14 @@ class Answers:
                 )
                 if recorded is not None:
                     state.save_recorded(i, recorded)
-                state.save_reply(
-                    key, dataclasses.asdict(reply) | {"layers": self.engine.layers}
-                )
+                saved = dataclasses.asdict(reply) | {"layers": self.engine.layers}
+                state.save_replies({key: saved})
             self.layers = tuple(state.reply(key)["layers"])
             self._keep(i)
             if len(self.tokens[i]) > 1:
                 records.append(state.recorded(i))
+            bar.update()
+        bar.close()
         if not records:
             raise NotCalibrated(
                 "the model ended every answer with its first token: nothing was "
@@ -108,7 +109,7 @@ class Answers:
     def measure(
         self, title: str, settings: Sequence[dict], count: int | None = None
     ) -> list[Measured]:
-        """Run prompts under each of the settings, prompt by prompt.
+        """Run prompts under each of the settings, a batch of prompts at a time.
 
         Args:
             title: What the progress bar says.
@@ -119,22 +120,50 @@ class Answers:
             Per setting, how it did.
         """
         everything = range(len(self.job.prompts) if count is None else count)
-        asked = list(itertools.product(everything, settings))
-        found: dict[str, list[tuple[int, list[bool], float]]] = {}
-        for i, setting in _progress(asked, title):
-            name = json.dumps(setting, sort_keys=True)
-            tokens, agreed, drop = self.tokens[i], [], 0.0
-            if len(tokens) > 1:
-                key = f"trial {i} {name}"
-                if self.state.reply(key) is None:
-                    prompt = self._prompts[i].token_ids
-                    reply = self.engine.trial(prompt, tokens, setting)
-                    self.state.save_reply(key, dataclasses.asdict(reply))
-                saved = self.state.reply(key)
-                agreed = saved["agreed"][1:]
-                drop = sum(self._logprobs[i][1:]) - sum(saved["logprobs"][1:])
-            found.setdefault(name, []).append((i, agreed, drop))
-        return [self._sum(found[json.dumps(s, sort_keys=True)]) for s in settings]
+        decoded = [i for i in everything if len(self.tokens[i]) > 1]
+        names = [json.dumps(setting, sort_keys=True) for setting in settings]
+        with _progress(len(decoded) * len(settings), title) as bar:
+            asked = [i for i in decoded if any(self._untried(i, n) for n in names)]
+            bar.update((len(decoded) - len(asked)) * len(settings))
+            for batch in self._batches(asked):
+                for name, setting in zip(names, settings, strict=True):
+                    self._try([i for i in batch if self._untried(i, name)], setting)
+                    bar.update(len(batch))
+        return [self._sum([self._tried(i, name) for i in everything]) for name in names]
+
+    def _untried(self, i: int, name: str) -> bool:
+        return self.state.reply(_trial(i, name)) is None
+
+    def _batches(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Prompts that the engine takes at once, by their numbers."""
+        if not numbers:
+            return []
+        lengths = [len(self._prompts[i].token_ids) + self._wanted(i) for i in numbers]
+        batches = self.engine.batches(lengths)
+        return [[numbers[k] for k in batch] for batch in batches]
+
+    def _try(self, numbers: Sequence[int], setting: dict[str, Any]) -> None:
+        """Decode the dense answers to a batch of prompts under a setting."""
+        if not numbers:
+            return
+        prompts = [self._prompts[i].token_ids for i in numbers]
+        tokens = [self.tokens[i] for i in numbers]
+        name = json.dumps(setting, sort_keys=True)
+        replies = self.engine.trials(prompts, tokens, setting)
+        self.state.save_replies(
+            {
+                _trial(i, name): dataclasses.asdict(reply)
+                for i, reply in zip(numbers, replies, strict=True)
+            }
+        )
+
+    def _tried(self, i: int, name: str) -> tuple[int, list[bool], float]:
+        """A prompt's number, which steps agreed, and the log probability lost."""
+        if len(self.tokens[i]) <= 1:
+            return i, [], 0.0
+        saved = self.state.reply(_trial(i, name))
+        drop = sum(self._logprobs[i][1:]) - sum(saved["logprobs"][1:])
+        return i, saved["agreed"][1:], drop
 
     def confirm(self, setting: dict[str, Any]) -> Measured:
         """Measure a setting over ever more prompts, until it is sure to hold.
@@ -151,18 +180,30 @@ class Answers:
                 break
             more = math.ceil(missing / found.steps * found.prompts)
             self._ask_further(found.prompts + more)
-            (found,) = self.measure(title, [setting], found.prompts + more)
+            count = min(found.prompts + more, len(self.tokens))
+            if count == found.prompts:  # there are no others
+                break
+            (found,) = self.measure(title, [setting], count)
         return found
 
     def _ask_further(self, count: int) -> None:
         """Answer further prompts densely until `count` prompts are answered."""
-        numbers = range(len(self.tokens), count)
-        for i in _progress(numbers, "Answering more prompts densely"):
-            self._prompts.append(self.job.further(i))
-            key = f"dense {i}"
-            if self.state.reply(key) is None:
-                reply = self.engine.answer(self._prompts[i].token_ids, self._wanted(i))
-                self.state.save_reply(key, dataclasses.asdict(reply))
+        first = len(self.tokens)
+        for i in range(first, count):
+            if (prompt := self.job.further(i)) is None:
+                break
+            self._prompts.append(prompt)
+        numbers = range(first, len(self._prompts))
+        unknown = [i for i in numbers if self.state.reply(f"dense {i}") is None]
+        with _progress(len(numbers), "Answering more prompts densely") as bar:
+            bar.update(len(numbers) - len(unknown))
+            for batch in self._batches(unknown):
+                prompts = [self._prompts[i].token_ids for i in batch]
+                replies = self.engine.answers(prompts, list(map(self._wanted, batch)))
+                saved = zip(batch, map(dataclasses.asdict, replies), strict=True)
+                self.state.save_replies({f"dense {i}": reply for i, reply in saved})
+                bar.update(len(batch))
+        for i in numbers:
             self._keep(i)
 
     def _wanted(self, i: int) -> int:
@@ -188,8 +229,15 @@ class Answers:
         )
 
 
-def _progress(items: Sequence[Any], title: str) -> Iterable[Any]:
-    """The items behind a bar with the time left."""
+def _trial(i: int, name: str) -> str:
+    """The key of a prompt's trial under a setting."""
+    return f"trial {i} {name}"
+
+
+def _progress(count: int, title: str) -> tqdm:
+    """A bar with the time left."""
     bar = "{desc:<40.40} {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} "
     bar += "[{elapsed}, {remaining} left]"
-    return tqdm(items, desc=title, bar_format=bar, file=sys.stderr, dynamic_ncols=True)
+    return tqdm(
+        total=count, desc=title, bar_format=bar, file=sys.stderr, dynamic_ncols=True
+    )

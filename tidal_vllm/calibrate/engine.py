@@ -1,4 +1,4 @@
-"""vLLM's engine for calibration: one request at a time, recorded or reconfigured.
+"""vLLM's engine for calibration: one recorded request, or batches under one setting.
 
 Changes vLLM at run time: the environment, while a calibration runs.
 """
@@ -12,17 +12,24 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.names import NAME
 
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.outputs import CompletionOutput
+
 # vLLM's own switches, set before it reads them. In this process, so that a worker's
 # failure is ours; the V1 runner, for V2 has another interface for forced tokens.
 _SWITCHES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
 _LOG_LEVEL = "VLLM_LOGGING_LEVEL"
+# Requests of a batch. A step of a small batch costs little more than a step of one
+# request; from about here on, arithmetic costs more than reading the weights.
+MOST_AT_ONCE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +64,7 @@ def engine_kwargs(model: str, settings: dict[str, Any], **more: Any) -> dict[str
         "use_tqdm_on_load": False,
         "enforce_eager": True,
         "enable_prefix_caching": True,
-        "max_num_seqs": 1,
+        "max_num_seqs": MOST_AT_ONCE,
         "async_scheduling": False,
         "scheduler_cls": f"{package}.trial.TrialScheduler",
         "worker_extension_cls": f"{package}.worker.CalibrationWorker",
@@ -136,7 +143,7 @@ class CalibrationEngine:
 
         self._configure(self._dense)
         self._ask("calibration_record", list(settings))
-        reply = self._generate(prompt, max_tokens, self._dense, forced=None)
+        (reply,) = self._generate([(prompt, self._dense_params(max_tokens))])
         self._ask("calibration_stop")
         wanted = len(reply.token_ids) - 1
         saved = self._ask("calibration_save", str(folder), wanted)
@@ -150,17 +157,63 @@ class CalibrationEngine:
             path.unlink()
         return reply, recorded
 
-    def answer(self, prompt: Sequence[int], max_tokens: int) -> Reply:
-        """Answer a prompt densely."""
-        self._configure(self._dense)
-        return self._generate(prompt, max_tokens, self._dense, forced=None)
+    def answers(
+        self, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int]
+    ) -> list[Reply]:
+        """Answer prompts densely, all at once.
 
-    def trial(
-        self, prompt: Sequence[int], tokens: Sequence[int], settings: dict[str, Any]
-    ) -> Reply:
-        """Decode given tokens under the settings, as `complete_settings` makes them."""
+        Args:
+            prompts: At most what `batches` puts together.
+            max_tokens: Of each answer.
+        """
+        self._configure(self._dense)
+        params = map(self._dense_params, max_tokens)
+        return self._generate(list(zip(prompts, params, strict=True)))
+
+    def trials(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tokens: Sequence[Sequence[int]],
+        settings: dict[str, Any],
+    ) -> list[Reply]:
+        """Decode given tokens under the settings, after all prompts at once.
+
+        Args:
+            prompts: At most what `batches` puts together.
+            tokens: What is decoded after each.
+            settings: As `complete_settings` makes them.
+        """
         self._configure(settings)
-        return self._generate(prompt, len(tokens), settings, forced=list(tokens))
+        params = [_params(len(t), settings, forced=list(t)) for t in tokens]
+        return self._generate(list(zip(prompts, params, strict=True)))
+
+    def batches(self, lengths: Sequence[int]) -> list[range]:
+        """Split requests into batches whose KV fits the cache at once.
+
+        So no request of a batch is preempted, which would compute its polluted KV anew,
+        and a prompt stays in the prefix cache while its batch is tried.
+
+        Args:
+            lengths: Tokens of each request, its answer included.
+
+        Returns:
+            Consecutive ranges of positions in `lengths`; one request fits at least.
+        """
+        kv = self._llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+        sizes = [group.kv_cache_spec.block_size for group in kv.kv_cache_groups]
+        room = kv.num_blocks // len(sizes) * min(sizes)
+        padding = 2 * max(sizes)  # a block that is partly used, and one to spare
+        found, first, used = [], 0, 0
+        for i, length in enumerate(lengths):
+            full = used + length + padding > room or i - first == MOST_AT_ONCE
+            if full and i > first:
+                found.append(range(first, i))
+                first, used = i, 0
+            used += length + padding
+        return [*found, range(first, len(lengths))] if lengths else []
+
+    def _dense_params(self, max_tokens: int) -> SamplingParams:
+        return _params(max_tokens, self._dense)
 
     def _configure(self, settings: dict[str, Any]) -> None:
         if settings != self._settings:
@@ -170,27 +223,38 @@ class CalibrationEngine:
     def _ask(self, method: str, *args: Any) -> list[Any]:
         return self._llm.collective_rpc(method, args=args)
 
-    def _generate(self, prompt, max_tokens, settings, forced) -> Reply:
-        from vllm import SamplingParams
+    def _generate(
+        self, requests: Sequence[tuple[Sequence[int], SamplingParams]]
+    ) -> list[Reply]:
+        inputs = [{"prompt_token_ids": list(prompt)} for prompt, _ in requests]
+        params = [one for _, one in requests]
+        outputs = self._llm.generate(inputs, params, use_tqdm=False)
+        return [_reply(*output.outputs) for output in outputs]
 
-        from tidal_vllm.calibrate.trial import FORCED, SETTINGS
 
-        extra = {SETTINGS: settings} | ({FORCED: forced} if forced else {})
-        params = SamplingParams(
-            temperature=0.0,
-            max_tokens=max_tokens,
-            ignore_eos=forced is not None,
-            detokenize=False,
-            logprobs=1,
-            extra_args=extra,
-        )
-        inputs = {"prompt_token_ids": list(prompt)}
-        (output,) = self._llm.generate(inputs, params, use_tqdm=False)
-        (completion,) = output.outputs
-        token_ids = tuple(completion.token_ids)
-        steps = list(zip(token_ids, completion.logprobs, strict=True))
-        return Reply(
-            token_ids=token_ids,
-            agreed=tuple(found[token].rank == 1 for token, found in steps),
-            logprobs=tuple(found[token].logprob for token, found in steps),
-        )
+def _params(
+    max_tokens: int, settings: dict[str, Any], forced: list[int] | None = None
+) -> SamplingParams:
+    """Greedy decoding under settings; the forced tokens are emitted whatever comes."""
+    from vllm import SamplingParams
+
+    from tidal_vllm.calibrate.trial import FORCED, SETTINGS
+
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=max_tokens,
+        ignore_eos=forced is not None,
+        detokenize=False,
+        logprobs=1,
+        extra_args={SETTINGS: settings} | ({FORCED: forced} if forced else {}),
+    )
+
+
+def _reply(completion: CompletionOutput) -> Reply:
+    token_ids = tuple(completion.token_ids)
+    steps = list(zip(token_ids, completion.logprobs, strict=True))
+    return Reply(
+        token_ids=token_ids,
+        agreed=tuple(found[token].rank == 1 for token, found in steps),
+        logprobs=tuple(found[token].logprob for token, found in steps),
+    )

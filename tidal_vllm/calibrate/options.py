@@ -23,24 +23,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--prompts",
         default=BUILTIN,
-        metavar="FILE|builtin",
-        help="JSON Lines with `prompt` or `prompt_token_ids`, and `answer` or "
-        "`answer_token_ids` where known (default: synthetic look-ups)",
+        metavar="builtin|text|FILE",
+        help="`text`: stretches of Python's documentation, to be continued; a .txt or "
+        ".md FILE: stretches of that; another FILE: JSON Lines with `prompt` or "
+        "`prompt_token_ids`, and `answer` or `answer_token_ids` where known (default: "
+        "synthetic look-ups)",
     )
     add(
         "--num-prompts",
         type=int,
         default=12,
         metavar="N",
-        help="built-in prompts to record (default: %(default)s); more are asked to "
-        "confirm, as many as --max-loss takes",
+        help="built-in prompts, or stretches of text, to record (default: "
+        "%(default)s); more are asked to confirm, as many as --max-loss takes",
     )
     add(
         "--context",
         type=int,
         metavar="TOKENS",
-        help="length of the built-in prompts, or the most that a prompt of a file "
-        f"may have (default: {MOST_CONTEXT}, or what the model allows)",
+        help="length of the built-in prompts and of stretches of text, or the most "
+        f"that a prompt of a file may have (default: {MOST_CONTEXT}, or what the model "
+        "allows)",
     )
     add(
         "--decode-tokens",

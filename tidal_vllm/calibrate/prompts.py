@@ -73,7 +73,8 @@ def read_file(path: str) -> list[dict[str, Any]]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         reason = (
-            f"cannot be read ({error}); must be {BUILTIN!r} or a UTF-8 JSON Lines file"
+            f"cannot be read ({error}); must be {BUILTIN!r}, 'text', a text file "
+            "(.txt, .md) or a UTF-8 JSON Lines file"
         )
         raise TidalConfigError("--prompts", path, reason) from None
     lines = [

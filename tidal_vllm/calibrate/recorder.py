@@ -7,8 +7,9 @@ depend on the length of the context.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from tidal_vllm.kernels import DecodeArgs, Workspace, reference
 from tidal_vllm.methods.ranks import AgreeingRanks
 from tidal_vllm.plan.rule import SelectionRule, num_sets
 
+# Tokens of a context whose arithmetic is not worth dividing among threads.
+SHORT = 16384
 WORST, MEAN, AVOIDABLE, OVERLAP = "worst", "mean", "avoidable", "overlap"
 # How the ranks of a tensor parallel run combine: each has heads of its own.
 _MERGE = {WORST: np.min, MEAN: np.mean, AVOIDABLE: np.max, OVERLAP: np.mean}
@@ -101,26 +104,42 @@ class Recorder:
             scale=scale,
             select_block_size=self._finest,
         )
-        reference.score_blocks(args, seq_lens)
+        with _threads(None if int(seq_lens[0]) > SHORT else 1):
+            reference.score_blocks(args, seq_lens)
+        with _threads(1):
+            self._compare(position, args, seq_lens)
+
+    def _compare(self, position: int, args: DecodeArgs, seq_lens: torch.Tensor) -> None:
+        """Choose blocks under all settings, and add up what earlier choices capture.
+
+        Args:
+            args: After an op that left block_lse, of the finest blocks.
+        """
         lse, fine = args.workspace.lse, args.workspace.block_lse
+        block_lse, mass = {}, {}
+        for size in {rule.select_block_size for rule in self._rules}:
+            block_lse[size] = _coarser(fine, size // self._finest)
+            mass[size] = (block_lse[size] - lse[..., None]).exp()
         step = self._steps[-1]
         for s, rule in enumerate(self._rules):
-            args.workspace.block_lse = _coarser(
-                fine, rule.select_block_size // self._finest
+            size = rule.select_block_size
+            args.workspace.block_lse = block_lse[size]
+            chosen = _select(
+                args, seq_lens, rule, self._num_sets[s], mass[size], self._ranks[s]
             )
-            mass = (args.workspace.block_lse[0] - lse[0, :, None]).exp()
-            chosen = _select(args, seq_lens, rule, self._num_sets[s], self._ranks[s])
             self._chosen[s].append(chosen)
             given = torch.stack(self._chosen[s])
-            captured = _captured(mass, given)
+            captured = _captured(mass[size][0], given)
             upto = slice(position + 1)
             step[WORST][s, upto, position] = captured.amin(1).cpu()
             step[MEAN][s, upto, position] = captured.mean(1).cpu()
             if s == 0:
-                own = _select(args, seq_lens, rule, self._num_heads)
-                missed = _captured(mass, own[None]) - captured
+                own = _select(args, seq_lens, rule, self._num_heads, mass[size])
+                missed = _captured(mass[size][0], own[None]) - captured
                 step[AVOIDABLE][upto, position] = missed.clamp_(min=0).amax(1).cpu()
-                step[OVERLAP][upto, position] = _overlap(given, mass.shape[1]).cpu()
+                step[OVERLAP][upto, position] = _overlap(
+                    given, mass[size].shape[2]
+                ).cpu()
 
     def save(self, path: Path, num_steps: int) -> int:
         """Write the first steps to an .npz file and forget them all.
@@ -170,17 +189,35 @@ def merge_ranks(paths: Sequence[Path]) -> dict[str, np.ndarray]:
     }
 
 
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Let torch compute with so many threads on a CPU; None: with all of them.
+
+    The ops here are small. To divide one takes as long as to compute it, and a hundred
+    times as long where another process has one of the cores.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _select(
     args: DecodeArgs,
     seq_lens: torch.Tensor,
     rule: SelectionRule,
     num_sets: int,
+    mass: torch.Tensor,
     ranks: AgreeingRanks | None = None,
 ) -> torch.Tensor:
     """The blocks that the rule selects by attention mass.
 
     Args:
         args: After an op that left block_lse, of the rule's select_block_size.
+        mass: `[1, num_heads, num_blocks]`, of the same blocks; what `block_mass` of the
+            reference sums over the heads of a set.
 
     Returns:
         [num_sets, kept] int64, block indices.
@@ -193,7 +230,10 @@ def _select(
         args = ranks.weighed(
             replace(args, workspace=Workspace(args.workspace.lse, block_lse))
         )
-    reference.select_blocks(args, seq_lens, rule)
+        reference.select_blocks(args, seq_lens, rule)
+    else:
+        by_set = mass.unflatten(1, (num_sets, -1)).sum(2).nan_to_num_(0.0)
+        reference.top_blocks(args, seq_lens, rule, by_set)
     return args.topk_blocks[0].long()
 
 

@@ -30,6 +30,7 @@ from tidal_vllm.calibrate.prompts import (
 )
 from tidal_vllm.calibrate.record import versions
 from tidal_vllm.calibrate.result import Job, more_evidence
+from tidal_vllm.calibrate.text import TextPrompts, is_text, read_text
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.plan.layer_kinds import LayerKind
 from tidal_vllm.plan.resolve import model_sha256, resolve, uncorrectable
@@ -38,7 +39,7 @@ from tidal_vllm.validators import TidalConfigError
 
 LEAST_BLOCKS, LEAST_BUDGET = 4, 8  # what is forced by default fits into both
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
-MakePrompt = Callable[[int], Prompt]
+MakePrompt = Callable[[int], Prompt | None]
 
 
 class Request:
@@ -47,8 +48,10 @@ class Request:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.given = arguments
         check_numbers(arguments)
-        self.lines = None
-        if arguments.prompts != BUILTIN:
+        self.lines = self.text = None
+        if is_text(arguments.prompts):
+            self.text = read_text(arguments.prompts)
+        elif arguments.prompts != BUILTIN:
             self.lines = read_file(arguments.prompts)
         self.more = self._engine_args()
         name = model_names(arguments.model)
@@ -95,11 +98,20 @@ class Request:
         """The prompts to record, and what makes more of them."""
         given, most = self.given, self.model_config.max_model_len
         longest = most - given.decode_tokens - 1
-        context = self.context = given.context or min(MOST_CONTEXT, longest)
+        default = min(MOST_CONTEXT, longest)
+        text = None
+        if self.text is not None:
+            text = TextPrompts(given.prompts, self.text, tokenizer)
+            default = min(default, text.num_tokens // 2)
+        context = self.context = given.context or default
         if not 1 <= context <= longest:
             reason = f"must be 1..{longest}: {given.model} takes {most} "
             reason += f"tokens, {given.decode_tokens} of them for the answer"
             raise TidalConfigError("--context", context, reason)
+        if text is not None:
+            text.cut(context, given.decode_tokens)
+            count = min(given.num_prompts, len(text))
+            return [text.prompt(number) for number in range(count)], text.prompt
         vocab_size = self.model_config.get_vocab_size()
         if self.lines is None:
             of_kind = (given.model, tokenizer, vocab_size)

@@ -26,7 +26,8 @@ class Job:
     Attributes:
         model: The model's folder, or its name on the hub.
         prompts: What the model is asked while its attention is recorded.
-        further: Makes another prompt like those, by number; None: there are no others.
+        further: Makes another prompt like those, by number, or None where there are no
+            more; None: there are no others.
         decode: Turns tokens into text; None: the model has no tokenizer.
         config: The main setting: budget, block size, scope and what is forced.
         first_select: Layers before this position stay DENSE.
@@ -45,7 +46,7 @@ class Job:
 
     model: str
     prompts: tuple[Prompt, ...]
-    further: Callable[[int], Prompt] | None
+    further: Callable[[int], Prompt | None] | None
     decode: Callable[[Sequence[int]], str] | None
     config: TidalConfig
     first_select: int

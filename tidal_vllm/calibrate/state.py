@@ -78,15 +78,16 @@ class State:
         """What was saved under a key, if anything."""
         return self._replies.get(key)
 
-    def save_reply(self, key: str, reply: dict[str, Any]) -> None:
-        """Keep an answer.
+    def save_replies(self, replies: dict[str, dict[str, Any]]) -> None:
+        """Keep answers, by their keys.
 
         Raises:
-            KeyboardInterrupt: There was one; the answer is kept nevertheless.
+            KeyboardInterrupt: There was one; the answers are kept nevertheless.
         """
-        self._replies[key] = reply
+        self._replies |= replies
         with self._log.open("a") as log:
-            log.write(json.dumps({"key": key, "reply": reply}) + "\n")
+            for key, reply in replies.items():
+                log.write(json.dumps({"key": key, "reply": reply}) + "\n")
         self._interrupts.check()
 
     def recorded(self, prompt: int) -> dict[str, np.ndarray]:

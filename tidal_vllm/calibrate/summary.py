@@ -28,7 +28,8 @@ def describe(job: Job, result: Result, seconds: float) -> str:
         lines.insert(
             0,
             f"NOTE: dense attention itself answers {result.dense.right} of "
-            f"{result.dense.judged} prompts: trust the agreement, not the accuracy",
+            f"{result.dense.judged} prompts: trust the agreement, not the accuracy"
+            "; --prompts text asks for no answers",
         )
     return "\n".join(lines)
 

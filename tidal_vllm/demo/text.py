@@ -12,6 +12,7 @@ from tidal_vllm.demo.engines import (
     footnotes,
     log_errors_only,
 )
+from tidal_vllm.natural_text import python_documentation
 from tidal_vllm.plan.resolve import resolve
 from tidal_vllm.plan.table import format_plan
 
@@ -75,13 +76,6 @@ def run_text_demo(
     return 0
 
 
-def _document() -> str:
-    """Text that every Python carries: what `help()` says of the language."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics.values())
-
-
 def _load(model_dir: Path) -> tuple[Any, int | None]:
     """A model's tokenizer, and how many tokens the model reads, if it says so."""
     from transformers import AutoConfig, AutoTokenizer
@@ -116,7 +110,7 @@ def _prompts(
     """The beginning of the document, once for each length, and the question."""
     # In a chat the template writes the special tokens.
     special = question is None
-    tokens = _tokens(tokenizer, _document(), special)
+    tokens = _tokens(tokenizer, python_documentation(), special)
     if max(contexts) > len(tokens):
         raise DemoError(
             f"--contexts {max(contexts)} is too long: the document has {len(tokens)} "

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from tidal_vllm.natural_text import python_documentation
+
 
 class Cut(NamedTuple):
     """A prompt, and how the text goes on: token ids."""
@@ -15,21 +17,14 @@ class Cut(NamedTuple):
     continuation: list[int]
 
 
-def document() -> str:
-    """What Python's `help()` says of the language: 0.7 MB of English prose."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics.values())
-
-
 def read(path: Path | None) -> str:
-    """A text file, or `document`.
+    """A text file, or Python's documentation.
 
     Raises:
         ValueError: The file cannot be read as text; names it.
     """
     if path is None:
-        return document()
+        return python_documentation()
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
