@@ -1,23 +1,34 @@
 r"""Does sparse decoding answer as dense attention does? Every configuration, one run.
 
     python -m benchmarks.quality MODEL --cells 4096:0.1:32x256 --out FILE
+    python -m benchmarks.quality MODEL --suites niah_single_1 --lengths 4096 --out FILE
     python -m benchmarks.quality --report FILE
 
 MODEL is any Hugging Face folder or name. Natural text is forced token by token, through
 vLLM's engine on the decode path, once densely and once under each configuration, on the
-same prompts: KL divergence of the next token, agreement, perplexity. docs/quality.md
-says what is measured and how.
+same prompts: KL divergence of the next token, agreement, perplexity. Questions of known
+answer are asked through the same engine and scored. docs/quality.md says what is
+measured and how.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import records
 from benchmarks.quality.harness.cells import parse_cell
-from benchmarks.quality.harness.configurations import Reads, in_cell, peers, read_file
+from benchmarks.quality.harness.configurations import (
+    Configuration,
+    Reads,
+    in_cell,
+    peers,
+    read_file,
+)
+from benchmarks.quality.harness.questions import questions
 from benchmarks.quality.harness.texts import cuts, read, tokens_of
 
 
@@ -50,7 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("model", nargs="?", help="a folder or a name")
-    add("--cells", nargs="+", default=["4096:0.1:32x256"], metavar="CELL")
+    add("--cells", nargs="+", metavar="CELL", help="text; default: 4096:0.1:32x256")
+    add("--suites", nargs="+", default=[], metavar="SUITE", help="questions, instead")
+    add("--lengths", nargs="+", type=int, default=[4096], help="of the questions")
+    add("--tasks", type=int, default=32, help="of each suite and length")
+    add("--share", type=float, default=0.1, help="the questions' budget, of a length")
     add("--configs", type=Path, help="a JSON file of settings by name")
     add("--only", nargs="+", metavar="NAME", help="of the peers and --configs")
     add("--reads", nargs="*", type=float, default=[], help="KV read, shares of dense")
@@ -80,7 +95,10 @@ def run_record(setup: dict) -> dict:
 def _measure(args: argparse.Namespace) -> int:
     if not args.model or not args.out:
         raise ValueError("MODEL and --out are needed to measure, --report to read")
-    cells = [parse_cell(text) for text in args.cells]
+    if not 0 < args.share < 1:
+        raise ValueError(f"--share {args.share}: must be between 0 and 1")
+    default = [] if args.suites else ["4096:0.1:32x256"]
+    cells = [parse_cell(text) for text in args.cells or default]
     from transformers import AutoConfig, AutoTokenizer
 
     own = {"trust_remote_code": False}
@@ -91,25 +109,35 @@ def _measure(args: argparse.Namespace) -> int:
             raise ValueError(
                 f"--cells {cell.name}: this model reads {longest} tokens at most"
             )
+    named = _named(args, range(config.num_hidden_layers))
     tokenizer = AutoTokenizer.from_pretrained(args.model, **own)
     text, fingerprint = tokens_of(
         read(args.text), lambda t: tokenizer(t, verbose=False)["input_ids"]
     )
+    asked = [
+        questions(args.model, tokenizer, suite, length, args.tasks, longest)
+        for length in args.lengths
+        for suite in args.suites
+    ]
+    forced_len = max((cell.context + 1 + args.greedy for cell in cells), default=0)
     from tidal_vllm.calibrate.engine import switches
 
     with switches():
+        from benchmarks.quality.harness.answers import Answers
         from benchmarks.quality.harness.engine import Engine, planner
         from benchmarks.quality.harness.forced import Forced
 
-        most = min(args.group, max(cell.sequences for cell in cells))
-        context = max(cell.context for cell in cells)
+        most = [cell.sequences for cell in cells] + [args.tasks] * bool(asked)
         more = {
-            "max_model_len": context + 1 + args.greedy,
-            "max_num_seqs": most,
+            "max_model_len": max([forced_len, *(each.room for each in asked)]),
+            "max_num_seqs": min(args.group, max(most)),
             "max_num_batched_tokens": args.max_num_batched_tokens,
             "dtype": args.dtype,
             "gpu_memory_utilization": args.gpu_memory_utilization,
         }
+        planned = planner(
+            args.model, max_model_len=more["max_model_len"], dtype=args.dtype
+        )
         if args.kv_cache_gib:
             more["kv_cache_memory_bytes"] = int(args.kv_cache_gib * 2**30)
         setup = {
@@ -117,35 +145,45 @@ def _measure(args: argparse.Namespace) -> int:
             "dtype": args.dtype,
             "text": fingerprint,
         }
-        forced = Forced(
-            args.out,
-            setup,
-            args.group,
-            lambda settings: Engine(args.model, settings, **more),
-            args.greedy,
-        )
-        layers = range(config.num_hidden_layers)
-        named = peers(layers) | (read_file(args.configs) if args.configs else {})
-        if args.only:
-            unknown = [name for name in args.only if name not in named]
-            if unknown:
-                raise ValueError(
-                    f"--only {unknown[0]}: must be among {', '.join(named)}"
-                )
-        reads = Reads(planner(args.model, max_model_len=context + 1, dtype=args.dtype))
-        work = []
-        for cell in cells:
-            equal = named if not args.only else {n: named[n] for n in args.only}
-            if args.equal_to and args.equal_to not in equal:
-                raise ValueError(f"--equal-to {args.equal_to}: must be measured too")
-            made = in_cell(
-                equal, reads, cell.middle, cell.share, args.reads, args.equal_to
+
+        def start(settings: dict[str, Any]) -> Engine:
+            return Engine(args.model, settings, **more)
+
+        reads = Reads(planned)
+
+        def under(context: int, share: float) -> list[Configuration]:
+            return in_cell(named, reads, context, share, args.reads, args.equal_to)
+
+        text_work = [
+            (
+                cell,
+                under(cell.middle, cell.share),
+                cuts(text, cell.sequences, cell.context, cell.tokens + 1),
             )
-            pieces = cuts(text, cell.sequences, cell.context, cell.tokens + 1)
-            work.append((cell, made, pieces))
+            for cell in cells
+        ]
+        work = [(each, under(each.length, args.share)) for each in asked]
         records.append(args.out, run_record(setup))
-        forced.run(work)
+        Forced(args.out, setup, args.group, start, args.greedy).run(text_work)
+        Answers(args.out, setup, args.share, start).run(work)
     return 0
+
+
+def _named(args: argparse.Namespace, layers: Sequence[int]) -> dict[str, dict]:
+    """The settings that are compared, by name.
+
+    Raises:
+        ValueError: --only or --equal-to names others.
+    """
+    named = peers(layers) | (read_file(args.configs) if args.configs else {})
+    unknown = [name for name in args.only or () if name not in named]
+    if unknown:
+        raise ValueError(f"--only {unknown[0]}: must be among {', '.join(named)}")
+    if args.only:
+        named = {name: named[name] for name in args.only}
+    if args.equal_to and args.equal_to not in named:
+        raise ValueError(f"--equal-to {args.equal_to}: must be measured too")
+    return named
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from tidal_vllm.calibrate.trial import SETTINGS
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.names import NAME
 from tidal_vllm.plan.resolve import Startup, resolve
+from tidal_vllm.plan.steps import kv_read_share
 from tidal_vllm.registry import METHODS
 
 DENSE: dict[str, Any] = {"dense_layers": [], "select_layers": []}
@@ -39,9 +41,16 @@ def _startup(vllm_config: VllmConfig, settings: dict[str, Any]) -> Startup:
     return resolve(config)
 
 
-def keeps_keys(settings: dict[str, Any]) -> bool:
-    """Whether an engine has to be started with these settings to run under them."""
-    return METHODS[TidalConfig(**settings).method].follows_keys
+def engine_of(settings: dict[str, Any]) -> str:
+    """Which engine can run the settings: empty for the one that is shared.
+
+    A method that keeps something of every key needs one that was started with it;
+    nothing but the budget may differ.
+    """
+    if not METHODS[TidalConfig(**settings).method].follows_keys:
+        return ""
+    kept = {k: v for k, v in settings.items() if k != "token_budget"}
+    return json.dumps(kept, sort_keys=True)
 
 
 class Engine:
@@ -79,6 +88,11 @@ class Engine:
     def startup(self, settings: dict[str, Any]) -> Startup:
         """What settings would make of this model."""
         return _startup(self.llm.llm_engine.vllm_config, settings)
+
+    def kv_read(self, settings: dict[str, Any], seq_len: int) -> float:
+        """KV bytes that a decode step reads, as a share of dense attention's."""
+        startup = self.startup(settings)
+        return round(kv_read_share(startup.plan, startup.config, seq_len), 5)
 
     def configure(self, settings: dict[str, Any]) -> None:
         """Run under other settings from now on."""

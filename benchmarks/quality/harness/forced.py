@@ -16,10 +16,9 @@ from benchmarks import records
 from benchmarks.quality.harness.cells import Cell
 from benchmarks.quality.harness.compare import Pass
 from benchmarks.quality.harness.configurations import Configuration
-from benchmarks.quality.harness.engine import DENSE, Engine, keeps_keys
+from benchmarks.quality.harness.engine import DENSE, Engine, engine_of
 from benchmarks.quality.harness.texts import Cut
 from tidal_vllm.demo.engines import equal_tokens
-from tidal_vllm.plan.steps import kv_read_share
 
 QUARTERS = 4
 FORCED, GREEDY = "forced", "greedy"
@@ -65,12 +64,12 @@ class Forced:
         engines: dict[str, dict[str, Any]] = {}
         for _, configurations, _ in work:
             for made in configurations:
-                engines.setdefault(_engine_of(made.settings), made.settings)
+                engines.setdefault(engine_of(made.settings), made.settings)
         # The shared engine first: it makes the references of all.
         for name in sorted({"", *engines}):
             jobs = []
             for cell, found, texts in work:
-                mine = [c for c in found if _engine_of(c.settings) == name]
+                mine = [c for c in found if engine_of(c.settings) == name]
                 asked = mine if name else found
                 jobs += [(cell, mine, texts, i) for i in self._groups(cell, asked)]
             if jobs:
@@ -135,7 +134,7 @@ class Forced:
                 "name": made.name,
                 "budget": made.budget,
                 "settings": made.settings,
-                "kv_read": self._kv_read(engine, cell, made),
+                "kv_read": engine.kv_read(made.settings, cell.middle),
                 "first": first,
             }
             if not self._lacks(cell, made, first):
@@ -152,10 +151,6 @@ class Forced:
                 pairs = zip(answers, dense, strict=True)
                 equal = [equal_tokens(*pair) for pair in pairs]
                 self._keep(GREEDY, place, {"equal": equal, "of": self.greedy}, begun)
-
-    def _kv_read(self, engine: Engine, cell: Cell, made: Configuration) -> float:
-        startup = engine.startup(made.settings)
-        return round(kv_read_share(startup.plan, startup.config, cell.middle), 5)
 
     def _keep(self, measure: str, place: dict, found: dict, begun: float) -> None:
         kind = {"benchmark": "quality", "measure": measure}
@@ -191,14 +186,6 @@ def compared(found: Pass) -> dict[str, Any]:
 
 def _key(measure: str, cell: str, settings: dict[str, Any], first: int) -> Key:
     return measure, cell, json.dumps(settings, sort_keys=True), first
-
-
-def _engine_of(settings: dict[str, Any]) -> str:
-    """Which engine can run the settings: empty for the one that is shared."""
-    if not keeps_keys(settings):
-        return ""
-    kept = {k: v for k, v in settings.items() if k != "token_budget"}
-    return json.dumps(kept, sort_keys=True)
 
 
 def _rounded(values: torch.Tensor, digits: int) -> list[float]:
