@@ -99,18 +99,15 @@ def _measure(args: argparse.Namespace) -> int:
         raise ValueError(f"--share {args.share}: must be between 0 and 1")
     default = [] if args.suites else ["4096:0.1:32x256"]
     cells = [parse_cell(text) for text in args.cells or default]
-    from transformers import AutoConfig, AutoTokenizer
-
-    own = {"trust_remote_code": False}
-    config = AutoConfig.from_pretrained(args.model, **own).get_text_config()
-    longest = config.max_position_embeddings
+    if args.group < 1:
+        raise ValueError(f"--group {args.group}: must be 1 or more")
+    longest, tokenizer = _load(args.model)
     for cell in cells:
-        if cell.context > longest:
+        if cell.context + args.greedy >= longest:
             raise ValueError(
-                f"--cells {cell.name}: this model reads {longest} tokens at most"
+                f"--cells {cell.name}: this model reads {longest} tokens, and one more "
+                f"and --greedy ({args.greedy}) have to fit behind a cell's"
             )
-    named = _named(args, range(config.num_hidden_layers))
-    tokenizer = AutoTokenizer.from_pretrained(args.model, **own)
     text, fingerprint = tokens_of(
         read(args.text), lambda t: tokenizer(t, verbose=False)["input_ids"]
     )
@@ -144,12 +141,13 @@ def _measure(args: argparse.Namespace) -> int:
             "model": Path(args.model).name,
             "dtype": args.dtype,
             "text": fingerprint,
+            "group": args.group,
         }
 
         def start(settings: dict[str, Any]) -> Engine:
             return Engine(args.model, settings, **more)
 
-        reads = Reads(planned)
+        reads, named = Reads(planned), _named(args, planned({}).full_layers)
 
         def under(context: int, share: float) -> list[Configuration]:
             return in_cell(named, reads, context, share, args.reads, args.equal_to)
@@ -167,6 +165,25 @@ def _measure(args: argparse.Namespace) -> int:
         Forced(args.out, setup, args.group, start, args.greedy).run(text_work)
         Answers(args.out, setup, args.share, start).run(work)
     return 0
+
+
+def _load(model: str) -> tuple[int, Any]:
+    """How many tokens a model reads, and its tokenizer.
+
+    Raises:
+        ValueError: There is no such model, or it lacks a tokenizer; in one line.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    own = {"trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(model, **own).get_text_config()
+        return config.max_position_embeddings, AutoTokenizer.from_pretrained(
+            model, **own
+        )
+    except Exception as error:  # of any class, with damaged files
+        reason, *_ = f"{type(error).__name__}: {error}".splitlines()
+        raise ValueError(f"MODEL {model}: {reason}") from error
 
 
 def _named(args: argparse.Namespace, layers: Sequence[int]) -> dict[str, dict]:
