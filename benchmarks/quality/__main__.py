@@ -176,6 +176,8 @@ def _load(model: str) -> tuple[int, Any]:
     from transformers import AutoConfig, AutoTokenizer
 
     own = {"trust_remote_code": False}
+    if model.startswith((".", "/", "~")) and not Path(model, "config.json").is_file():
+        raise ValueError(f"MODEL {model}: must be a folder with a config.json")
     try:
         config = AutoConfig.from_pretrained(model, **own).get_text_config()
         return config.max_position_embeddings, AutoTokenizer.from_pretrained(
