@@ -173,6 +173,6 @@ def _require_close(output: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 def default_rule(token_budget: int, select_block_size: int = 16) -> SelectionRule:
-    """The rule of TIDAL's default settings at a budget, in tokens."""
+    """The rule of TIDAL's default settings but for budget and block size, tokens."""
     config = TidalConfig(token_budget=token_budget, select_block_size=select_block_size)
     return SelectionRule.from_config(config)

@@ -40,6 +40,9 @@ def test_one_thing_changes_along_the_grid():
         assert sum(getattr(other, f) != getattr(main, f) for f in fields) == 1
     short = settings_grid(main, longest=600, kv_block_size=16)
     assert max(c.token_budget for c in short) == 512
+    tight = settings_grid(TidalConfig(token_budget=32), longest=600, kv_block_size=16)
+    budgets = {c.token_budget for c in tight}
+    assert budgets == {16, 32, 64}, "8 tokens have no room for what is forced"
 
 
 def test_knee():

@@ -98,7 +98,7 @@ def test_rows_up_to_min_sparse_len_are_read_whole(llm):
     sparse = [step for step in steps if step.metadata.sparse]
     assert len(sparse) == 15
     for step in sparse:
-        check_sparse_step(step, "sequence", 16, keep_all_len=150)
+        check_sparse_step(step, "sequence", 4, keep_all_len=150)
 
 
 def test_prefill_is_dense_in_all_layers(llm):
@@ -114,8 +114,8 @@ def test_prefill_is_dense_in_all_layers(llm):
         assert step.metadata.num_decodes == 0
         assert not step.metadata.sparse
     (first, second) = steps[3:]
-    check_sparse_step(first, "sequence", 16)
-    check_sparse_step(second, "sequence", 16)
+    check_sparse_step(first, "sequence", 4)
+    check_sparse_step(second, "sequence", 4)
     assert counted["decode_tokens"] == 2
 
 
@@ -144,7 +144,7 @@ def test_prefill_beside_sparse_decodes(llm):
     mixed = [s for s in steps if s.num_prefills and s.metadata.num_decodes]
     assert len(mixed) == 3
     for step in mixed:
-        check_sparse_step(step, "sequence", 16)
+        check_sparse_step(step, "sequence", 4)
         extends = step.of("dense_extend")
         assert layers(extends) == ALL_LAYERS
         seq_len = step.seq_lens[1]

@@ -29,7 +29,7 @@ def bad(name, key, value, *allowed, **others):
     return pytest.param({**others, key: value}, key, value, allowed, id=name)
 
 
-BUDGET = "must be a positive multiple of select_block_size (16)"
+BUDGET = "must be a positive multiple of select_block_size (4)"
 SINK = "must be an integer >= 0 (tokens)"
 SIZE = "must be an integer >= 1 (tokens)"
 FRACTION = "must be a number in [0, 1)"
@@ -46,7 +46,7 @@ BAD_SETTINGS = [
     bad("budget-null", "token_budget", None, BUDGET, "not a NoneType"),
     bad("budget-list", "token_budget", [4096], BUDGET, "not a list"),
     bad("budget-beyond-int32", "token_budget", 2**31, BUDGET, str(MAX_TOKENS)),
-    bad("budget-no-whole-blocks", "token_budget", 1000, BUDGET),
+    bad("budget-no-whole-blocks", "token_budget", 1002, BUDGET),
     bad(
         "budget-below-own-block-size",
         "token_budget",
@@ -54,7 +54,7 @@ BAD_SETTINGS = [
         "multiple of select_block_size (128)",
         select_block_size=128,
     ),
-    bad("budget-below-forced", "token_budget", 32, ROOM, "touch 3 blocks", "to 64"),
+    bad("budget-below-forced", "token_budget", 8, ROOM, "touch 3 blocks", "to 16"),
     bad("budget-below-sinks", "token_budget", 512, ROOM, "e.g. to", sink_tokens=500),
     bad("budget-all-recent", "token_budget", 4096, ROOM, recent_fraction=0.999),
     bad("block-size-zero", "select_block_size", 0, SIZE),
@@ -198,7 +198,7 @@ def test_defaults(additional_config):
         "preset": "default",
         "method": "tidaldecode",
         "token_budget": 4096,
-        "select_block_size": 16,
+        "select_block_size": 4,
         "scope": "sequence",
         "sink_tokens": 4,
         "recent_fraction": 0.25,
@@ -285,7 +285,7 @@ def test_whole_number_recent_fraction_is_a_number():
 
 @pytest.mark.parametrize(
     ("min_sparse_len", "threshold", "max_blocks"),
-    [(None, 512, 32), (0, 0, 32), (100, 100, 32), (512, 512, 32), (1000, 1000, 63)],
+    [(None, 512, 128), (0, 0, 128), (100, 100, 128), (512, 512, 128), (998, 998, 250)],
 )
 def test_threshold_and_capacity(min_sparse_len, threshold, max_blocks):
     config = TidalConfig(token_budget=512, min_sparse_len=min_sparse_len)
@@ -305,8 +305,8 @@ def test_capacity_for_blocks_that_begin_while_a_choice_holds(interval, size, mor
 
 
 def test_forced_tokens_may_fill_the_budget():
-    config = TidalConfig(token_budget=48)  # 1 sink block, 12 recent tokens in 2
-    assert (config.recent_tokens, config.max_blocks) == (12, 3)
+    config = TidalConfig(token_budget=12)  # 1 sink block, 3 recent tokens in 2
+    assert (config.recent_tokens, config.max_blocks) == (3, 3)
 
 
 @pytest.mark.parametrize("kv_block_size", [16, 32, 784])
@@ -316,10 +316,10 @@ def test_block_size_that_divides_is_accepted(kv_block_size):
 
 def test_block_size_must_divide_the_kv_block_size():
     with pytest.raises(TidalConfigError) as caught:
-        TidalConfig().check_kv_block_size(24)
+        TidalConfig().check_kv_block_size(18)
     assert str(caught.value) == (
-        "tidal.select_block_size = 16: must divide the KV cache block size "
-        "(24 tokens): one of 1, 2, 3, 4, 6, 8, 12, 24"
+        "tidal.select_block_size = 4: must divide the KV cache block size "
+        "(18 tokens): one of 1, 2, 3, 6, 9, 18"
     )
 
 

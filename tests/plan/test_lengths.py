@@ -66,7 +66,7 @@ def test_a_reason_to_be_off_that_was_there_before_stays():
 @pytest.mark.parametrize(
     ("max_model_len", "shown"),
     [
-        (5000, "90.9% of dense at 5000 tokens"),
+        (5000, "91.0% of dense at 5000 tokens"),
         (8192, "75.0% of dense at 8K"),
         (32768, "56.2% of dense at 32K"),
         (40960, "56.2% of dense at 32K, 55.0% at 40K"),

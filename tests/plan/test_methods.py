@@ -78,7 +78,9 @@ def test_refuses_layers_that_the_model_lacks():
     ],
 )
 def test_what_a_step_reads(method, share):
-    config = TidalConfig(method=method, token_budget=1024, dense_layers=[])
+    config = TidalConfig(
+        method=method, token_budget=1024, select_block_size=16, dense_layers=[]
+    )
     found = kv_read_share(plan_layers(config, 6, None), config, 8192)
     assert found == pytest.approx(share)
 

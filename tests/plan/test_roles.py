@@ -45,9 +45,6 @@ def plan(num_layers=8, profile=None, **settings):
             "tidal.dense_layers and tidal.select_layers",
             id="both",
         ),
-        pytest.param(
-            {}, None, (D, D, S, P, P, P, S, P), "safest roles", id="unknown-model"
-        ),
     ],
 )
 def test_roles(settings, profile, roles, source):
@@ -58,10 +55,17 @@ def test_roles(settings, profile, roles, source):
     assert sum(made.count(role) for role in Role) == made.num_layers == 8
 
 
+def test_an_unknown_model_chooses_again_in_every_sixth_layer():
+    made = plan(15)
+    assert (made.layers(D), made.layers(S)) == ((0, 1), (2, 8, 14))
+    assert made.count(P) == 10 and "safest roles" in made.source
+
+
 def test_unknown_model_is_warned_about_guessing_a_layer():
     warning = plan().warning
     for words in ("dense_layers", "select_layers", "40 %", "100 %", "12", "13"):
         assert words in warning
+    assert "the third and every 6th after it SELECT" in warning
     assert plan(dense_layers=[0, 1]).warning == warning
     assert plan(select_layers=[2]).warning is None
     assert plan(profile=make_profile()).warning is None
@@ -124,7 +128,7 @@ def test_few_layers_run_sparse_when_named():
         pytest.param(
             {"dense_layers": [2]},
             None,
-            "tidal.dense_layers = [2]: overlaps select_layers = [2, 6]",
+            "tidal.dense_layers = [2]: overlaps select_layers = [2]",
             ["safest roles", "in [2]", "must name other layers"],
             id="dense-overlaps-the-fallback",
         ),

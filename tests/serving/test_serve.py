@@ -254,7 +254,7 @@ def test_logs_the_plan_once(ended):
         "TIDAL sparse decoding of",
         "SELECT 1     2",
         "SPARSE 3     3-5",
-        "budget       256 tokens per set: 16 blocks of 16, scope sequence",
+        "budget       256 tokens per set: 64 blocks of 4, scope sequence",
         "sparse above 256 tokens of context",
     ):
         assert ended.log.count(line) == 1, line

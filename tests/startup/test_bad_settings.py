@@ -27,7 +27,7 @@ SETTINGS = {
     "budget_a_string": (
         {"token_budget": "512"},
         "tidal.token_budget = '512': must be a positive multiple of",
-        "select_block_size (16), not a str",
+        "select_block_size (4), not a str",
     ),
     "budget_a_float": ({"token_budget": 512.0}, "tidal.token_budget = 512.0", "float"),
     "budget_a_bool": (
@@ -42,9 +42,9 @@ SETTINGS = {
         "positive multiple",
     ),
     "budget_no_multiple": (
-        {"token_budget": 500},
-        "tidal.token_budget = 500",
-        "multiple of select_block_size (16)",
+        {"token_budget": 502},
+        "tidal.token_budget = 502",
+        "multiple of select_block_size (4)",
     ),
     "budget_below_forced": (
         {"token_budget": 64, "sink_tokens": 64},

@@ -8,7 +8,7 @@ TABLE = [
     "SELECT 1     2",
     "SPARSE 3     3-5",
     "roles from   tidal.select_layers",
-    "budget       64 tokens per set: 4 blocks of 16, scope sequence",
+    "budget       64 tokens per set: 16 blocks of 4, scope sequence",
     "forced       first 4 tokens, newest 16 tokens, within the budget",
     "sparse above 64 tokens of context",
     "kernels: PyTorch reference ops (CPU)",

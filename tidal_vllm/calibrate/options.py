@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from tidal_vllm.calibrate.prompts import BUILTIN
-from tidal_vllm.config import SCOPES
+from tidal_vllm.config import DEFAULT_BLOCK_SIZE, SCOPES
 from tidal_vllm.profiles import PROJECT_DIR
 from tidal_vllm.validators import TidalConfigError
 
@@ -60,7 +60,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         f"{BUDGET_SHARE} of the context, at most {MOST_BUDGET}); the curve tries "
         "others too",
     )
-    add("--select-block-size", type=int, default=16, metavar="TOKENS")
+    add(
+        "--select-block-size",
+        type=int,
+        default=DEFAULT_BLOCK_SIZE,
+        metavar="TOKENS",
+        help="tokens of a selection block (default: %(default)s)",
+    )
     add("--scope", default=SCOPES[0], metavar="|".join(SCOPES))
     add(
         "--dense-layers",
