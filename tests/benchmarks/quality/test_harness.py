@@ -1,0 +1,129 @@
+"""The parts of `benchmarks.quality` that need no running engine."""
+
+import math
+
+import pytest
+import torch
+
+from benchmarks.quality.harness.cells import Cell, parse_cell
+from benchmarks.quality.harness.configurations import Reads, in_cell, with_budget
+from benchmarks.quality.harness.scores import summary
+
+ROLES = {"dense_layers": [0], "select_layers": [1, 3]}
+NAMED = {
+    "tidaldecode": ROLES | {"select_block_size": 16},
+    "small blocks": ROLES | {"select_block_size": 4},
+    "many sinks": ROLES | {"sink_tokens": 64},
+    "quest": {"preset": "quest"},
+    "sliding_window": {"preset": "sliding_window"},
+}
+
+
+@pytest.fixture(scope="module")
+def reads(vllm_here, model_root):
+    from benchmarks.quality.harness.engine import planner
+    from tests.support.model_configs import write_model
+
+    folder = str(write_model(model_root, "llama"))
+    return Reads(planner(folder, max_model_len=4096, skip_tokenizer_init=True))
+
+
+def test_divergence_is_torch_kl_div(vllm_here):
+    from benchmarks.quality.harness.compare import divergence
+
+    wanted, said = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0))
+    wanted[0, :20] = -math.inf
+    wanted, said = wanted.log_softmax(-1), said.log_softmax(-1)
+    kl_div = torch.nn.functional.kl_div(said, wanted.exp(), reduction="none").sum(-1)
+    torch.testing.assert_close(divergence(wanted, said), kl_div)
+    # What both leave out counts nothing; what only the second does is infinite.
+    said[0, :10] = -math.inf
+    torch.testing.assert_close(divergence(wanted, said)[0], kl_div[0])
+    said[1, 5] = -math.inf
+    assert divergence(wanted, said)[1] == math.inf
+
+
+def test_the_last_write_of_a_step_counts(vllm_here):
+    """Chunks of a correction show steps of their own before the one that is kept."""
+    from benchmarks.quality.harness.compare import Pass
+
+    logits = torch.randn(3, 2, 20, generator=torch.Generator().manual_seed(0))
+    rows = {"sequences": [1, 0], "steps": [2, 0], "tokens": [7, 3]}
+    dense = Pass(num_sequences=2, num_tokens=4)
+    for each in logits[:2]:
+        dense.see(**rows, logits=each)
+    said = logits[1].log_softmax(-1)
+    assert torch.equal(dense.kept[[1, 0], [2, 0]], said)
+    assert dense.nll[1, 2] == -said[0, 7] and dense.nll[0, 0] == -said[1, 3]
+    assert dense.nll.isnan().sum() == 6
+
+    sparse = Pass(2, 4, reference=dense.kept)
+    sparse.see(**rows, logits=logits[2])
+    assert (sparse.kl[[1, 0], [2, 0]] > 0).all()
+    sparse.see(**rows, logits=logits[1])
+    assert sparse.kl[[1, 0], [2, 0]].tolist() == [0, 0]
+    assert sparse.agreed[[1, 0], [2, 0]].tolist() == [1, 1]
+
+
+def test_cells():
+    assert parse_cell("4096:0.1:32x256") == Cell(4096, 0.1, 32, 256)
+    for text in ("4096:0.1:32", "64:1.5:1x8", "64:0.0:1x8", "64:.5:0x8", "64:.5:1x0"):
+        with pytest.raises(ValueError, match="must be CONTEXT:SHARE:SEQUENCESxTOKENS"):
+            parse_cell(text)
+    # The prompt keeps a token, and its own next one is forced too.
+    assert parse_cell("64:.5:1x62").tokens == 62
+    with pytest.raises(ValueError, match="must be"):
+        parse_cell("64:.5:1x63")
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_the_largest_budget_that_reads_no_more(reads, name):
+    settings = NAMED[name]
+    budgets = [with_budget(settings, tokens) for tokens in range(4, 601, 4)]
+    for share in (0.05, 0.3, 0.5, 0.8):
+        fitting = [b for b in budgets if b and reads.share(b, 600) <= share]
+        most = max(fitting, key=lambda made: made["token_budget"], default=None)
+        assert reads.budget_for(settings, share, 600) == most
+
+
+def test_what_a_cell_compares(reads):
+    """No budget without room for what is forced, and nothing twice."""
+    found = in_cell(NAMED, reads, 600, 0.1, [0.9], "tidaldecode")
+    names = [(made.name, made.budget.split(" 0")[0]) for made in found]
+    assert names.count(("tidaldecode", "equal budget")) == 1
+    assert ("many sinks", "equal budget") not in names
+    assert ("many sinks", "equal bytes") in names
+    own = next(made for made in found if made.name == "tidaldecode")
+    assert own.settings["token_budget"] == 48
+    read = reads.share(own.settings, 600)
+    for made in found:
+        if made.budget == f"equal bytes {read:.3f}":
+            assert made.name != "tidaldecode"
+            assert reads.share(made.settings, 600) <= read
+
+
+def test_a_table_of_answers():
+    """Pairs of one suite and number of tasks, whatever the order of the records."""
+    dense = {"dense_layers": [], "select_layers": []}
+
+    def record(suite, name, scores):
+        settings = dense if name == "dense" else {"token_budget": 64}
+        shared = {"setup": {"model": "m"}, "length": 100, "share": 0.1, "tasks": 4}
+        made = {"suite": suite, "name": name, "settings": settings, "scores": scores}
+        more = {"budget": "given", "kv_read": 0.5}
+        return {"measure": "answers"} | shared | made | more
+
+    records = [
+        record("b", "dense", [1, 0, 1, 0]),
+        record("a", "ours", [1, 1, 0, 1]),
+        record("a", "dense", [1, 1, 1, 1]),
+        record("b", "ours", [1, 0, 1, 0]),
+    ]
+    row = next(
+        r for r in summary([{"measure": "run"}, *records]) if r["name"] == "ours"
+    )
+    assert row["suites"] == {"a": 0.75, "b": 0.5}
+    assert (row["score"], row["dense"]) == (0.625, 0.75)
+    assert row["difference"].estimate == -0.125
+    # Seven of eight pairs are equal: unpaired, the interval would be far wider.
+    assert -0.5 <= row["difference"].low < row["difference"].high == 0
