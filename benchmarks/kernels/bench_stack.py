@@ -138,7 +138,11 @@ def _run(
             steps = partial(stack.decode, interval, attends)
             steps()
             decoders[(args.layers - 1) % len(batches)].check_sparse()
-            config = TidalConfig(token_budget=case["token_budget"], **settings)
+            config = TidalConfig(
+                token_budget=case["token_budget"],
+                select_block_size=rule.select_block_size,
+                **settings,
+            )
             share = kv_read_share(plan, config, int(first.seq_lens[0]))
             times = [t / interval for t in bench.time_us(steps)]
             ours = bench.add(setup, name, times, int(share * num_bytes))

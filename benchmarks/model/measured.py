@@ -80,6 +80,9 @@ def cases(found: Sequence[dict]) -> list[dict]:
     more, in the runs for smaller selection blocks.
     """
     timed = [r for r in found if r.get("op") in OPS and "median_us" in r]
+    alone = {r["run"] for r in found if r["benchmark"] == "attend"}
+    # A stack is predicted from FlashAttention alone, in the same run.
+    timed = [r for r in timed if r["benchmark"] != "stack" or r["run"] in alone]
     newest: dict[tuple, dict] = {}
     for builds in ((FIRST, None), PRESENT):
         for record in timed:
@@ -125,6 +128,7 @@ def _predict(
             return shape.num_layers * layer.us + gpu.graph_us
         config = TidalConfig(
             token_budget=record["token_budget"],
+            select_block_size=16,  # of all stacks that were measured
             select_attends=record["select_attends"],
             reselect_interval=record["reselect_interval"],
         )

@@ -227,7 +227,7 @@ def _stack(cuda: Design) -> list[Verdict]:
         (64, 32 * K, 3264, 5.0),
         (1, 128 * K, 4096, 2.5),
     ):
-        config = TidalConfig(token_budget=budget)
+        config = TidalConfig(token_budget=budget, select_block_size=16)
         share = FA_SHARES[rows, tokens]
         step = decode_step(H100, cuda, SHAPE, even(rows, tokens), config, share)
         found.append(
@@ -253,7 +253,8 @@ def in_short(cuda: Design, gpu: Gpu) -> tuple[float, float, float, float, float]
     chosen = select_blocks(gpu, cuda, SHAPE, even(16, 64 * K), 16)
     speedups = []
     for rows, tokens, budget in ((64, 32 * K, 3264), (1, 128 * K, 4096)):
-        config, share = TidalConfig(token_budget=budget), FA_SHARES[rows, tokens]
+        config = TidalConfig(token_budget=budget, select_block_size=16)
+        share = FA_SHARES[rows, tokens]
         step = decode_step(gpu, cuda, SHAPE, even(rows, tokens), config, share)
         speedups.append(step.speedup)
     shares = few.share_of_read(gpu), many.share_of_read(gpu)

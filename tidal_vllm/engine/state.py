@@ -24,7 +24,7 @@ from tidal_vllm.validators import TidalConfigError
 
 # Most bytes that the kernels' workspace may take. Where the longest sequences are many
 # or very long it holds a part of the batch only, and layers go over the batch in parts.
-WORKSPACE_LIMIT = 256 << 20
+WORKSPACE_LIMIT = 512 << 20
 
 
 @dataclass(frozen=True)
