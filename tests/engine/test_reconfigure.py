@@ -4,7 +4,7 @@ import pytest
 
 from tests.support.asking import generate, tokens
 from tests.support.engines import reconfigured
-from tests.support.models import random_prompt
+from tests.support.models import NUM_LAYERS, ROLES, random_prompt
 from tidal_vllm.validators import TidalConfigError
 
 QUEST = {"preset": "quest", "dense_layers": [0], "select_block_size": 8}
@@ -34,8 +34,8 @@ def test_the_bounds_of_cached_prompts_stay_and_come_back(start):
     "settings",
     [
         QUEST | {"select_block_size": 16},
-        {"preset": "tidaldecode", "dense_layers": [0], "select_layers": [1, 3]},
-        {"dense_layers": [], "select_layers": []},
+        ROLES | {"select_block_size": 8},
+        QUEST | {"dense_layers": [*range(NUM_LAYERS)]},
     ],
     ids=["block size", "method", "dense"],
 )
