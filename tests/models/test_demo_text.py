@@ -39,6 +39,12 @@ def test_one_line_and_no_question(tmp_path, monkeypatch, config, said):
     assert said in str(refused.value) and "\n" not in str(refused.value)
 
 
+@pytest.fixture(autouse=True)
+def log_level(monkeypatch):
+    """The demo sets it for its process, where it is not set: this is a shared one."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model of 4096 tokens, whose chat template is the message and no more."""

@@ -57,8 +57,10 @@ class Answers:
             for made in [Configuration(DENSE_NAME, DENSE), *configurations]:
                 if self._key(questions, made) not in self.done:
                     engines[engine_of(made.settings)].append((questions, made))
-        for name, jobs in sorted(engines.items()):
-            self._one_engine(jobs[0][1].settings if name else DENSE, jobs)
+        # Started sparsely, which dense is not: the prefix cache then never hands out what
+        # sparse layers wrote.
+        for _, jobs in sorted(engines.items()):
+            self._one_engine(jobs[-1][1].settings, jobs)
 
     def _one_engine(self, settings: dict[str, Any], jobs: Sequence[Job]) -> None:
         engine = self.start(settings)

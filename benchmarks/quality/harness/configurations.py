@@ -42,14 +42,14 @@ def peers(layers: Sequence[int]) -> dict[str, dict[str, Any]]:
         layers: Indices of the full-attention layers, ascending.
     """
     dense, select = safest_roles(layers)
-    few = {
-        "dense_layers": list(layers[:2]),
-        "select_layers": [layers[2], layers[len(layers) // 2 - 1]],
-    }
-    return {
-        "default": {"dense_layers": list(dense), "select_layers": list(select)},
-        "tidaldecode": {"preset": "tidaldecode"} | few,
-        "lessismore": {"preset": "lessismore"} | few,
+    found = {"default": {"dense_layers": list(dense), "select_layers": list(select)}}
+    if len(layers) > 4:  # fewer leave no SPARSE layer behind two SELECT ones
+        few = {
+            "dense_layers": list(layers[:2]),
+            "select_layers": [layers[2], layers[max(len(layers) // 2 - 1, 3)]],
+        }
+        found |= {n: {"preset": n} | few for n in ("tidaldecode", "lessismore")}
+    return found | {
         "quest": {"preset": "quest"},
         "sliding_window": {"preset": "sliding_window"},
         "oracle": {"preset": "oracle"},

@@ -65,7 +65,8 @@ class Forced:
         for _, configurations, _ in work:
             for made in configurations:
                 engines.setdefault(engine_of(made.settings), made.settings)
-        # The shared engine first: it makes the references of all.
+        # The shared engine first: it makes the references of all. Started sparsely, so
+        # that the prefix cache never hands out what sparse layers wrote.
         for name in sorted({"", *engines}):
             jobs = []
             for cell, found, texts in work:
@@ -73,7 +74,7 @@ class Forced:
                 asked = mine if name else found
                 jobs += [(cell, mine, texts, i) for i in self._groups(cell, asked)]
             if jobs:
-                self._one_engine(engines[name] if name else DENSE, jobs)
+                self._one_engine(engines.get(name, DENSE), jobs)
 
     def _one_engine(
         self,
