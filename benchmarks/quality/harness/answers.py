@@ -57,8 +57,8 @@ class Answers:
             for made in [Configuration(DENSE_NAME, DENSE), *configurations]:
                 if self._key(questions, made) not in self.done:
                     engines[engine_of(made.settings)].append((questions, made))
-        # Started sparsely, which dense is not: the prefix cache then never hands out what
-        # sparse layers wrote.
+        # Started sparsely, and dense comes first: the prefix cache then never hands out
+        # what sparse layers wrote.
         for _, jobs in sorted(engines.items()):
             self._one_engine(jobs[-1][1].settings, jobs)
 
