@@ -14,6 +14,7 @@ measured and how.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             from benchmarks.quality.harness.page import PAGE, tables
             from benchmarks.quality.harness.report import cells_of, draw, report
 
-            found = records.read(args.report)
+            found = _records_of(args.report)
             print(report(found))
             if args.write_page:
                 PAGE.write_text(written(PAGE.read_text(), tables(found)))
@@ -84,6 +85,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _records_of(path: Path) -> list[dict]:
+    """The records of a file.
+
+    Raises:
+        ValueError: There is no such file, or it holds something else; in one line.
+    """
+    try:
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--report {path}: {error}") from error
+    if not any(isinstance(r, dict) and r.get("benchmark") == "quality" for r in found):
+        raise ValueError(f"--report {path}: must be what --out of this command wrote")
+    return found
+
+
 def run_record(setup: dict) -> dict:
     """Where the records that follow in a file were measured."""
     from benchmarks.machine import describe_run
@@ -99,6 +115,8 @@ def _measure(args: argparse.Namespace) -> int:
         raise ValueError(f"--share {args.share}: must be between 0 and 1")
     default = [] if args.suites else ["4096:0.1:32x256"]
     cells = [parse_cell(text) for text in args.cells or default]
+    if args.out.is_dir() or not args.out.absolute().parent.is_dir():
+        raise ValueError(f"--out {args.out}: must be a file in a folder that exists")
     if args.group < 1:
         raise ValueError(f"--group {args.group}: must be 1 or more")
     longest, tokenizer = _load(args.model)

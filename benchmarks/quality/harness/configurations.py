@@ -72,6 +72,11 @@ def read_file(path: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(
             f'{path}: must hold an object such as {{"name": {{"scope": "kv_head"}}}}'
         )
+    for name, settings in found.items():
+        try:
+            TidalConfig.from_additional_config({"tidal": settings})
+        except TidalConfigError as error:
+            raise ValueError(f"{path}: {name!r}: {error}") from error
     return found
 
 

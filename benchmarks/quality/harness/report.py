@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.model.page import markdown
+from benchmarks.quality.harness.scores import summary
 from benchmarks.quality.statistics import Interval, paired_bootstrap
 
 EQUAL_BUDGET, EQUAL_BYTES = "equal budget", "equal bytes"
@@ -122,14 +123,32 @@ def _reads_like(line: Line, lines: Sequence[Line]) -> bool:
     return any(abs(line.kv_read - read) < 0.002 for read in others)
 
 
+def answers_table(records: Sequence[dict]) -> str:
+    """What each configuration answered of the suites, and what dense did."""
+    rows = [
+        [
+            f"{row['length']}, {row['share']:.0%}",
+            row["name"],
+            _short(row["budget"]),
+            f"{row['kv_read']:.1%}",
+            f"{row['score']:.3f}",
+            _shown(row["difference"], "{:+.3f}"),
+        ]
+        for row in summary(records)
+    ]
+    head = ("length, share", "", "budget", "KV read", "score", "less dense's")
+    return markdown(head, rows) if rows else ""
+
+
 def report(records: Sequence[dict]) -> str:
-    """All cells as Markdown."""
+    """All cells, and the answers, as Markdown."""
     parts = [
         f"{cell}, {dtype}, {max(line.tokens for line in lines)} forced tokens\n\n"
         f"{cell_table(lines)}\n"
         for (dtype, cell), lines in cells_of(records).items()
     ]
-    return "\n".join(parts)
+    answers = answers_table(records)
+    return "\n".join([*parts, *([f"Answers\n\n{answers}\n"] if answers else [])])
 
 
 def draw(lines: Sequence[Line], path: Path) -> None:

@@ -5,8 +5,15 @@ import math
 import pytest
 import torch
 
+from benchmarks.quality.__main__ import main
+from benchmarks.quality.harness import report
 from benchmarks.quality.harness.cells import Cell, parse_cell
-from benchmarks.quality.harness.configurations import Reads, in_cell, with_budget
+from benchmarks.quality.harness.configurations import (
+    Reads,
+    in_cell,
+    read_file,
+    with_budget,
+)
 from benchmarks.quality.harness.scores import summary
 
 ROLES = {"dense_layers": [0], "select_layers": [1, 3]}
@@ -127,3 +134,30 @@ def test_a_table_of_answers():
     assert row["difference"].estimate == -0.125
     # Seven of eight pairs are equal: unpaired, the interval would be far wider.
     assert -0.5 <= row["difference"].low < row["difference"].high == 0
+
+
+def test_a_report_shows_answers_beside_dense():
+    shared = {"benchmark": "quality", "measure": "answers", "suite": "json_kv"}
+    shared |= {"setup": {"dtype": "auto"}, "cell": "json_kv:2000:0.1", "length": 2000}
+    shared |= {"share": 0.1, "tasks": 2, "budget": "given", "kv_read": 1.0}
+    found = [
+        shared | {"name": name, "settings": {"name": name}, "scores": scores}
+        for name, scores in (("dense", [1.0, 1.0]), ("sparse", [1.0, 0.0]))
+    ]
+    assert "| sparse | given | 100.0% | 0.500 | -0.500 (" in report.report(found)
+
+
+@pytest.mark.parametrize("text", [None, "{", "{}"])
+def test_a_report_of_nothing_is_refused(text, tmp_path, capsys):
+    path = tmp_path / "out.jsonl"
+    if text is not None:
+        path.write_text(text)
+    assert main(["--report", str(path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --report {path}: ")
+
+
+def test_settings_of_a_file_are_refused_by_name(tmp_path):
+    path = tmp_path / "configs.json"
+    path.write_text('{"mine": {"scop": "kv_head"}}')
+    with pytest.raises(ValueError, match=r"configs.json: 'mine': tidal.scop = "):
+        read_file(path)
