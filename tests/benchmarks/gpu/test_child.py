@@ -86,3 +86,11 @@ def test_records_are_whole_after_a_kill(tmp_path):
     assert ended.timed_out
     found = records.read(out)
     assert found and all(len(record["long"]) == 300_000 for record in found)
+
+
+def test_a_record_takes_the_place_of_an_unfinished_one(tmp_path):
+    out = tmp_path / "out.jsonl"
+    out.write_text('{"a": 1}\n{"b": ')
+    assert records.read(out) == [{"a": 1}]
+    records.append(out, {"c": 2})
+    assert records.read(out) == [{"a": 1}, {"c": 2}]
