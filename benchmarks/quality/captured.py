@@ -12,6 +12,7 @@ positions and texts; DENSE layers and SELECT layers that attend to everything ca
 1), the same of those layers alone that attend to a choice, and the KV that is read, as
 a share of dense: counted in tokens, what scoring reads included, and once per KV head
 where its query heads keep different ones. Nothing is timed.
+`--device cuda` has not yet run.
 
 Exits with 1 if anything of blocks of 4 tokens captures more, in any head, layer and
 position, than as many blocks that each head and layer chose for itself.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,9 @@ def in_cell(
         for read in shares:
             made[f"equal bytes {read:.3f}"] = reads.budget_for(settings, read, context)
         for how, found_settings in made.items():
+            if found_settings is None:
+                said = f"{name}, {how}: left out, no budget of {context} tokens fits"
+                print(said, file=sys.stderr)
             key = json.dumps(found_settings, sort_keys=True)
             if found_settings is not None and (name, key) not in seen:
                 seen.add((name, key))

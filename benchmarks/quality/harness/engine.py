@@ -13,6 +13,7 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from benchmarks.quality.harness.compare import FORCED, Comparing, Pass
+from tidal_vllm.calibrate.engine import engine_kwargs
 from tidal_vllm.calibrate.trial import SETTINGS
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.names import NAME
@@ -64,23 +65,13 @@ class Engine:
 
     def __init__(self, model: str, settings: dict[str, Any], **more: Any) -> None:
         self.settings: dict[str, Any] = settings
-        package = "tidal_vllm.calibrate"
-        self.llm = LLM(
-            **{
-                "model": model,
-                "attention_backend": NAME,
-                "additional_config": {"tidal": settings},
-                "enforce_eager": True,
-                "enable_prefix_caching": True,
-                "async_scheduling": False,
-                "use_tqdm_on_load": False,
-                "scheduler_cls": f"{package}.trial.TrialScheduler",
-                "worker_extension_cls": f"{package}.worker.CalibrationWorker",
-                "logits_processors": [Comparing],
-                "seed": 0,
-            }
-            | more
-        )
+        ours = {
+            # Answers end at the model's end of text, which its tokenizer knows.
+            "skip_tokenizer_init": False,
+            "logits_processors": [Comparing],
+            "seed": 0,
+        }
+        self.llm = LLM(**engine_kwargs(model, settings, **ours | more))
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()

@@ -171,7 +171,8 @@ def compared(found: Pass) -> dict[str, Any]:
     kl, agreed, nll = (part[:, 1:].cpu() for part in seen)
     if not (kl.isfinite().all() and nll.isfinite().all()):
         raise RuntimeError("some steps of the pass went unseen")
-    split = (part.tensor_split(QUARTERS, dim=1) for part in (kl, agreed))
+    count = min(QUARTERS, kl.shape[1])
+    split = (part.tensor_split(count, dim=1) for part in (kl, agreed))
     return {
         "tokens": kl.shape[1],
         "kl": _rounded(kl.sum(1), 6),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.quality.harness.report import (
     EQUAL_BUDGET,
     EQUAL_BYTES,
+    Line,
     cell_table,
     cells_of,
     overview,
@@ -19,9 +21,10 @@ MAIN, ABLATION = "4096:0.1:32x256", "4096:0.1:32x128"
 
 def tables(records: Sequence[dict]) -> dict[str, str]:
     """Every table of the page by its marker."""
-    cells = cells_of(records)
-    gpu = {cell: lines for (dtype, cell), lines in cells.items() if dtype == "float16"}
-    cpu = {cell: lines for (dtype, cell), lines in cells.items() if dtype == "float32"}
+    by_dtype: dict[str, dict[str, list[Line]]] = {"float16": {}, "float32": {}}
+    for (setup, cell), lines in cells_of(records).items():
+        by_dtype[json.loads(setup)["dtype"]][cell] = lines
+    gpu, cpu = by_dtype.values()
     many = {cell: gpu[cell] for cell in sorted(gpu, key=_order) if "8x128" in cell}
     return {
         "main": cell_table(gpu[MAIN]),

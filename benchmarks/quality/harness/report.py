@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -47,13 +48,15 @@ class Line:
 
 
 def cells_of(records: Sequence[dict]) -> dict[tuple[str, str], list[Line]]:
-    """The lines of each cell, by (dtype of the run, cell), in the records' order."""
-    found: dict[tuple[str, str], dict[tuple[str, str], Line]] = {}
+    """The lines of each cell, by (setup as JSON, cell), in the records' order."""
+    found: dict[tuple[str, str], dict[tuple[str, str, str], Line]] = {}
     rows = [r for r in records if r.get("measure") in ("forced", "greedy")]
     for record in sorted(rows, key=lambda r: r["first"]):
-        cell = found.setdefault((record["setup"]["dtype"], record["cell"]), {})
+        setup = json.dumps(record["setup"], sort_keys=True)
+        cell = found.setdefault((setup, record["cell"]), {})
         of = {k: record[k] for k in ("name", "budget", "settings", "kv_read")}
-        line = cell.setdefault((record["name"], record["budget"]), Line(**of))
+        key = record["name"], record["budget"], json.dumps(record["settings"])
+        line = cell.setdefault(key, Line(**of))
         if record["measure"] == "greedy":
             line.equal += record["equal"]
             continue
@@ -143,9 +146,9 @@ def answers_table(records: Sequence[dict]) -> str:
 def report(records: Sequence[dict]) -> str:
     """All cells, and the answers, as Markdown."""
     parts = [
-        f"{cell}, {dtype}, {max(line.tokens for line in lines)} forced tokens\n\n"
+        f"{cell}, {setup}, {max(line.tokens for line in lines)} forced tokens\n\n"
         f"{cell_table(lines)}\n"
-        for (dtype, cell), lines in cells_of(records).items()
+        for (setup, cell), lines in cells_of(records).items()
     ]
     answers = answers_table(records)
     return "\n".join([*parts, *([f"Answers\n\n{answers}\n"] if answers else [])])

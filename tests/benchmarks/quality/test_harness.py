@@ -161,3 +161,18 @@ def test_settings_of_a_file_are_refused_by_name(tmp_path):
     path.write_text('{"mine": {"scop": "kv_head"}}')
     with pytest.raises(ValueError, match=r"configs.json: 'mine': tidal.scop = "):
         read_file(path)
+
+
+def test_a_report_keeps_models_and_settings_apart():
+    shared = {"benchmark": "quality", "measure": "forced", "cell": "64:0.5:1x2"}
+    shared |= {"first": 0, "tokens": 2, "kl": [0.2], "agreed": [2], "nll": [1.0]}
+    shared |= {"budget": "given", "kv_read": 1.0, "name": "mine"}
+    found = [
+        shared | {"setup": {"model": model}, "settings": {"sink_tokens": sinks}}
+        for model, sinks in (("a", 1), ("a", 2), ("b", 1))
+    ]
+    cells = report.cells_of(found)
+    assert [[line.kl for line in lines] for lines in cells.values()] == [
+        [[0.1], [0.1]],
+        [[0.1]],
+    ]
