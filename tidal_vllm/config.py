@@ -50,6 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "scope": "sequence",
         "sink_tokens": 4,
         "recent_fraction": 0.25,
+        "select_attends": "chosen",
     },
 } | {name: {"method": name} | entry.preset for name, entry in METHODS.items()}
 
@@ -93,8 +94,8 @@ class TidalConfig:
         dense_layers: 0-based layers that attend to everything and choose nothing.
             Null (default): from the profile; where ``select_layers`` is given, all
             layers before the first of those.
-        select_layers: 0-based layers that attend to everything and choose the blocks
-            that later SPARSE layers read. Null (default): from the profile. Empty:
+        select_layers: 0-based layers that read all keys and choose the blocks that
+            later SPARSE layers attend to. Null (default): from the profile. Empty:
             sparse decoding is off.
         profile: Where the layer roles come from: the name of a packaged or user
             profile, or a path to a .json file. Null (default): by the model's name.
@@ -107,10 +108,9 @@ class TidalConfig:
             SPARSE layer does; tokens that are newer than the selection are always kept.
             1 (default): the layer selects in every step.
         select_attends: What a SELECT layer attends to once it has selected:
-            "everything", or "chosen": the layer reads all keys to select, and then the
-            keys and values of the selected blocks. Null (default): "everything";
-            "chosen" with a method by which every layer chooses, which allows nothing
-            else.
+            "chosen" (default): the layer reads all keys to select, and then the keys
+            and values of the selected blocks; or "everything", which a method by which
+            every layer chooses does not allow.
         rank_choice: Who chooses a selection whose heads lie on several tensor parallel
             ranks: "agreed", the sum of their attention mass over all of them, so that
             the choice does not depend on the number of ranks, or "own", each rank by
@@ -138,7 +138,7 @@ class TidalConfig:
     profile: str | None = None
     min_sparse_len: int | None = None
     reselect_interval: int = 1
-    select_attends: str | None = None
+    select_attends: str = _FROM_PRESET
     rank_choice: str | None = None
     correction_interval: int | None = None
     publish_polluted: bool = False
@@ -245,14 +245,11 @@ class TidalConfig:
         object.__setattr__(self, name, value)
 
     def _check_select_attends(self) -> None:
-        everywhere = METHODS[self.method].every_layer
-        if self.select_attends is None:
-            self._set("select_attends", "chosen" if everywhere else "everything")
         check_choice("tidal.select_attends", self.select_attends, SELECT_ATTENDS)
-        if everywhere and self.select_attends != "chosen":
+        if METHODS[self.method].every_layer and self.select_attends != "chosen":
             allowed = (
                 f"with method {self.method!r} every layer chooses, and none would be "
-                "sparse: must be 'chosen', or null"
+                "sparse: must be 'chosen'"
             )
             raise TidalConfigError("tidal.select_attends", self.select_attends, allowed)
 

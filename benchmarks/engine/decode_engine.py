@@ -31,6 +31,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 
 from benchmarks.machine import describe_run  # noqa: E402
+from tidal_vllm.config import PRESETS  # noqa: E402
 from tidal_vllm.planted import (  # noqa: E402
     PlantedSpec,
     build_planted_model,
@@ -195,6 +196,7 @@ def _record(context, trials, memory, engine: Engine, spec: PlantedSpec, args) ->
         "setup": {
             "token_budget": args.token_budget,
             "select_block_size": engine.builder.rule.select_block_size,
+            "select_attends": PRESETS["default"]["select_attends"],
             "dense_layers": spec.dense_layers,
             "select_layers": spec.select_layers,
             "model": "planted",

@@ -44,12 +44,14 @@ SMOKE_CASES = ["2x96"]
 # Each fits into 80 GB: 16 GB of weights, and 128 KiB of KV cache per token.
 CASES = ["8x32768", "32x8192", "2x131072", "1x131072", "64x1024"]
 MARK = "RESULT "
+DEFAULTS = ("select_block_size", "select_attends")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run every case on every engine, print and keep the results."""
     from benchmarks import records
     from benchmarks.machine import describe_run
+    from tidal_vllm.config import PRESETS
 
     if args.smoke:
         args.cases, args.rounds = SMOKE_CASES, 1
@@ -80,6 +82,7 @@ def main(args: argparse.Namespace) -> int:
                 "batch": batch,
                 "context": context,
                 "token_budget": args.token_budget,
+                **{key: PRESETS["default"][key] for key in DEFAULTS},
                 "dense_backend": args.baseline,
                 "exactness": exact,
                 "quick_start": args.quick_start,

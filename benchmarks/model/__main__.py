@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.model import design, machine_code, page
 from benchmarks.model.hardware import GPUS, SHAPES, Gpu
 from benchmarks.model.step import Step, decode_step
-from tidal_vllm.config import SCOPES, SELECT_ATTENDS, TidalConfig
+from tidal_vllm.config import PRESETS, SCOPES, SELECT_ATTENDS, TidalConfig
 from tidal_vllm.plan.rule import may_differ_in_group
 from tidal_vllm.validators import TidalConfigError
 
@@ -55,7 +55,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default="sequence",
     )
     parser.add_argument(
-        "--select-attends", choices=SELECT_ATTENDS, default="everything"
+        "--select-attends",
+        choices=SELECT_ATTENDS,
+        default=PRESETS["default"]["select_attends"],
     )
     parser.add_argument("--reselect-interval", type=_positive, default=1)
     parser.add_argument("--fp8", action="store_true", help="KV cache in e4m3")

@@ -12,7 +12,6 @@ from benchmarks.model.design import AUDITED, TRITON_AUDITED
 from benchmarks.model.hardware import ASSUMED_H100 as H100
 from benchmarks.model.step import decode_step
 from benchmarks.model.targets import SHAPE, K, case, even
-from tidal_vllm.config import TidalConfig
 
 FA_SHARES = (0.75, 0.85, 0.95)  # of copy, which nobody had measured
 
@@ -78,11 +77,11 @@ def compare() -> list[Compared]:
             us = targets.select(design, rows, tokens, gpu=H100).us
             add(f"select, {name}, {case(rows, tokens)}, us", low, us, high)
     for fa_share, speedup in zip(FA_SHARES, (5.4, 5.0, 4.6), strict=True):
-        config = TidalConfig(token_budget=3264, select_block_size=16)
+        config = targets.to_everything(3264)
         step = decode_step(H100, AUDITED, SHAPE, even(64, 32 * K), config, fa_share)
         name = f"stack, 64 x 32K, FlashAttention's share {fa_share}, speed-up"
         add(name, speedup, step.speedup)
-    config = TidalConfig(token_budget=4096, select_block_size=16)
+    config = targets.to_everything(4096)
     step = decode_step(H100, AUDITED, SHAPE, even(1, 128 * K), config, 0.85)
     add("stack, 1 x 128K, FlashAttention's share 0.85, speed-up", 4.5, step.speedup, 5)
     for rows, budget in ((64, 4096), (16, 13104)):

@@ -221,13 +221,22 @@ def _fp8(cuda: Design) -> list[Verdict]:
     return found
 
 
+def to_everything(token_budget: int, select_block_size: int = 16) -> TidalConfig:
+    """Settings whose SELECT layers attend to everything, as the targets were set."""
+    return TidalConfig(
+        token_budget=token_budget,
+        select_block_size=select_block_size,
+        select_attends="everything",
+    )
+
+
 def _stack(cuda: Design) -> list[Verdict]:
     found = []
     for rows, tokens, budget, wanted in (
         (64, 32 * K, 3264, 5.0),
         (1, 128 * K, 4096, 2.5),
     ):
-        config = TidalConfig(token_budget=budget, select_block_size=16)
+        config = to_everything(budget)
         share = FA_SHARES[rows, tokens]
         step = decode_step(H100, cuda, SHAPE, even(rows, tokens), config, share)
         found.append(
@@ -253,7 +262,7 @@ def in_short(cuda: Design, gpu: Gpu) -> tuple[float, float, float, float, float]
     chosen = select_blocks(gpu, cuda, SHAPE, even(16, 64 * K), 16)
     speedups = []
     for rows, tokens, budget in ((64, 32 * K, 3264), (1, 128 * K, 4096)):
-        config = TidalConfig(token_budget=budget, select_block_size=16)
+        config = to_everything(budget)
         share = FA_SHARES[rows, tokens]
         step = decode_step(gpu, cuda, SHAPE, even(rows, tokens), config, share)
         speedups.append(step.speedup)
@@ -281,7 +290,7 @@ def sparse_by_block(
     """Per selection block: sparse in us, its share of read, the stack's speed-up."""
     found = []
     for block in (16, 4, 2, 1):
-        config = TidalConfig(token_budget=budget, select_block_size=block)
+        config = to_everything(budget, block)
         kept = SelectionRule.from_config(config).kept_tokens(tokens)
         op = sparse(design, rows, kept, block)
         step = decode_step(H100, design, SHAPE, even(rows, tokens), config, fa_share)

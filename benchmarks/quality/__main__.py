@@ -30,7 +30,9 @@ from benchmarks.quality.harness.configurations import (
     read_file,
 )
 from benchmarks.quality.harness.questions import questions
-from benchmarks.quality.harness.texts import cuts, read, tokens_of
+from benchmarks.quality.harness.texts import cuts, fingerprint_of, read, tokens_of
+
+DTYPES = ("auto", "bfloat16", "float", "float16", "float32", "half")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
             from benchmarks.quality.harness.report import cells_of, draw, report
 
             found = _records_of(args.report)
-            print(report(found))
+            print(report(found, args.against))
             if args.write_page:
                 PAGE.write_text(written(PAGE.read_text(), tables(found)))
             if args.picture:
@@ -74,12 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--text", type=Path, help="a text file; default: Python's documentation")
     add("--group", type=int, default=8, help="sequences that decode together")
     add("--greedy", type=int, default=0, help="tokens of a free continuation, too")
-    add("--dtype", default="auto", help="as vLLM's")
+    add("--dtype", choices=DTYPES, default="auto", help="as vLLM's")
     add("--max-num-batched-tokens", type=int, default=8192)
     add("--kv-cache-gib", type=float, help="default: what the sequences need")
     add("--gpu-memory-utilization", type=float, default=0.9, help="as vLLM's")
     add("--out", type=Path, help="append JSON lines here; what it holds is kept")
     add("--report", type=Path, metavar="FILE", help="print tables of a file and end")
+    add("--against", metavar="NAME", help="with --report: KL less this one's")
     add("--picture", type=Path, help="with --report: draw its first cell")
     add("--write-page", action="store_true", help="with --report: docs/quality.md")
     return parser
@@ -111,14 +114,11 @@ def run_record(setup: dict) -> dict:
 def _measure(args: argparse.Namespace) -> int:
     if not args.model or not args.out:
         raise ValueError("MODEL and --out are needed to measure, --report to read")
-    if not 0 < args.share < 1:
-        raise ValueError(f"--share {args.share}: must be between 0 and 1")
+    _check_ranges(args)
     default = [] if args.suites else ["4096:0.1:32x256"]
     cells = [parse_cell(text) for text in args.cells or default]
     if args.out.is_dir() or not args.out.absolute().parent.is_dir():
         raise ValueError(f"--out {args.out}: must be a file in a folder that exists")
-    if args.group < 1:
-        raise ValueError(f"--group {args.group}: must be 1 or more")
     longest, tokenizer = _load(args.model)
     for cell in cells:
         if cell.context + args.greedy >= longest:
@@ -157,6 +157,7 @@ def _measure(args: argparse.Namespace) -> int:
             more["kv_cache_memory_bytes"] = int(args.kv_cache_gib * 2**30)
         setup = {
             "model": Path(args.model).name,
+            "model_sha256": fingerprint_of(args.model),
             "dtype": args.dtype,
             "text": fingerprint,
             "group": args.group,
@@ -183,6 +184,28 @@ def _measure(args: argparse.Namespace) -> int:
         Forced(args.out, setup, args.group, start, args.greedy).run(text_work)
         Answers(args.out, setup, args.share, start).run(work)
     return 0
+
+
+def _check_ranges(args: argparse.Namespace) -> None:
+    """Refuse numbers before an engine starts.
+
+    Raises:
+        ValueError: Names the option, the value and what is allowed.
+    """
+    for name, allowed, fits in (
+        ("share", "above 0 and below 1", lambda x: 0 < x < 1),
+        ("reads", "above 0, at most 1", lambda x: 0 < x <= 1),
+        ("group", "1 or more", lambda x: x >= 1),
+        ("greedy", "0 or more", lambda x: x >= 0),
+        ("max_num_batched_tokens", "1 or more", lambda x: x >= 1),
+        ("kv_cache_gib", "above 0", lambda x: x > 0),
+        ("gpu_memory_utilization", "above 0, at most 1", lambda x: 0 < x <= 1),
+    ):
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and not fits(value):
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} {value}: must be {allowed}")
 
 
 def _load(model: str) -> tuple[int, Any]:

@@ -145,9 +145,9 @@ def test_a_longer_context_takes_longer(kernels):
     [
         {},
         {"token_budget": 3264, "select_block_size": 4},
-        {"select_attends": "chosen"},
+        {"select_attends": "everything"},
         {"reselect_interval": 4},
-        {"select_attends": "chosen", "reselect_interval": 4},
+        {"select_attends": "everything", "reselect_interval": 4},
     ],
     ids=lambda settings: " ".join(map(str, settings.values())) or "default",
 )
@@ -231,7 +231,7 @@ def test_what_the_command_says_is_marked_as_a_models(tmp_path, capsys):
     assert record["source"] == "model, not measured"
     assert record["step_us"] < record["dense_us"]
     assert {op["op"] for op in record["ops"]} == {
-        *("FlashAttention", "dense_decode", "select_blocks", "sparse_decode")
+        *("FlashAttention", "score_blocks", "select_blocks", "sparse_decode")
     }
 
 

@@ -62,15 +62,16 @@ def test_a_second_run_measures_what_is_missing(measure, planted):
     spec, folder = planted(hops=1, num_layers=7)
     command = ["--cells", "200:0.3:3x4", "--group", "2", "--greedy", "4"]
     command += ["--suites", "planted", "--lengths", "300", "--tasks", "2"]
-    command += ["--only", "planted", "quest"]
+    command += ["--only", "planted", "again", "quest", "--share", "0.3"]
+    named = {"planted": roles(spec), "again": roles(spec)}
 
     def run():
-        found = measure(folder, {"planted": roles(spec)}, *command, "--share", "0.3")
+        found = measure(folder, named, *command)
         return [json.dumps(r | {"seconds": 0}, sort_keys=True) for r in found]
 
     whole = run()
-    # Three configurations: forced and greedy of two groups each, and the answers.
-    assert len(whole) == 15
+    # Four configurations: forced and greedy of two groups each, and the answers.
+    assert len(whole) == 20
     assert run() == whole
     lines = measure.out.read_text().splitlines(keepends=True)
     gone = [
@@ -93,10 +94,8 @@ def test_less_divergence_than_the_peers(measure, tmp_path, monkeypatch):
         if "pip cannot fetch" in str(error):
             pytest.skip(str(error))
         raise
-    ours = {"select_block_size": 4, "dense_layers": [0, 1]}
-    ours["select_layers"] = [2, 8, 14, 20]
     command = ["--cells", "1024:0.1:4x24", "--equal-to", "default"]
-    found = measure(folder, {"default": ours}, *command, "--only", "default", *PEERS)
+    found = measure(folder, {}, *command, "--only", "default", *PEERS)
     kl, read = {}, {}
     for record in found:
         name, how = record["name"], record["budget"].split(" 0")[0]

@@ -25,12 +25,13 @@ def layers(calls):
 
 
 def check_sparse_step(step, scope, select_block_size, keep_all_len=BUDGET):
-    """One decode step by the book; returns the tokens its SPARSE layers read."""
+    """One decode step by the book; returns what layers read of their choice."""
     lens = step.decode_lens
-    dense, sparse = step.of("dense_decode"), step.of("sparse_decode")
-    assert layers(dense) == sorted(DENSE_LAYERS + SELECT_LAYERS)
-    assert layers(sparse) == SPARSE_LAYERS
-    for call in dense:
+    dense, scored = step.of("dense_decode"), step.of("score_blocks")
+    sparse = step.of("sparse_decode")
+    assert (layers(dense), layers(scored)) == (DENSE_LAYERS, SELECT_LAYERS)
+    assert layers(sparse) == sorted(SELECT_LAYERS + SPARSE_LAYERS)
+    for call in dense + scored:
         assert call.tokens == [[n] for n in lens]
         assert call.selects == (call.layer in SELECT_LAYERS)
     for call in sparse:
@@ -49,9 +50,7 @@ def check_sparse_step(step, scope, select_block_size, keep_all_len=BUDGET):
     ("scope", "select_block_size"),
     [("sequence", 16), ("kv_head", 4), ("query_head", 1)],
 )
-def test_sparse_layers_read_the_budget_and_others_everything(
-    llm, scope, select_block_size
-):
+def test_layers_read_by_their_roles(llm, scope, select_block_size):
     settings = {
         "token_budget": BUDGET,
         "scope": scope,

@@ -90,13 +90,14 @@ BAD_SETTINGS = [
     bad("reselect-float", "reselect_interval", 4.0, STEPS, "not a float"),
     bad("reselect-bool", "reselect_interval", True, STEPS, "not a bool"),
     bad("attends-unknown", "select_attends", "all", "one of", *SELECT_ATTENDS),
+    bad("attends-null", "select_attends", None, "one of", *SELECT_ATTENDS),
     bad("attends-number", "select_attends", 1, "one of", *SELECT_ATTENDS),
     bad(
         "attends-everything-where-all-choose",
         "select_attends",
         "everything",
         "with method 'quest' every layer chooses",
-        "must be 'chosen', or null",
+        "must be 'chosen'",
         method="quest",
     ),
     bad("rank-choice-unknown", "rank_choice", "all", "one of", *RANK_CHOICES),
@@ -207,7 +208,7 @@ def test_defaults(additional_config):
         "profile": None,
         "min_sparse_len": None,
         "reselect_interval": 1,
-        "select_attends": "everything",
+        "select_attends": "chosen",
         "rank_choice": "agreed",
         "correction_interval": None,
         "publish_polluted": False,
@@ -215,13 +216,6 @@ def test_defaults(additional_config):
     }
     assert config == TidalConfig()
     hash(config)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_select_layer_attends_to_what_it_chose_where_all_layers_choose(method):
-    attends = "chosen" if METHODS[method].every_layer else "everything"
-    assert read({"method": method}).select_attends == attends
-    assert read({"method": method, "select_attends": None}).select_attends == attends
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -242,12 +236,14 @@ def test_tidaldecode_forces_only_the_current_token():
     config = read({"preset": "tidaldecode"})
     assert (config.scope, config.select_block_size) == ("query_head", 1)
     assert (config.sink_tokens, config.recent_tokens) == (0, 1)
+    assert config.select_attends == "everything"
 
 
 def test_lessismore_has_one_set_of_tokens_four_sinks_and_a_quarter_recent():
     config = read({"preset": "lessismore"})
     assert (config.scope, config.select_block_size) == ("sequence", 1)
     assert (config.sink_tokens, config.recent_tokens) == (4, 1024)
+    assert config.select_attends == "everything"
 
 
 @pytest.mark.parametrize("preset", PRESETS)

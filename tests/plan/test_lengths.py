@@ -66,12 +66,12 @@ def test_a_reason_to_be_off_that_was_there_before_stays():
 @pytest.mark.parametrize(
     ("max_model_len", "shown"),
     [
-        (5000, "91.0% of dense at 5000 tokens"),
+        (5000, "96.3% of dense at 5000 tokens"),
         (8192, "75.0% of dense at 8K"),
-        (32768, "56.2% of dense at 32K"),
-        (40960, "56.2% of dense at 32K, 55.0% at 40K"),
-        (131072, "56.2% of dense at 32K, 51.6% at 128K"),
-        (1 << 20, "56.2% of dense at 32K, 51.6% at 128K, 50.2% at 1024K"),
+        (32768, "50.0% of dense at 32K"),
+        (40960, "50.0% of dense at 32K, 48.3% at 40K"),
+        (131072, "50.0% of dense at 32K, 43.8% at 128K"),
+        (1 << 20, "50.0% of dense at 32K, 43.8% at 128K, 41.9% at 1024K"),
     ],
 )
 def test_shows_what_is_read_at_lengths_that_can_occur(max_model_len, shown):

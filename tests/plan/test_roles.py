@@ -55,17 +55,28 @@ def test_roles(settings, profile, roles, source):
     assert sum(made.count(role) for role in Role) == made.num_layers == 8
 
 
-def test_an_unknown_model_chooses_again_in_every_sixth_layer():
-    made = plan(15)
-    assert (made.layers(D), made.layers(S)) == ((0, 1), (2, 8, 14))
-    assert made.count(P) == 10 and "safest roles" in made.source
+@pytest.mark.parametrize(
+    ("num_layers", "select"),
+    [
+        (4, (2,)),
+        (13, (2,)),
+        (14, (2, 8)),
+        (30, (2, 8, 14, 20)),
+        (32, (2, 8, 14, 20, 26)),
+    ],
+)
+def test_an_unknown_model_chooses_again_in_every_sixth_layer(num_layers, select):
+    """But not near the end, where few layers follow it."""
+    made = plan(num_layers)
+    assert (made.layers(D), made.layers(S)) == ((0, 1), select)
+    assert "safest roles" in made.source
 
 
 def test_unknown_model_is_warned_about_guessing_a_layer():
     warning = plan().warning
     for words in ("dense_layers", "select_layers", "40 %", "100 %", "12", "13"):
         assert words in warning
-    assert "the third and every 6th after it SELECT" in warning
+    assert "the third and every 6th after it SELECT, but for the last 5" in warning
     assert plan(dense_layers=[0, 1]).warning == warning
     assert plan(select_layers=[2]).warning is None
     assert plan(profile=make_profile()).warning is None

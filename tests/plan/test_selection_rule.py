@@ -118,12 +118,12 @@ PUBLISHED = LayerPlan((D, D, S) + (P,) * 10 + (S,) + (P,) * 18, "test")
 @pytest.mark.parametrize(
     ("settings", "tokens"),
     [
-        ({}, 4 * N + 28 * K),
-        ({"reselect_interval": 4}, 2 * N + 2 * (N + 3 * K) / 4 + 28 * K),
-        ({"select_attends": "chosen"}, 2 * N + 2 * (N / 2 + K) + 28 * K),
+        ({}, 2 * N + 2 * (N / 2 + K) + 28 * K),
+        ({"reselect_interval": 4}, 2 * N + 2 * (N / 8 + K) + 28 * K),
+        ({"select_attends": "everything"}, 4 * N + 28 * K),
         (
-            {"reselect_interval": 4, "select_attends": "chosen"},
-            2 * N + 2 * (N / 8 + K) + 28 * K,
+            {"reselect_interval": 4, "select_attends": "everything"},
+            2 * N + 2 * (N + 3 * K) / 4 + 28 * K,
         ),
     ],
 )

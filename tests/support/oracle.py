@@ -42,7 +42,7 @@ class Oracle:
         sink_tokens: int = 4,
         recent_fraction: float = 0.25,
         reselect_interval: int = 1,
-        select_attends: str = "everything",
+        select_attends: str = "chosen",
         method: str = "tidaldecode",
     ) -> None:
         AttentionInterface.register(NAME, self._attend)

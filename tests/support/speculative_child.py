@@ -23,6 +23,7 @@ SETTINGS = {
     "select_layers": [1],
     "token_budget": 64,
     "select_block_size": 8,
+    "select_attends": "everything",
 }
 # Few words, so that drafts are found, and prompts that repeat themselves; they arrive
 # in chunks beside decodes. The first two stay short for a while.

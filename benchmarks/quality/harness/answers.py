@@ -19,7 +19,7 @@ from benchmarks.quality.harness.questions import Questions
 from benchmarks.quality.harness.scores import ANSWERS, DENSE_NAME
 
 Job = tuple[Questions, Configuration]
-Key = tuple[str, int, str]
+Key = tuple[str, int, str, str]
 
 
 class Answers:
@@ -41,7 +41,7 @@ class Answers:
     ) -> None:
         self.out, self.setup, self.share, self.start = out, setup, share, start
         self.done: set[Key] = {
-            (record["cell"], record["tasks"], _text(record["settings"]))
+            _key(record["cell"], record["tasks"], record["name"], record["settings"])
             for record in records.read(out)
             if record.get("measure") == ANSWERS and record["setup"] == setup
         }
@@ -68,9 +68,7 @@ class Answers:
             bar = tqdm(jobs, desc="Asking", file=sys.stderr, dynamic_ncols=True)
             for questions, made in bar:
                 bar.set_postfix_str(f"{questions.suite} {made.name}")
-                # The same settings may stand under two names.
-                if self._key(questions, made) not in self.done:
-                    self._ask(engine, questions, made)
+                self._ask(engine, questions, made)
         finally:
             engine.close()
 
@@ -103,8 +101,9 @@ class Answers:
         return f"{questions.suite}:{questions.length}:{self.share:g}"
 
     def _key(self, questions: Questions, made: Configuration) -> Key:
-        return self._cell(questions), questions.tasks, _text(made.settings)
+        cell = self._cell(questions)
+        return _key(cell, questions.tasks, made.name, made.settings)
 
 
-def _text(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
+def _key(cell: str, tasks: int, name: str, settings: dict[str, Any]) -> Key:
+    return cell, tasks, name, json.dumps(settings, sort_keys=True)

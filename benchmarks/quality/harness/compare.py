@@ -69,7 +69,7 @@ class Pass:
             self.kept[where] = said
             self.kl[where], self.agreed[where] = 0.0, 1.0
             return
-        wanted = self.reference[where]
+        wanted = self.reference[sequences, steps].to(device)
         self.kl[where] = divergence(wanted, said)
         same = wanted.argmax(-1) == said.argmax(-1)
         self.agreed[where] = same.float()

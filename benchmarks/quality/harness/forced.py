@@ -22,7 +22,8 @@ from tidal_vllm.demo.engines import equal_tokens
 
 QUARTERS = 4
 FORCED, GREEDY = "forced", "greedy"
-Key = tuple[str, str, str, int]
+Key = tuple[str, str, str, str, int, int]
+Job = tuple[Cell, list[Configuration], list[Cut], int]
 
 
 class Forced:
@@ -47,10 +48,11 @@ class Forced:
     ) -> None:
         self.out, self.setup, self.group, self.start = out, setup, group, start
         self.greedy = greedy
+        self.later: set[tuple[str, int]] = set()
         self.references: dict[tuple[str, int], torch.Tensor] = {}
         self.continued: dict[tuple[str, int], list[list[int]]] = {}
         self.done: set[Key] = {
-            _key(record["measure"], *(record[k] for k in ("cell", "settings", "first")))
+            _key(record)
             for record in records.read(out)
             if record.get("measure") in (FORCED, GREEDY) and record["setup"] == setup
         }
@@ -67,20 +69,23 @@ class Forced:
                 engines.setdefault(engine_of(made.settings), made.settings)
         # The shared engine first: it makes the references of all. Started sparsely, so
         # that the prefix cache never hands out what sparse layers wrote.
-        for name in sorted({"", *engines}):
-            jobs = []
+        jobs: dict[str, list[Job]] = {name: [] for name in sorted({"", *engines})}
+        for name, mine in jobs.items():
             for cell, found, texts in work:
-                mine = [c for c in found if engine_of(c.settings) == name]
-                asked = mine if name else found
-                jobs += [(cell, mine, texts, i) for i in self._groups(cell, asked)]
-            if jobs:
-                self._one_engine(engines.get(name, DENSE), jobs)
+                own = [c for c in found if engine_of(c.settings) == name]
+                asked = own if name else found
+                mine += [(cell, own, texts, i) for i in self._groups(cell, asked)]
+        self.later = {
+            (cell.name, first)
+            for name, mine in jobs.items()
+            for cell, _, _, first in mine
+            if name
+        }
+        for name, mine in jobs.items():
+            if mine:
+                self._one_engine(engines.get(name, DENSE), mine)
 
-    def _one_engine(
-        self,
-        settings: dict[str, Any],
-        jobs: Sequence[tuple[Cell, list[Configuration], list[Cut], int]],
-    ) -> None:
+    def _one_engine(self, settings: dict[str, Any], jobs: Sequence[Job]) -> None:
         engine = self.start(settings)
         try:
             bar = tqdm(jobs, desc="Forcing", file=sys.stderr, dynamic_ncols=True)
@@ -100,8 +105,15 @@ class Forced:
         self, cell: Cell, made: Configuration, first: int, measure: str | None = None
     ) -> bool:
         measures = [measure] if measure else [FORCED] + [GREEDY] * bool(self.greedy)
+        place = {
+            "cell": cell.name,
+            "name": made.name,
+            "settings": made.settings,
+            "first": first,
+        }
+        asked = {FORCED: {}, GREEDY: {"of": self.greedy}}
         return any(
-            _key(measure, cell.name, made.settings, first) not in self.done
+            _key(place | {"measure": measure} | asked[measure]) not in self.done
             for measure in measures
         )
 
@@ -123,7 +135,9 @@ class Forced:
             dense = engine.force(prompts, tokens, None)
             reference = dense.kept
             assert reference is not None
-            self.references[cell.name, first] = reference
+            if (cell.name, first) in self.later:
+                # Not on the device, where those of many groups would not fit.
+                self.references[cell.name, first] = reference.cpu()
             if self.greedy:
                 answers = engine.answer(prompts, [self.greedy] * len(prompts), False)
                 self.continued[cell.name, first] = answers
@@ -156,8 +170,9 @@ class Forced:
     def _keep(self, measure: str, place: dict, found: dict, begun: float) -> None:
         kind = {"benchmark": "quality", "measure": measure}
         seconds = round(time.monotonic() - begun, 2)
-        records.append(self.out, kind | place | found | {"seconds": seconds})
-        self.done.add(_key(measure, *(place[k] for k in ("cell", "settings", "first"))))
+        record = kind | place | found | {"seconds": seconds}
+        records.append(self.out, record)
+        self.done.add(_key(record))
 
 
 def compared(found: Pass) -> dict[str, Any]:
@@ -186,8 +201,11 @@ def compared(found: Pass) -> dict[str, Any]:
     }
 
 
-def _key(measure: str, cell: str, settings: dict[str, Any], first: int) -> Key:
-    return measure, cell, json.dumps(settings, sort_keys=True), first
+def _key(record: dict[str, Any]) -> Key:
+    """What was measured: settings may stand under names, continuations in lengths."""
+    settings = json.dumps(record["settings"], sort_keys=True)
+    named = record["measure"], record["cell"], record["name"]
+    return *named, settings, record["first"], record.get("of", 0)
 
 
 def _rounded(values: torch.Tensor, digits: int) -> list[float]:

@@ -31,7 +31,7 @@ def tables(records: Sequence[dict]) -> dict[str, str]:
         "ablation": cell_table(gpu[ABLATION]),
         "budgets": overview(many, EQUAL_BUDGET),
         "bytes": overview(many, EQUAL_BYTES),
-    } | {f"cpu_{cell}": cell_table(lines) for cell, lines in cpu.items()}
+    } | {f"cpu_{cell}": cell_table(lines, "default") for cell, lines in cpu.items()}
 
 
 def _order(cell: str) -> tuple[int, float]:

@@ -15,6 +15,7 @@ from benchmarks.quality.harness.scores import summary
 from benchmarks.quality.statistics import Interval, paired_bootstrap
 
 EQUAL_BUDGET, EQUAL_BYTES = "equal budget", "equal bytes"
+SAME_READS = 0.005  # of dense's: a budget has whole blocks
 
 
 @dataclass
@@ -40,6 +41,9 @@ class Line:
     @property
     def agreement(self) -> Interval:
         return paired_bootstrap(self.agreed, [0.0] * len(self.agreed), seed=0)
+
+    def kl_against(self, other: Line) -> Interval:
+        return paired_bootstrap(self.kl, other.kl, seed=0)
 
     def perplexity_against(self, dense: Line) -> Interval:
         """The perplexity's change as a share of dense's."""
@@ -68,8 +72,14 @@ def cells_of(records: Sequence[dict]) -> dict[tuple[str, str], list[Line]]:
     return {cell: [*lines.values()] for cell, lines in found.items()}
 
 
-def cell_table(lines: Sequence[Line]) -> str:
-    """Every configuration of a cell: what it reads, and how it differs from dense."""
+def cell_table(lines: Sequence[Line], against: str | None = None) -> str:
+    """Every configuration of a cell: what it reads, and how it differs from dense.
+
+    Args:
+        lines: The cell's.
+        against: A name: one more column has the KL less that configuration's, sequence
+            by sequence, at the same budget or else at the same bytes.
+    """
     dense = next(line for line in lines if line.name == "dense")
     head = ["", "budget", "tokens", "KV read", "KL, nats", "agreement", "perplexity"]
     free = any(line.equal for line in lines)
@@ -86,8 +96,23 @@ def cell_table(lines: Sequence[Line]) -> str:
             _shown(line.agreement, "{:.1%}"),
             _shown(line.perplexity_against(dense), "{:+.2%}"),
         ]
+        if against:
+            other = _counterpart(line, lines, against)
+            shown = "" if other is None else _shown(line.kl_against(other), "{:+.4f}")
+            row.append(shown)
         rows.append(row + [f"{median(line.equal):g}" if line.equal else ""] * free)
+    head += [f"KL less that of {against}"] * bool(against)
     return markdown(head + ["same greedy tokens"] * free, rows)
+
+
+def _counterpart(line: Line, lines: Sequence[Line], name: str) -> Line | None:
+    """The configuration of this name with a line's budget, or else with its reads."""
+    if line.name in (name, "dense"):
+        return None
+    theirs = [other for other in lines if other.name == name and other.kl]
+    same = [other for other in theirs if other.budget == line.budget]
+    same += [o for o in theirs if abs(o.kv_read - line.kv_read) < SAME_READS]
+    return same[0] if same else None
 
 
 def overview(cells: dict[str, list[Line]], budget: str) -> str:
@@ -123,7 +148,7 @@ def overview(cells: dict[str, list[Line]], budget: str) -> str:
 def _reads_like(line: Line, lines: Sequence[Line]) -> bool:
     """Whether a line at its budget reads what the others read at equal bytes."""
     others = [o.kv_read for o in lines if o.budget.startswith(EQUAL_BYTES)]
-    return any(abs(line.kv_read - read) < 0.002 for read in others)
+    return any(abs(line.kv_read - read) < SAME_READS for read in others)
 
 
 def answers_table(records: Sequence[dict]) -> str:
@@ -143,11 +168,11 @@ def answers_table(records: Sequence[dict]) -> str:
     return markdown(head, rows) if rows else ""
 
 
-def report(records: Sequence[dict]) -> str:
-    """All cells, and the answers, as Markdown."""
+def report(records: Sequence[dict], against: str | None = None) -> str:
+    """All cells, and the answers, as Markdown; `against` as of `cell_table`."""
     parts = [
         f"{cell}, {setup}, {max(line.tokens for line in lines)} forced tokens\n\n"
-        f"{cell_table(lines)}\n"
+        f"{cell_table(lines, against)}\n"
         for (setup, cell), lines in cells_of(records).items()
     ]
     answers = answers_table(records)

@@ -1,4 +1,4 @@
-"""Natural text that every Python carries, cut into prompts and their continuations."""
+"""Natural text that every Python carries, cut into prompts; what tells models apart."""
 
 from __future__ import annotations
 
@@ -61,3 +61,22 @@ def tokens_of(text: str, encode: Callable[[str], list[int]]) -> tuple[list[int],
     tokens = encode(text)
     told = hashlib.sha256(repr(tokens).encode()).hexdigest()[:16]
     return tokens, told
+
+
+def fingerprint_of(model: str) -> str:
+    """What tells a model's folder from another of the same name.
+
+    Returns:
+        A hash of its config.json and of the sizes of its weight files; empty for a
+        model that is named and not a folder.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return ""
+    weights = sorted(
+        (path.name, path.stat().st_size)
+        for pattern in ("*.safetensors", "*.bin")
+        for path in folder.glob(pattern)
+    )
+    config = (folder / "config.json").read_bytes()
+    return hashlib.sha256(config + repr(weights).encode()).hexdigest()[:16]

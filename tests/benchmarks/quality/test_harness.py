@@ -15,6 +15,7 @@ from benchmarks.quality.harness.configurations import (
     with_budget,
 )
 from benchmarks.quality.harness.scores import summary
+from benchmarks.quality.harness.texts import fingerprint_of
 
 ROLES = {"dense_layers": [0], "select_layers": [1, 3]}
 NAMED = {
@@ -161,6 +162,69 @@ def test_settings_of_a_file_are_refused_by_name(tmp_path):
     path.write_text('{"mine": {"scop": "kv_head"}}')
     with pytest.raises(ValueError, match=r"configs.json: 'mine': tidal.scop = "):
         read_file(path)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("share", "1.0", "above 0 and below 1"),
+        ("reads", "1.5", "above 0, at most 1"),
+        ("group", "0", "1 or more"),
+        ("greedy", "-1", "0 or more"),
+        ("max-num-batched-tokens", "0", "1 or more"),
+        ("kv-cache-gib", "0.0", "above 0"),
+        ("gpu-memory-utilization", "0.0", "above 0, at most 1"),
+    ],
+)
+def test_numbers_are_refused_before_a_model_is_read(
+    option, value, allowed, tmp_path, capsys
+):
+    out = ["--out", str(tmp_path / "out.jsonl")]
+    assert main(["a model", *out, f"--{option}", value]) == 2
+    said = capsys.readouterr().err
+    assert said == f"error: --{option} {value}: must be {allowed}\n"
+
+
+def test_models_of_one_name_are_told_apart(tmp_path):
+    """By their configuration, and by their weights' sizes."""
+
+    def made(name, config, weights):
+        folder = tmp_path / name / "model"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(config)
+        (folder / "model.safetensors").write_bytes(weights)
+        return fingerprint_of(str(folder))
+
+    first = made("a", "{}", b"1")
+    assert made("b", "{}", b"2") == first
+    assert made("c", '{"a": 1}', b"1") != first != made("d", "{}", b"12")
+    assert fingerprint_of("someone/model") == ""
+
+
+def test_a_report_compares_sequence_by_sequence():
+    """At the same budget, or else at the same bytes; not at others."""
+
+    def record(name, budget, read, kl):
+        shown = {"name": name, "budget": budget, "kv_read": read, "kl": kl}
+        same = {"settings": {"token_budget": int(1000 * read)}, "tokens": 1}
+        same |= {"benchmark": "quality", "measure": "forced", "cell": "64:0.5:2x1"}
+        return same | {"setup": {}, "first": 0, "agreed": [1, 1], "nll": [0, 0]} | shown
+
+    found = [
+        record("dense", "given", 1.0, [0.0, 0.0]),
+        record("ours", "equal budget", 0.3, [0.1, 0.5]),
+        record("peer", "equal budget", 0.2, [0.2, 0.6]),
+        record("peer", "equal bytes 0.303", 0.303, [0.0, 0.4]),
+        record("peer", "equal bytes 0.400", 0.4, [0.0, 0.4]),
+    ]
+    rows = report.report(found, "ours").splitlines()
+    shown = [row.split(" | ")[7].strip(" |") for row in rows if "%" in row]
+    assert shown == [
+        *("", ""),
+        "+0.1000 (+0.1000 to +0.1000)",
+        "-0.1000 (-0.1000 to -0.1000)",
+        "",
+    ]
 
 
 def test_a_report_keeps_models_and_settings_apart():
