@@ -37,7 +37,7 @@ KERNELS = ("auto", "cuda", "triton", "reference")
 # SmolLM2-135M, 4,096 tokens forced at 4K of context, a budget of 400 tokens, 36.9 % of
 # dense's KV read: the KL from dense decoding is 0.0514 nats with blocks of 16 tokens,
 # 0.0396 of 8, 0.0292 of 4, 0.0240 of 2, 0.0264 of 1 (cell 4096:0.1:32x128 of
-# benchmarks/results/quality_smollm2.jsonl). On an H100 a SELECT layer takes up to 1.05
+# benchmarks/results/quality.jsonl). On an H100 a SELECT layer takes up to 1.05
 # of FlashAttention 3's time with blocks of 16, 1.08 of 4, 1.11 of 2, 1.13 of 1.
 DEFAULT_BLOCK_SIZE = 4
 

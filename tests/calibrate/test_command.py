@@ -192,7 +192,7 @@ def test_other_families_with_the_user_s_prompts(family, capsys):
     assert "NOTE: dense attention itself answers 0 of 1" in shown.out
     assert 0 < measured["curve"][0]["captured_mass"] < 1
     shares = [p["kv_read_share"] for p in measured["curve"] if p["scope"] == "sequence"]
-    assert all(0.3 < share < 1 for share in shares)
+    assert all(0.25 < share < 1 for share in shares)
 
 
 @pytest.mark.extended

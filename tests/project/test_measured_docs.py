@@ -55,7 +55,7 @@ def test_the_gpus_tables_are_what_was_measured():
 def test_qualitys_tables_are_what_was_measured():
     marked = r"<!-- table: (\S+) -->\n(.*?)\n<!-- end of table -->"
     shown = dict(re.findall(marked, page("quality"), re.DOTALL))
-    assert shown == quality_page.tables(records("quality_smollm2"))
+    assert shown == quality_page.tables(records("quality"))
 
 
 def test_corrections_default_rests_on_measurements():

@@ -15,7 +15,7 @@ MIN_LAYERS = 4  # fewer leave nothing to gain: DENSE, DENSE, SELECT, then one SP
 # at 4K of context, a budget of 400 tokens: with SELECT layers 2, 8, 14 and 20 the KL
 # from dense decoding is 0.0243 nats and 27.9 % of dense's KV is read, with every 4th
 # from 2 on 0.0292 and 36.9 %. At a budget that reads 36.9 % too, the four have 0.0085
-# (cell 4096:0.1:32x128 of benchmarks/results/quality_smollm2.jsonl). A further one, 26
+# (cell 4096:0.1:32x128 of benchmarks/results/quality.jsonl). A further one, 26
 # of 30, near the end, takes 0.0012 away and reads 1.7 % more, which as a budget of the
 # four takes 0.0053 away (cell 4096:0.1:8x128).
 FALLBACK_STRIDE = 6

@@ -1,4 +1,4 @@
-"""The tables of docs/quality.md, from what was measured on SmolLM2."""
+"""The tables of docs/quality.md, from what was measured."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.model.page import markdown
 from benchmarks.quality.harness.report import (
     EQUAL_BUDGET,
     EQUAL_BYTES,
@@ -13,25 +14,58 @@ from benchmarks.quality.harness.report import (
     cell_table,
     cells_of,
     overview,
+    shown_budget,
 )
+from benchmarks.quality.harness.scores import summary
 
 PAGE = Path(__file__).parents[3] / "docs/quality.md"
 MAIN, ABLATION = "4096:0.1:32x256", "4096:0.1:32x128"
+DEFAULT_CELL, DEFAULT = "4096:0.1:8x128", "default"
 
 
 def tables(records: Sequence[dict]) -> dict[str, str]:
     """Every table of the page by its marker."""
-    by_dtype: dict[str, dict[str, list[Line]]] = {"float16": {}, "float32": {}}
+    by_run: dict[str, dict[str, list[Line]]] = {"gpu": {}, "more": {}, "cpu": {}}
     for (setup, cell), lines in cells_of(records).items():
-        by_dtype[json.loads(setup)["dtype"]][cell] = lines
-    gpu, cpu = by_dtype.values()
+        by_run[_run(json.loads(setup))][cell] = lines
+    gpu, more, cpu = by_run.values()
     many = {cell: gpu[cell] for cell in sorted(gpu, key=_order) if "8x128" in cell}
+    few = {cell: cpu[cell] for cell in sorted(cpu, key=_order)}
     return {
         "main": cell_table(gpu[MAIN]),
         "ablation": cell_table(gpu[ABLATION]),
         "budgets": overview(many, EQUAL_BUDGET),
         "bytes": overview(many, EQUAL_BYTES),
-    } | {f"cpu_{cell}": cell_table(lines, "default") for cell, lines in cpu.items()}
+        "more_bytes": cell_table(more[DEFAULT_CELL]),
+        "default": cell_table(cpu[DEFAULT_CELL], DEFAULT),
+        "cpu_budgets": overview(few, EQUAL_BUDGET),
+        "cpu_bytes": overview(few, EQUAL_BYTES),
+        "planted": answers_by_model(records),
+    }
+
+
+def answers_by_model(records: Sequence[dict]) -> str:
+    """The score of each configuration, a column for each model, with what it read."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    models: dict[str, None] = {}
+    for row in summary(records):
+        model, budget = row["setup"]["model"], shown_budget(row["budget"])
+        if row["budget"].startswith(EQUAL_BYTES):  # other ones for each model
+            budget = "bytes"
+        models[model] = None
+        shown = f"{row['score']:.3f} ({row['kv_read']:.0%})"
+        rows.setdefault((row["name"], budget), {})[model] = shown
+    return markdown(
+        ["", "budget", *models],
+        [[*key, *(found.get(m, "") for m in models)] for key, found in rows.items()],
+    )
+
+
+def _run(setup: dict) -> str:
+    """Which of the runs: fp16 on a GPU, or on a CPU the first one, or later ones."""
+    if setup["dtype"] == "float16":
+        return "gpu"
+    return "cpu" if "group" in setup else "more"
 
 
 def _order(cell: str) -> tuple[int, float]:

@@ -89,7 +89,7 @@ def cell_table(lines: Sequence[Line], against: str | None = None) -> str:
             continue
         row = [
             line.name,
-            _short(line.budget),
+            shown_budget(line.budget),
             str(line.settings.get("token_budget", "")),
             f"{line.kv_read:.1%}",
             _shown(line.mean_kl, "{:.4f}"),
@@ -157,7 +157,7 @@ def answers_table(records: Sequence[dict]) -> str:
         [
             f"{row['length']}, {row['share']:.0%}",
             row["name"],
-            _short(row["budget"]),
+            shown_budget(row["budget"]),
             f"{row['kv_read']:.1%}",
             f"{row['score']:.3f}",
             _shown(row["difference"], "{:+.3f}"),
@@ -204,7 +204,7 @@ def draw(lines: Sequence[Line], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def _short(budget: str) -> str:
+def shown_budget(budget: str) -> str:
     return budget.removeprefix("equal ").replace("budget", "share of the context")
 
 
