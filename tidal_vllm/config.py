@@ -36,9 +36,10 @@ KERNELS = ("auto", "cuda", "triton", "reference")
 
 # SmolLM2-135M, 4,096 tokens forced at 4K of context, a budget of 400 tokens, 36.9 % of
 # dense's KV read: the KL from dense decoding is 0.0514 nats with blocks of 16 tokens,
-# 0.0396 of 8, 0.0292 of 4, 0.0240 of 2, 0.0264 of 1 (cell 4096:0.1:32x128 of
-# benchmarks/results/quality.jsonl). On an H100 a SELECT layer takes up to 1.05
-# of FlashAttention 3's time with blocks of 16, 1.08 of 4, 1.11 of 2, 1.13 of 1.
+# 0.0396 of 8, 0.0292 of 4, 0.0240 of 2, 0.0264 of 1 (SELECT layers attend to
+# everything; cell 4096:0.1:32x128 of benchmarks/results/quality.jsonl). On an H100 such
+# a layer takes up to 1.05 of FlashAttention 3's time with blocks of 16, 1.08 of 4, 1.11
+# of 2, 1.13 of 1.
 DEFAULT_BLOCK_SIZE = 4
 
 # What a preset stands for: a method of choosing blocks, and knobs.
@@ -146,10 +147,13 @@ class TidalConfig:
 
     def __post_init__(self) -> None:
         check_choice("tidal.preset", self.preset, PRESETS)
+        attends = self.select_attends
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) is _FROM_PRESET:
                 self._set(name, value)
         check_choice("tidal.method", self.method, METHODS)
+        if attends is _FROM_PRESET and METHODS[self.method].every_layer:
+            self._set("select_attends", "chosen")  # of another method's preset
         check_choice("tidal.scope", self.scope, SCOPES)
         self._check_select_attends()
         self._check_rank_choice()

@@ -32,7 +32,7 @@ from benchmarks.quality.harness.configurations import (
 from benchmarks.quality.harness.questions import questions
 from benchmarks.quality.harness.texts import cuts, fingerprint_of, read, tokens_of
 
-DTYPES = ("auto", "bfloat16", "float", "float16", "float32", "half")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,6 +114,8 @@ def run_record(setup: dict) -> dict:
 def _measure(args: argparse.Namespace) -> int:
     if not args.model or not args.out:
         raise ValueError("MODEL and --out are needed to measure, --report to read")
+    if args.against:
+        raise ValueError(f"--against {args.against}: must stand beside --report")
     _check_ranges(args)
     default = [] if args.suites else ["4096:0.1:32x256"]
     cells = [parse_cell(text) for text in args.cells or default]
@@ -198,7 +200,7 @@ def _check_ranges(args: argparse.Namespace) -> None:
         ("group", "1 or more", lambda x: x >= 1),
         ("greedy", "0 or more", lambda x: x >= 0),
         ("max_num_batched_tokens", "1 or more", lambda x: x >= 1),
-        ("kv_cache_gib", "above 0", lambda x: x > 0),
+        ("kv_cache_gib", "from 0.001 to 1000000", lambda x: 0.001 <= x <= 1e6),
         ("gpu_memory_utilization", "above 0, at most 1", lambda x: 0 < x <= 1),
     ):
         given = getattr(args, name)

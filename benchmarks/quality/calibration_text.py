@@ -31,7 +31,7 @@ from tidal_vllm.calibrate.evidence import wilson_lower
 from tidal_vllm.calibrate.grid import recorder_settings
 from tidal_vllm.calibrate.text import TEXT, TextPrompts, read_text
 from tidal_vllm.config import TidalConfig
-from tidal_vllm.plan.layers import plan_layers
+from tidal_vllm.plan.layers import plan_layers, safest_roles
 from tidal_vllm.plan.steps import kv_read_share
 from tidal_vllm.profiles import Profile
 from tidal_vllm.profiles.search import named_profile
@@ -57,7 +57,7 @@ def choose(overlap: np.ndarray, ours: Sequence[int]) -> dict[str, tuple[int, ...
         "evenly spaced": baselines.evenly_spaced(count, len(ours), first),
         "mean overlap": baselines.mean_overlap(overlap, len(ours), first),
         "TidalDecode: layer 2 and one": baselines.mean_overlap(overlap, 2, first),
-        "every fourth": tuple(range(first, count, 4)),
+        "the default without a profile": safest_roles(range(count))[1],
         "dense once more": (),
     }
 

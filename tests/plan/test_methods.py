@@ -87,7 +87,9 @@ def test_what_a_step_reads(method, share):
 
 @pytest.mark.parametrize("method", EVERY_LAYER)
 def test_what_select_layers_attend_to(method):
-    assert TidalConfig(method=method).select_attends == "chosen"
+    for preset in PRESETS:
+        config = TidalConfig(preset=preset, method=method)
+        assert config.select_attends == "chosen"
     with pytest.raises(TidalConfigError, match="tidal.select_attends = 'everything'"):
         TidalConfig(method=method, select_attends="everything")
 

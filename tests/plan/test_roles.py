@@ -76,7 +76,7 @@ def test_unknown_model_is_warned_about_guessing_a_layer():
     warning = plan().warning
     for words in ("dense_layers", "select_layers", "40 %", "100 %", "12", "13"):
         assert words in warning
-    assert "the third and every 6th after it SELECT, but for the last 5" in warning
+    assert "every 6th after it that is not among the last 5)" in warning
     assert plan(dense_layers=[0, 1]).warning == warning
     assert plan(select_layers=[2]).warning is None
     assert plan(profile=make_profile()).warning is None

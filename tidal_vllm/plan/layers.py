@@ -15,16 +15,17 @@ MIN_LAYERS = 4  # fewer leave nothing to gain: DENSE, DENSE, SELECT, then one SP
 # at 4K of context, a budget of 400 tokens: with SELECT layers 2, 8, 14 and 20 the KL
 # from dense decoding is 0.0243 nats and 27.9 % of dense's KV is read, with every 4th
 # from 2 on 0.0292 and 36.9 %. At a budget that reads 36.9 % too, the four have 0.0085
-# (cell 4096:0.1:32x128 of benchmarks/results/quality.jsonl). A further one, 26
-# of 30, near the end, takes 0.0012 away and reads 1.7 % more, which as a budget of the
-# four takes 0.0053 away (cell 4096:0.1:8x128).
+# (all attend to everything; cell 4096:0.1:32x128 of benchmarks/results/quality.jsonl).
+# Attending to what they choose, layer 26 of 30 as a fifth lowers the KL by 0.0012 and
+# reads 1.7 points of dense more; spent on a larger budget of the four, those bytes
+# lower it by 0.0053 (cell 4096:0.1:8x128, on a CPU).
 FALLBACK_STRIDE = 6
 
 FALLBACK_WARNING = (
     "no profile knows this model: starting with the safest roles (of its full-"
-    "attention layers the first two DENSE, the third and every "
-    f"{FALLBACK_STRIDE}th after it SELECT, but for the last {FALLBACK_STRIDE - 1}), "
-    "which read more of the KV cache than tuned ones. Set tidal.dense_layers and "
+    "attention layers the first two DENSE, the third SELECT, and every "
+    f"{FALLBACK_STRIDE}th after it that is not among the last {FALLBACK_STRIDE - 1}). "
+    "tidal-vllm calibrate finds the model's own. Or set tidal.dense_layers and "
     "tidal.select_layers, or tidal.profile. "
     "Do not guess one re-selection layer: Llama-3.1-8B at a budget of 256 tokens finds "
     "40 % of the needles with layer 12 and 100 % with layer 13 (arXiv 2410.05076)"

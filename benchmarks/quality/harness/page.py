@@ -27,10 +27,15 @@ def tables(records: Sequence[dict]) -> dict[str, str]:
     """Every table of the page by its marker."""
     by_run: dict[str, dict[str, list[Line]]] = {"gpu": {}, "more": {}, "cpu": {}}
     for (setup, cell), lines in cells_of(records).items():
-        by_run[_run(json.loads(setup))][cell] = lines
+        found = by_run[_run(json.loads(setup))]
+        if cell in found:
+            raise ValueError(
+                f"two runs have the cell {cell}, the page one table for it"
+            )
+        found[cell] = lines
     gpu, more, cpu = by_run.values()
     many = {cell: gpu[cell] for cell in sorted(gpu, key=_order) if "8x128" in cell}
-    few = {cell: cpu[cell] for cell in sorted(cpu, key=_order)}
+    few = {c: cpu[c] for c in sorted(cpu, key=_order) if c != DEFAULT_CELL}
     return {
         "main": cell_table(gpu[MAIN]),
         "ablation": cell_table(gpu[ABLATION]),

@@ -32,6 +32,8 @@ class Line:
     nll: list[float] = field(default_factory=list)
     equal: list[int] = field(default_factory=list)
     """Tokens of each greedy continuation before the first that differs."""
+    of: int = 0
+    """Tokens of a greedy continuation, the longest that was measured."""
     tokens: int = 0
 
     @property
@@ -62,7 +64,9 @@ def cells_of(records: Sequence[dict]) -> dict[tuple[str, str], list[Line]]:
         key = record["name"], record["budget"], json.dumps(record["settings"])
         line = cell.setdefault(key, Line(**of))
         if record["measure"] == "greedy":
-            line.equal += record["equal"]
+            if record["of"] > line.of:
+                line.of, line.equal = record["of"], []
+            line.equal += record["equal"] if record["of"] == line.of else []
             continue
         steps = record["tokens"]
         line.tokens += steps * len(record["kl"])
@@ -77,9 +81,12 @@ def cell_table(lines: Sequence[Line], against: str | None = None) -> str:
 
     Args:
         lines: The cell's.
-        against: A name: one more column has the KL less that configuration's, sequence
-            by sequence, at the same budget or else at the same bytes.
+        against: A name, if the cell has it: one more column has the KL less that
+            configuration's, sequence by sequence, at the same budget or else at the
+            same bytes.
     """
+    if against not in {line.name for line in lines}:
+        against = None
     dense = next(line for line in lines if line.name == "dense")
     head = ["", "budget", "tokens", "KV read", "KL, nats", "agreement", "perplexity"]
     free = any(line.equal for line in lines)
@@ -169,7 +176,15 @@ def answers_table(records: Sequence[dict]) -> str:
 
 
 def report(records: Sequence[dict], against: str | None = None) -> str:
-    """All cells, and the answers, as Markdown; `against` as of `cell_table`."""
+    """All cells, and the answers, as Markdown; `against` as of `cell_table`.
+
+    Raises:
+        ValueError: No cell has a configuration of that name.
+    """
+    names = {line.name for lines in cells_of(records).values() for line in lines}
+    if against is not None and against not in names:
+        allowed = ", ".join(sorted(names - {"dense"})) or "measured"
+        raise ValueError(f"--against {against}: must be among {allowed}")
     parts = [
         f"{cell}, {setup}, {max(line.tokens for line in lines)} forced tokens\n\n"
         f"{cell_table(lines, against)}\n"

@@ -172,7 +172,7 @@ def test_settings_of_a_file_are_refused_by_name(tmp_path):
         ("group", "0", "1 or more"),
         ("greedy", "-1", "0 or more"),
         ("max-num-batched-tokens", "0", "1 or more"),
-        ("kv-cache-gib", "0.0", "above 0"),
+        ("kv-cache-gib", "inf", "from 0.001 to 1000000"),
         ("gpu-memory-utilization", "0.0", "above 0, at most 1"),
     ],
 )
@@ -186,7 +186,7 @@ def test_numbers_are_refused_before_a_model_is_read(
 
 
 def test_models_of_one_name_are_told_apart(tmp_path):
-    """By their configuration, and by their weights' sizes."""
+    """By their configuration, and by their weights."""
 
     def made(name, config, weights):
         folder = tmp_path / name / "model"
@@ -196,8 +196,9 @@ def test_models_of_one_name_are_told_apart(tmp_path):
         return fingerprint_of(str(folder))
 
     first = made("a", "{}", b"1")
-    assert made("b", "{}", b"2") == first
-    assert made("c", '{"a": 1}', b"1") != first != made("d", "{}", b"12")
+    assert made("b", "{}", b"1") == first
+    others = [("c", '{"a": 1}', b"1"), ("d", "{}", b"12"), ("e", "{}", b"2")]
+    assert first not in [made(*other) for other in others]
     assert fingerprint_of("someone/model") == ""
 
 
@@ -225,6 +226,19 @@ def test_a_report_compares_sequence_by_sequence():
         "-0.1000 (-0.1000 to -0.1000)",
         "",
     ]
+    with pytest.raises(ValueError, match="--against mine: must be among ours, peer"):
+        report.report(found, "mine")
+
+
+def test_the_longest_greedy_continuations_count():
+    shared = {"benchmark": "quality", "setup": {}, "cell": "64:0.5:1x2"}
+    shared |= {"budget": "given", "kv_read": 1.0, "name": "mine", "settings": {}}
+    found = [
+        shared | {"measure": "greedy", "first": first, "of": of, "equal": [of]}
+        for first, of in ((0, 4), (0, 8), (1, 8), (1, 4))
+    ]
+    ((line,),) = report.cells_of(found).values()
+    assert line.equal == [8, 8]
 
 
 def test_a_report_keeps_models_and_settings_apart():
