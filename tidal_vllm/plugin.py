@@ -34,11 +34,16 @@ def register() -> None:
 
     copyreg.pickle(AttentionBackendEnum, _reduce_member)
     log_filters.install(log_filters.OF_THE_SCHEDULER)
-    _check_setup_early(type(current_platform))
+    platform_cls = type(current_platform)
+    _check_setup_early(platform_cls)
+    if f"{platform_cls.__module__}.{platform_cls.__name__}" == CPU_PLATFORM_PATH:
+        from tidal_vllm.cpu import shutdown
+
+        shutdown.end_once()
     if current_platform.is_cpu():
         from tidal_vllm.cpu.platform import accept_tidal
 
-        accept_tidal(type(current_platform))
+        accept_tidal(platform_cls)
 
 
 def cpu_platform() -> str | None:

@@ -28,6 +28,7 @@ from vllm.platforms import current_platform
 from vllm.platforms.interface import Platform
 from vllm.triton_utils.dispatcher import register_kernels
 from vllm.utils import network_utils
+from vllm.v1.engine import core as engine_core
 from vllm.v1.engine import utils as engine_utils
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import AsyncMPClient
@@ -263,6 +264,12 @@ class TestShutdown:
     def test_an_engines_process_has_a_name(self):
         """By which `end_with_parent` knows it."""
         assert 'else "EngineCore"' in inspect.getsource(engine_utils)
+
+    def test_an_engine_lets_go_of_its_handlers_before_it_ends(self):
+        source = inspect.getsource(engine_core.EngineCoreProc.run_engine_core)
+        _, ending = source.split("signal.signal(signal.SIGINT, signal.SIG_DFL)")
+        stop, end = map(ending.index, ("signal_callback.stop()", "core.shutdown()"))
+        assert stop < end
 
     def test_a_server_freezes_its_heap(self):
         """Once it does not, `gc.unfreeze` can go."""

@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +12,7 @@ import uvicorn
 import zmq
 
 from tests.support.clients import NUM_PLAIN, NUM_STREAMS, Clients
+from tests.support.processes import child_environment
 from tests.support.server import HOST, START_S, Server, command, wait_until, warnings
 from tidal_vllm.cpu import shutdown
 from tidal_vllm.planted import make_prompt
@@ -64,6 +67,23 @@ def test_a_server_that_starts(start):
     assert server.terminate() == 128 + signal.SIGTERM
     wait_until("all its processes end", lambda: not server.processes())
     assert "Traceback" not in log.read_text()
+
+
+def test_a_second_signal_does_not_kill_an_engine_that_is_ending():
+    """As an engine ends: its handlers are gone, and Python has yet to finish."""
+    ending = """
+import multiprocessing, os, signal
+from vllm.v1.engine.utils import SignalCallback
+from tidal_vllm.plugin import register
+multiprocessing.current_process().name = "EngineCore"
+register()
+callback = SignalCallback(print)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+callback.stop()
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", ending], env=child_environment())
+    assert done.returncode == 0
 
 
 def test_an_interrupt_while_an_engine_starts_is_not_dropped():

@@ -8,7 +8,8 @@ A reader that wins logs the orderly end as an error (vLLM issue 48745).
 
 Changes vLLM at run time: `AsyncLLM.shutdown`, `AsyncMPClient.get_output_async`,
 `zmq_socket_ctx` where an engine is waited for, `NoSignalServer.shutdown`, the handlers
-of SIGINT and SIGTERM, and a thread of the engine's process that watches its parent.
+of SIGINT and SIGTERM, `SignalCallback.stop` in the engine's process, and a thread there
+that watches its parent.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -101,8 +103,7 @@ def end_with_parent() -> None:
     vLLM's engine would stay, with the model's memory, after a script that was killed.
     """
     parent = multiprocessing.parent_process()
-    is_engine = multiprocessing.current_process().name.startswith("EngineCore")
-    if parent is None or not is_engine:
+    if parent is None or not _is_engine():
         return
     if WATCH in [thread.name for thread in threading.enumerate()]:
         return  # not so in a forked process
@@ -110,8 +111,37 @@ def end_with_parent() -> None:
     def watch() -> None:
         parent.join()
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(ENGINE_S)  # while the engine ends, that signal counts for nothing
+        os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name=WATCH, daemon=True).start()
+
+
+def end_once() -> None:
+    """In an engine's own process: no signal disturbs an end that has begun.
+
+    A Ctrl-C reaches the engine too, and then the server sends it a SIGTERM. vLLM is
+    back to the default handlers when it lets go of the engine: that signal would kill
+    Python in mid-end, which then reports leaked semaphores.
+    """
+    utils = sys.modules.get("vllm.v1.engine.utils")
+    if utils is None or not _is_engine():
+        return
+    stock = utils.SignalCallback.stop
+    if hasattr(stock, "ends_once"):
+        return
+
+    def stop(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        stock(self)
+
+    stop.ends_once = True
+    utils.SignalCallback.stop = stop
+
+
+def _is_engine() -> bool:
+    return multiprocessing.current_process().name.startswith("EngineCore")
 
 
 def _end_at_start_too() -> None:
