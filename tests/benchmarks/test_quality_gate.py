@@ -15,8 +15,9 @@ from tidal_vllm.models.known import ModelError
 
 pytestmark = pytest.mark.extended
 
-# nats a token; 0.079 was measured, 0.091 the best of the peers below.
-MOST_KL = 0.09
+# nats a token, at the same budget; measured were 0.079 (0.091 the best of the peers
+# below, with the same bytes) and 0.063.
+MOST_KL = {"default": 0.09, "everything": 0.075}
 PEERS = ("sliding_window", "quest", "tidaldecode")
 
 
@@ -95,14 +96,17 @@ def test_less_divergence_than_the_peers(measure, tmp_path, monkeypatch):
             pytest.skip(str(error))
         raise
     command = ["--cells", "1024:0.1:4x24", "--equal-to", "default"]
-    found = measure(folder, {}, *command, "--only", "default", *PEERS)
+    more = {"everything": {"select_attends": "everything", "dense_layers": [0, 1]}}
+    more["everything"]["select_layers"] = [2, 8, 14, 20]
+    found = measure(folder, more, *command, "--only", *MOST_KL, *PEERS)
     kl, read = {}, {}
     for record in found:
         name, how = record["name"], record["budget"].split(" 0")[0]
         kl[name, how] = sum(record["kl"]) / len(record["kl"]) / record["tokens"]
         read[name, how] = record["kv_read"]
     default = "default", "equal budget"
-    assert kl[default] <= MOST_KL
+    for name, most in MOST_KL.items():
+        assert kl[name, "equal budget"] <= most
     for peer in PEERS:
         same = peer, "equal bytes"
         assert 0.9 * read[default] < read[same] <= read[default]
