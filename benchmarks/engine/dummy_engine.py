@@ -2,8 +2,8 @@
 
 Speed does not need weights that mean anything: a model of Llama 3.1 8B's shape decodes
 at full cost. Each engine has the GPU to itself, in a process of its own, and they take
-turns. What a step takes is the difference between long and short answers to prompts
-that are in the prefix cache already.
+turns; cases of one context share an engine. What a step takes is the difference between
+long and short answers to prompts that are in the prefix cache already.
 
 Outputs are checked all the same: with a budget over the whole context and without
 graphs every token must be that of the dense engine. `--quick-start` leaves that out,
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 LLAMA_8B = {
@@ -40,7 +41,7 @@ TINY = {
     "head_dim": 32,
 }
 SHORT, LONG = 2, 66
-SMOKE_CASES = ["2x96"]
+SMOKE_CASES = ["2x96", "1x96"]
 # Each fits into 80 GB: 16 GB of weights, and 128 KiB of KV cache per token.
 CASES = ["8x32768", "32x8192", "2x131072", "1x131072", "64x1024"]
 MARK = "RESULT "
@@ -59,42 +60,61 @@ def main(args: argparse.Namespace) -> int:
         _write_model(Path(folder), TINY if args.smoke else LLAMA_8B)
         exact = "not checked" if args.quick_start else _check_exactness(folder, args)
         print(f"budget over the context, no graphs: {exact}", flush=True)
-        for case in args.cases or CASES:
-            batch, context = map(int, case.split("x"))
-            steps: dict[str, list[dict]] = {"dense": [], "tidal": []}
+        for context, batches in _by_context(args.cases or CASES).items():
+            runs: dict[str, list[dict]] = {"dense": [], "tidal": []}
             if args.smoke and not args.quick_start:
-                del steps["dense"]  # it has run, to be compared with
+                del runs["dense"]  # it has run, to be compared with
             for _ in range(args.rounds):
-                for name, found in steps.items():
-                    done = _child(folder, args, name, batch, context)
-                    found.append(done)
-                    print(f"{case} {name}: {done['step_ms']} ms", flush=True)
+                for name, found in runs.items():
+                    found.append(_child(folder, args, name, batches, context))
+                    for case in found[-1]["cases"]:
+                        shown = f"{case['batch']}x{context} {name}: {case['step_ms']}"
+                        print(f"{shown} ms", flush=True)
             if args.smoke:
                 continue  # the engines ran; their times mean nothing
-            times = {
-                name: statistics.median(run["step_ms"] for run in runs)
-                for name, runs in steps.items()
-            }
-            record = {
-                "benchmark": "decode_engine",
-                "weights": "dummy",
-                "model": "Llama 3.1 8B's shape",
-                "batch": batch,
-                "context": context,
-                "token_budget": args.token_budget,
-                **{key: PRESETS["default"][key] for key in DEFAULTS},
-                "dense_backend": args.baseline,
-                "exactness": exact,
-                "quick_start": args.quick_start,
-                **{f"{name}_step_ms": found for name, found in times.items()},
-                "speedup": round(times["dense"] / times["tidal"], 3),
-                "runs": steps,
-                **describe_run("vllm", "tidal_vllm"),
-            }
-            print(f"{case}: {record['speedup']}x", flush=True)
-            if args.out:
-                records.append(args.out, record)
+            for i, batch in enumerate(batches):
+                steps = {
+                    name: [run["cases"][i] | _but_cases(run) for run in found]
+                    for name, found in runs.items()
+                }
+                times = {
+                    name: statistics.median(run["step_ms"] for run in found)
+                    for name, found in steps.items()
+                }
+                record = {
+                    "benchmark": "decode_engine",
+                    "weights": "dummy",
+                    "model": "Llama 3.1 8B's shape",
+                    "batch": batch,
+                    "context": context,
+                    "token_budget": args.token_budget,
+                    **{key: PRESETS["default"][key] for key in DEFAULTS},
+                    "dense_backend": args.baseline,
+                    "exactness": exact,
+                    "quick_start": args.quick_start,
+                    **{f"{name}_step_ms": found for name, found in times.items()},
+                    "speedup": round(times["dense"] / times["tidal"], 3),
+                    "runs": steps,
+                    **describe_run("vllm", "tidal_vllm"),
+                }
+                print(f"{batch}x{context}: {record['speedup']}x", flush=True)
+                if args.out:
+                    records.append(args.out, record)
     return 0
+
+
+def _by_context(cases: Sequence[str]) -> dict[int, list[int]]:
+    """Batches of each context, the largest first."""
+    found: dict[int, list[int]] = {}
+    for case in cases:
+        batch, context = map(int, case.split("x"))
+        found.setdefault(context, []).append(batch)
+    return {context: sorted(batches)[::-1] for context, batches in found.items()}
+
+
+def _but_cases(run: dict) -> dict:
+    """What a run says of all its cases together."""
+    return {key: value for key, value in run.items() if key != "cases"}
 
 
 def _write_model(folder: Path, shape: dict) -> None:
@@ -114,19 +134,20 @@ def _check_exactness(folder: str, args: argparse.Namespace) -> str:
     """Compare greedy tokens; raise where they must be the same and are not."""
     batch, context = (2, 48) if args.smoke else (4, 2048)
     runs = {
-        name: _child(folder, args, name, batch, context, eager=True)["tokens"]
+        name: _child(folder, args, name, [batch], context, eager=True)["cases"][0]
         for name in ("dense", "exact")
     }
-    if runs["dense"] != runs["exact"]:
+    tokens = {name: case["tokens"] for name, case in runs.items()}
+    if tokens["dense"] != tokens["exact"]:
         raise SystemExit("budget over the context, yet other tokens than dense")
-    return f"{sum(map(len, runs['dense']))} tokens of {batch} sequences as dense"
+    return f"{sum(map(len, tokens['dense']))} tokens of {batch} sequences as dense"
 
 
-def _child(folder: str, args, engine: str, batch: int, context: int, eager=False):
+def _child(folder: str, args, engine: str, batches: list, context: int, eager=False):
     job = {
         "folder": folder,
         "engine": engine,
-        "batch": batch,
+        "batches": batches,
         "context": context,
         "baseline": args.baseline,
         "token_budget": args.token_budget,
@@ -159,10 +180,10 @@ def _child(folder: str, args, engine: str, batch: int, context: int, eager=False
 
 
 def run(job: dict) -> dict:
-    """One engine: tokens, and the time of a decode step from several pairs of runs."""
+    """One engine: tokens and the time of a decode step, for each batch."""
     from vllm import LLM, SamplingParams
 
-    context, batch = job["context"], job["batch"]
+    context, batch = job["context"], max(job["batches"])
     longest = context + LONG + 16
     layers = {"dense_layers": [0], "select_layers": [1]}
     if not job["smoke"]:
@@ -179,7 +200,7 @@ def run(job: dict) -> dict:
     if job["smoke"]:
         more |= {"kv_cache_memory_bytes": 16 << 20, "block_size": 16}
     if job["quick_start"]:
-        more |= quick_start(batch, job["smoke"])
+        more |= quick_start(job["batches"], job["smoke"])
     llm = LLM(
         job["folder"],
         load_format="dummy",
@@ -209,39 +230,38 @@ def run(job: dict) -> dict:
         for i in range(batch)
     ]
 
-    def answer(tokens: int) -> tuple[float, list[list[int]]]:
+    def answer(batch: int, tokens: int) -> tuple[float, list[list[int]]]:
         params = SamplingParams(
             max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False
         )
         begun = time.perf_counter()
-        outputs = llm.generate(prompts, params, use_tqdm=False)
+        outputs = llm.generate(prompts[:batch], params, use_tqdm=False)
         spent = time.perf_counter() - begun
         return spent, [list(output.outputs[0].token_ids) for output in outputs]
 
-    answer(SHORT)  # the prompts into the prefix cache
-    steps, tokens = [], None
-    for _ in range(1 if job["smoke"] else 3):
-        short, _ = answer(SHORT)
-        long, tokens = answer(LONG)
-        steps.append(round(1e3 * (long - short) / (LONG - SHORT), 4))
+    answer(batch, SHORT)  # the prompts into the prefix cache
+    cases = []
+    for some in job["batches"]:
+        steps, tokens = [], None
+        for _ in range(1 if job["smoke"] else 3):
+            short, _ = answer(some, SHORT)
+            long, tokens = answer(some, LONG)
+            steps.append(round(1e3 * (long - short) / (LONG - SHORT), 4))
+        found = {"step_ms": statistics.median(steps), "steps_ms": steps}
+        cases.append({"batch": some, **found, "tokens": tokens})
     counters = llm.collective_rpc(_counters) if job["engine"] != "dense" else None
-    return {
-        "step_ms": statistics.median(steps),
-        "steps_ms": steps,
-        "tokens": tokens,
-        "counters": counters,
-    }
+    return {"cases": cases, "counters": counters}
 
 
-def quick_start(batch: int, smoke: bool) -> dict:
-    """Arguments of `LLM`: full graphs of one batch size, and no torch.compile.
+def quick_start(batches: Sequence[int], smoke: bool) -> dict:
+    """Arguments of `LLM`: full graphs of these batch sizes, and no torch.compile.
 
     The CPU engine of a smoke run takes no graphs; then the values are checked alone.
     """
     from vllm.config import CompilationConfig
 
     given = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
-    given |= {"cudagraph_capture_sizes": [batch]}
+    given |= {"cudagraph_capture_sizes": sorted(batches)}
     checked = CompilationConfig(**given)
     return {} if smoke else {"compilation_config": checked}
 

@@ -85,7 +85,7 @@ def ask(folder: Path, args: argparse.Namespace) -> dict:
         kv_cache_memory_bytes=(64 << 20) if args.smoke else (2 << 30),
         worker_extension_cls=COUNTING_WORKER,
         seed=0,
-        **quick_start(len(lengths), args.smoke),
+        **quick_start([len(lengths)], args.smoke),
     )
     started = time.monotonic() - begun
     params = [
