@@ -1,6 +1,7 @@
 """What a result line says about where it was measured."""
 
 import platform
+import shlex
 import sys
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -24,7 +25,7 @@ def describe_run(*packages: str) -> dict:
             **{name: _version(name) for name in ("torch", *packages)},
         },
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python", _program(), *sys.argv[1:]]),
+        "command": f"python {_program()} {shlex.join(sys.argv[1:])}".strip(),
     }
 
 

@@ -15,6 +15,7 @@ import torch
 from benchmarks.kernels import bench_stack, flash_attention, timing
 from benchmarks.kernels.decode_batch import DecodeBatch, Shape, default_rule
 from benchmarks.kernels.decoder import Decoder
+from tests.support.models import build_random_model, byte_tokenizer
 from tidal_vllm.kernels import DecodeArgs, choose, reference
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +94,22 @@ def test_engines_with_dummy_weights(tmp_path):
     assert "no graphs: 132 tokens of 2 sequences as dense" in printed
     assert "2x96 tidal: " in printed
     assert not out.exists()
+
+
+@pytest.mark.extended
+def test_engines_under_default_settings(tmp_path):
+    """TIDAL without sparse layers stands in for FlashAttention."""
+    folder = build_random_model(tmp_path, "llama")
+    byte_tokenizer().save_pretrained(folder)
+    given = [str(folder), "--baseline", "TIDAL", "--dtype", "float32"]
+    given += ["--lengths", "60", "300", "--tokens", "6", "--token-budget", "64"]
+    (printed,) = run(("gpu.default_settings", [*given, "--kv-cache-gib", "0.05"]))
+    record, end = printed.splitlines()[-2:]
+    assert end == "ended: 0", printed
+    found = json.loads(record)
+    assert found["equal"] == 2
+    assert found["exact"]["counters"]["dense_steps"] == 5
+    assert found["sparse"]["counters"]["sparse_steps"] == 5
 
 
 def spoil_after(decoder: Decoder, op: str, spoil: Callable[[DecodeArgs], None]) -> None:

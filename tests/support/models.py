@@ -3,13 +3,16 @@
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from tidal_vllm.planted import PlantedSpec
 from tidal_vllm.planted.build import MARKER
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 VOCAB_SIZE = 512
 NUM_LAYERS = 6
@@ -90,6 +93,19 @@ def build_eagle_head(folder: Path, target: Path) -> Path:
     config["num_hidden_layers"] = 1
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def byte_tokenizer() -> "PreTrainedTokenizerFast":
+    """One token a byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate(letters)}
+    made = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
 
 
 def random_prompt(num_tokens: int, seed: int) -> list[int]:

@@ -25,7 +25,8 @@ DEFAULT_CELL, DEFAULT = "4096:0.1:8x128", "default"
 
 def tables(records: Sequence[dict]) -> dict[str, str]:
     """Every table of the page by its marker."""
-    by_run: dict[str, dict[str, list[Line]]] = {"gpu": {}, "more": {}, "cpu": {}}
+    names = "everything", "gpu", "more", "cpu"
+    by_run: dict[str, dict[str, list[Line]]] = {name: {} for name in names}
     for (setup, cell), lines in cells_of(records).items():
         found = by_run[_run(json.loads(setup))]
         if cell in found:
@@ -33,12 +34,15 @@ def tables(records: Sequence[dict]) -> dict[str, str]:
                 f"two runs have the cell {cell}, the page one table for it"
             )
         found[cell] = lines
-    gpu, more, cpu = by_run.values()
-    many = {cell: gpu[cell] for cell in sorted(gpu, key=_order) if "8x128" in cell}
-    few = {c: cpu[c] for c in sorted(cpu, key=_order) if c != DEFAULT_CELL}
+    everything, gpu, more, cpu = by_run.values()
+    many = _but(everything, MAIN, ABLATION)
+    others, few = _but(gpu, MAIN), _but(cpu, DEFAULT_CELL)
     return {
-        "main": cell_table(gpu[MAIN]),
-        "ablation": cell_table(gpu[ABLATION]),
+        "main": cell_table(gpu[MAIN], DEFAULT),
+        "gpu_budgets": overview(others, EQUAL_BUDGET),
+        "gpu_bytes": overview(others, EQUAL_BYTES),
+        "main_everything": cell_table(everything[MAIN]),
+        "ablation": cell_table(everything[ABLATION]),
         "budgets": overview(many, EQUAL_BUDGET),
         "bytes": overview(many, EQUAL_BYTES),
         "more_bytes": cell_table(more[DEFAULT_CELL]),
@@ -67,10 +71,15 @@ def answers_by_model(records: Sequence[dict]) -> str:
 
 
 def _run(setup: dict) -> str:
-    """Which of the runs: fp16 on a GPU, or on a CPU the first one, or later ones."""
+    """Which of the runs: on a GPU (fp16) or a CPU, the first one or later ones."""
+    later = "group" in setup
     if setup["dtype"] == "float16":
-        return "gpu"
-    return "cpu" if "group" in setup else "more"
+        return "gpu" if later else "everything"
+    return "cpu" if later else "more"
+
+
+def _but(cells: dict[str, list[Line]], *left_out: str) -> dict[str, list[Line]]:
+    return {c: cells[c] for c in sorted(cells, key=_order) if c not in left_out}
 
 
 def _order(cell: str) -> tuple[int, float]:

@@ -4,22 +4,14 @@ import pytest
 
 from benchmarks.quality.harness.questions import questions
 from benchmarks.quality.suites import TURN_END
+from tests.support.models import byte_tokenizer
 
 LONGEST = 20_000
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token a byte."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {letter: i for i, letter in enumerate(letters)}
-    made = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=made)
+    return byte_tokenizer()
 
 
 def perfect(asked, tokenizer, seen=None):
