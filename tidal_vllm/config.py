@@ -33,6 +33,10 @@ SCOPES = tuple(NUM_SETS)
 SELECT_ATTENDS = ("everything", "chosen")
 RANK_CHOICES = ("agreed", "own")
 KERNELS = ("auto", "cuda", "triton", "reference")
+MODES = ("sparse", "lossless")
+
+DEFAULT_DRAFT_TOKENS = 8
+MAX_DRAFT_TOKENS = 128  # `MAX_SPEC_LEN` of vLLM's rejection sampler
 
 # SmolLM2-135M, 4,096 tokens forced at 4K of context, a budget of 400 tokens, 36.9 % of
 # dense's KV read: the KL from dense decoding is 0.0514 nats with blocks of 16 tokens,
@@ -54,6 +58,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "select_attends": "chosen",
     },
 } | {name: {"method": name} | entry.preset for name, entry in METHODS.items()}
+
+
+# Drafts are verified densely, so nothing is left to correct or to keep from others,
+# and what is drafted next rests on a choice made while they are.
+LOSSLESS_NEEDS: dict[str, Any] = {
+    "method": "tidaldecode",
+    "select_attends": "chosen",
+    "reselect_interval": 1,
+    "correction_interval": None,
+    "publish_polluted": False,
+}
 
 
 class _FromPreset:
@@ -125,6 +140,11 @@ class TidalConfig:
             "triton", "reference" (PyTorch, without CUDA graphs), or "auto" (default):
             the first of these that covers GPU and model, on a CPU the reference.
             "triton" on a CPU needs Triton's interpreter (TRITON_INTERPRET=1).
+        mode: "sparse" (default): answers come from sparse decoding. "lossless": sparse
+            decoding drafts, and the dense model verifies; answers are the dense
+            model's.
+        draft_tokens: Tokens that are drafted before they are verified, in
+            [1, ``MAX_DRAFT_TOKENS``], in lossless mode. Null (default): 8 there.
     """
 
     preset: str = "default"
@@ -144,6 +164,8 @@ class TidalConfig:
     correction_interval: int | None = None
     publish_polluted: bool = False
     kernels: str = "auto"
+    mode: str = "sparse"
+    draft_tokens: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("tidal.preset", self.preset, PRESETS)
@@ -164,6 +186,7 @@ class TidalConfig:
         self._check_layers()
         self._check_profile()
         self._check_correction()
+        self._check_mode()
 
     @classmethod
     def from_additional_config(
@@ -215,12 +238,14 @@ class TidalConfig:
         """Blocks that the row of a selection must have room for.
 
         More than the budget's blocks where ``min_sparse_len`` exceeds the budget, and
-        where a selection holds for several steps, whose tokens may begin new blocks.
-        Not limited by the longest sequence that the model allows.
+        where a selection holds for several steps or drafts, whose tokens may begin new
+        blocks. Not limited by the longest sequence that the model allows.
         """
         size = self.select_block_size
         longest = max(self.token_budget, self.sparse_threshold)
-        return -(-longest // size) + -(-(self.reselect_interval - 1) // size)
+        # Behind the row that chose a draft may be kept whole, and the next one begun.
+        newer = self.reselect_interval - 1 + 2 * (self.draft_tokens or 0)
+        return -(-longest // size) + -(-newer // size)
 
     def check_kv_block_size(self, kv_block_size: int) -> None:
         """Raise unless ``select_block_size`` divides vLLM's KV cache block size."""
@@ -326,6 +351,25 @@ class TidalConfig:
             allowed = "must be an integer >= 1 (decode steps), or null (no correction)"
             check_int("tidal.correction_interval", self.correction_interval, 1, allowed)
         check_bool("tidal.publish_polluted", self.publish_polluted)
+
+    def _check_mode(self) -> None:
+        check_choice("tidal.mode", self.mode, MODES)
+        allowed = f"must be an integer in [1, {MAX_DRAFT_TOKENS}], or null"
+        if self.mode == "sparse":
+            if self.draft_tokens is not None:
+                allowed = "drafts come with tidal.mode = 'lossless': must be null"
+                raise TidalConfigError("tidal.draft_tokens", self.draft_tokens, allowed)
+            return
+        if self.draft_tokens is None:
+            self._set("draft_tokens", DEFAULT_DRAFT_TOKENS)
+        check_int("tidal.draft_tokens", self.draft_tokens, 1, allowed)
+        if self.draft_tokens > MAX_DRAFT_TOKENS:
+            raise TidalConfigError("tidal.draft_tokens", self.draft_tokens, allowed)
+        for key, value in LOSSLESS_NEEDS.items():
+            if (given := getattr(self, key)) != value:
+                shown = "null" if value is None else repr(value)
+                allowed = f"must be {shown} with tidal.mode = 'lossless'"
+                raise TidalConfigError(f"tidal.{key}", given, allowed)
 
     def _check_layers(self) -> None:
         for name in ("dense_layers", "select_layers"):

@@ -13,7 +13,7 @@ import copyreg
 import logging
 from collections.abc import Callable
 
-from tidal_vllm.engine import log_filters
+from tidal_vllm.engine import log_filters, lossless
 from tidal_vllm.names import BACKEND_PATH, CPU_PLATFORM_PATH, NAME
 from tidal_vllm.versions import unsupported_vllm
 
@@ -33,6 +33,7 @@ def register() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     copyreg.pickle(AttentionBackendEnum, _reduce_member)
+    lossless.offer_drafts()
     log_filters.install(log_filters.OF_THE_SCHEDULER)
     platform_cls = type(current_platform)
     _check_setup_early(platform_cls)

@@ -136,6 +136,7 @@ class TidalCpuPlatform(CpuPlatform):
         from vllm.triton_utils.dispatcher import register_kernels
         from vllm.utils.cpu_triton_utils import _batch_memcpy_impl
 
+        from tidal_vllm.cpu import drafts
         from tidal_vllm.cpu.worker import compute_slot_mapping
 
         if HAS_TRITON:
@@ -151,6 +152,7 @@ class TidalCpuPlatform(CpuPlatform):
                     "vllm.v1.worker.mamba_utils.batch_memcpy_kernel": (
                         _batch_memcpy_impl
                     ),
+                    **drafts.kernels(),
                 }
             )
 

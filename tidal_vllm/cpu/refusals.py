@@ -9,7 +9,7 @@ from functools import lru_cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from tidal_vllm.plan.resolve import has_convolutions
+from tidal_vllm.plan.resolve import drafts_itself, has_convolutions
 from tidal_vllm.versions import BUILT_FOR_TORCH
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ def _refuse_speculation_without_triton(vllm_config: "VllmConfig") -> None:
     from vllm.triton_utils import HAS_TRITON
 
     speculation = vllm_config.speculative_config
+    if vllm_config.model_config is not None and drafts_itself(vllm_config):
+        return  # in PyTorch: `tidal_vllm.cpu.drafts`
     if speculation is not None and not HAS_TRITON:
         raise ValueError(
             f"speculative_config.method = {speculation.method}: speculative decoding "

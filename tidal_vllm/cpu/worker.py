@@ -18,6 +18,8 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from tidal_vllm.cpu import moe  # noqa: F401  it registers the experts and their ops
 from tidal_vllm.cpu.lora import logits_of_prompts
+from tidal_vllm.engine.self_draft import SelfDraft
+from tidal_vllm.plan.resolve import drafts_itself
 
 
 class TidalCpuModelRunner(CPUModelRunner):
@@ -27,6 +29,11 @@ class TidalCpuModelRunner(CPUModelRunner):
     and the request's generator goes back to where it was. vLLM does that by
     the generator's offset, which CPU generators lack: here by its state.
     """
+
+    def __init__(self, vllm_config, device):
+        super().__init__(vllm_config, device)
+        if drafts_itself(vllm_config):
+            self.drafter = SelfDraft(vllm_config, device, self)
 
     def _sample(self, *args, **kwargs):
         generators = self.input_batch.generators

@@ -176,6 +176,11 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
             self._attend_densely(
                 layer, query, key, value, kv_cache, batch.dense, output
             )
+            if batch.choosing and batch.roles[layer.layer_name] is Role.SELECT:
+                rows = query[batch.choosing_tokens]
+                for part in batch.choosing:
+                    args = self._args(layer, batch, part, rows, kv_cache, rows)
+                    self.state.method.select(layer.layer_name, args, part.seq_lens)
             return output
         if batch.prefills is not None:
             rest = batch.prefill_tokens
@@ -219,26 +224,37 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
         """Let a SELECT layer choose; then attend to the chosen blocks."""
         state = self.state
         assert state is not None  # the batch is sparse, and this layer's role too
-        topk_blocks, topk_lens = part.topk[batch.selection_index[layer.layer_name]]
-        args = DecodeArgs(
-            query=query[part.rows],
-            kv_cache=kv_cache,
-            block_table=part.block_table,
-            output=output[part.rows],
-            scale=self.scale,
-            workspace=state.workspace,
-            select_block_size=batch.rule.select_block_size,
-            topk_blocks=topk_blocks,
-            topk_lens=topk_lens,
-            k_scale=layer._k_scale_float,
-            v_scale=layer._v_scale_float,
-        )
+        args = self._args(layer, batch, part, query, kv_cache, output)
         attending_lens = part.seq_lens
         if role is Role.SELECT:
             state.method.select(layer.layer_name, args, part.select_lens)
             attending_lens = part.lens_after_select
         if attending_lens is not None:
             state.kernels.ops.sparse_decode(args, attending_lens)
+
+    def _args(
+        self,
+        layer: AttentionLayer,
+        batch: TidalMetadata,
+        part: DecodePart,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        output: torch.Tensor,
+    ) -> DecodeArgs:
+        topk_blocks, topk_lens = part.topk[batch.selection_index[layer.layer_name]]
+        return DecodeArgs(
+            query=query[part.rows],
+            kv_cache=kv_cache,
+            block_table=part.block_table,
+            output=output[part.rows],
+            scale=self.scale,
+            workspace=self.state.workspace,
+            select_block_size=batch.rule.select_block_size,
+            topk_blocks=topk_blocks,
+            topk_lens=topk_lens,
+            k_scale=layer._k_scale_float,
+            v_scale=layer._v_scale_float,
+        )
 
 
 def impls_made(vllm_config: VllmConfig) -> Iterator[TidalImpl]:

@@ -1,6 +1,6 @@
 """One step's batch: where its decodes end, and what the layers are told of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from vllm.config import CompilationConfig, CUDAGraphMode
@@ -68,6 +68,35 @@ class TidalMetadata(AttentionMetadata):
     """Index in `Selection` of what a SELECT layer writes and SPARSE layers read, by
     the layer's name."""
     rule: SelectionRule
+    choosing: list[DecodePart] = field(default_factory=list)
+    """In lossless mode, of a dense step: a row of each request, by which SELECT layers
+    choose what the next drafts attend to. None in other steps."""
+    choosing_tokens: torch.Tensor | None = None
+    """`[num_reqs]` int32, where those rows stand in the batch's query tokens."""
+
+    @classmethod
+    def of_rows(
+        cls, seq_lens: torch.Tensor, block_table: torch.Tensor, like: "TidalMetadata"
+    ) -> "TidalMetadata":
+        """One row of each request that runs sparsely, as yet without parts.
+
+        Args:
+            seq_lens: `[num_reqs]` int32.
+            like: The metadata of a step of the same layers.
+        """
+        return replace(
+            like,
+            num_decodes=seq_lens.shape[0],
+            num_decode_tokens=seq_lens.shape[0],
+            seq_lens=seq_lens,
+            block_table=block_table,
+            prefills=None,
+            prefill_tokens=slice(0),
+            sparse=True,
+            parts=[],
+            choosing=[],
+            choosing_tokens=None,
+        )
 
 
 def find_prefills(

@@ -37,6 +37,7 @@ from tidal_vllm.engine.parts import parts_of
 from tidal_vllm.engine.prefills import prefills_of
 from tidal_vllm.engine.query_rows import QueryRows, row_lens
 from tidal_vllm.engine.reuse import EveryStep
+from tidal_vllm.engine.self_draft import choose_for_drafts, draft_metadata
 from tidal_vllm.engine.state import (
     SparseState,
     choose_implementations,
@@ -93,7 +94,8 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
             self.state = impls[selective_here[0]].state
             self.selection_index = {
                 name: self.state.selection_index[extract_layer_index(name)]
-                for name in selective_here
+                for name in self.roles
+                if extract_layer_index(name) in self.state.selection_index
             }
         max_model_len = vllm_config.model_config.max_model_len
         max_blocks_per_seq = -(-max_model_len // kv_cache_spec.block_size)
@@ -176,9 +178,14 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         is_prefill = find_prefills(common, query_len)
         num_decodes = count_decodes(common, is_prefill, query_len)
         decode_lens = _lens_of_decodes(common, num_decodes, is_prefill)
-        sparse = self.state is not None and (
-            (captured and is_prefill is None)
-            or runs_sparse(self.plan, self.rule, max(decode_lens, default=0))
+        drafts = None if self.state is None else self.state.drafts
+        sparse = (
+            self.state is not None
+            and drafts is None
+            and (
+                (captured and is_prefill is None)
+                or runs_sparse(self.plan, self.rule, max(decode_lens, default=0))
+            )
         )
         num_rows = int(common.query_start_loc_cpu[num_decodes])
         in_buffers = num_decodes, num_rows
@@ -191,6 +198,10 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
             )
         dense = self.dense_builder.build(common_prefix_len, common, fast_build)
         batch = self._metadata(common, num_decodes, num_rows, sparse, dense)
+        if drafts is not None:
+            choose_for_drafts(self.state, batch, common, is_prefill)
+            self.latest = batch
+            return batch
         if not (sparse or captured) or self.state is None:
             return batch
         batch.seq_lens, batch.block_table = self._rows(common, *in_buffers)
@@ -236,6 +247,12 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         common = common_attn_metadata
         dense = self.dense_builder.build_for_drafting(common, draft_index)
         return self._metadata(common, 0, 0, False, dense)
+
+    def build_for_self_draft(
+        self, seq_lens: torch.Tensor, block_table: torch.Tensor
+    ) -> TidalMetadata:
+        """The metadata of a draft by the target itself: see `self_draft`."""
+        return draft_metadata(self.state, self.latest, seq_lens, block_table)
 
     def update_draft_decode_metadata(self, metadata: TidalMetadata) -> None:
         """Bring a draft's metadata to its next step, in place."""

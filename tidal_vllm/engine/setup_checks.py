@@ -137,7 +137,7 @@ def _set_scheduler(vllm_config: "VllmConfig", startup: Startup) -> None:
 
     Nothing happens where every step is dense: there is nothing to correct.
     """
-    if not startup.plan.sparse:
+    if not startup.plan.sparse or startup.config.mode == "lossless":
         return
     scheduler = vllm_config.scheduler_config
     given = scheduler.scheduler_cls

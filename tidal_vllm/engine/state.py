@@ -10,6 +10,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from tidal_vllm.config import TidalConfig
 from tidal_vllm.engine.dense import choose_dense_backend
+from tidal_vllm.engine.draft_choice import DraftChoice
 from tidal_vllm.engine.ranks import agreeing_ranks
 from tidal_vllm.engine.reuse import EveryStep, Reuse
 from tidal_vllm.engine.selection import Selection
@@ -18,7 +19,7 @@ from tidal_vllm.kernels.interface import FP8_CACHES
 from tidal_vllm.methods.base import Method, create_method
 from tidal_vllm.plan.resolve import Startup, resolve
 from tidal_vllm.plan.rule import num_sets
-from tidal_vllm.plan.steps import selection_indices
+from tidal_vllm.plan.steps import draft_selection_indices, selection_indices
 from tidal_vllm.registry import METHODS
 from tidal_vllm.validators import TidalConfigError
 
@@ -46,6 +47,8 @@ class SparseState:
     """Index in `selection` of what a layer writes or reads, by the layer's index."""
     max_part_rows: int
     """Decode rows that fit into the workspace."""
+    drafts: DraftChoice | None = None
+    """What drafts attend to, in lossless mode."""
 
     @classmethod
     def allocate(
@@ -81,6 +84,10 @@ class SparseState:
         )
         interval = config.reselect_interval
         indices = selection_indices(startup.plan, range(*stage), interval)
+        drafts = None
+        if config.mode == "lossless":
+            indices = draft_selection_indices(startup.plan, range(*stage))
+            drafts = DraftChoice.allocate(config.draft_tokens, max_rows, device)
         selection = Selection.allocate(
             len({*indices.values()}),
             max_rows,
@@ -102,6 +109,7 @@ class SparseState:
             reuse=Reuse.allocate(interval, max_rows, device) if keeps else EveryStep(),
             selection_index=indices,
             max_part_rows=part_rows,
+            drafts=drafts,
         )
 
     def __str__(self) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from tidal_vllm.names import NAME
 from tidal_vllm.plan.resolve import Startup, uncorrectable
+from tidal_vllm.plan.roles import Role, format_layers
 from tidal_vllm.registry import METHODS
 from tidal_vllm.validators import TidalConfigError
 
@@ -18,10 +19,13 @@ def check_promises(vllm_config: Any, startup: Startup) -> None:
     Raises:
         ValueError: Names the key, the value and what is allowed.
     """
+    if startup.config.mode == "lossless":
+        _check_lossless(vllm_config, startup)
     if not startup.plan.sparse:
         return
     _check_microbatches(vllm_config)
-    _check_speculation(vllm_config, startup)
+    if startup.config.mode == "sparse":
+        _check_speculation(vllm_config, startup)
     _check_connector(vllm_config, startup)
     _check_correction(vllm_config, startup)
 
@@ -49,6 +53,29 @@ def _check_microbatches(vllm_config: Any) -> None:
             "enable_dbo = True: both halves of a batch would write the one selection "
             "that its layers hand on; allowed False, or tidal.select_layers = []"
         )
+
+
+def _check_lossless(vllm_config: Any, startup: Startup) -> None:
+    """Refuse what the model cannot draft for itself beside."""
+    if not startup.plan.sparse:
+        allowed = (
+            f"no layer could draft sparsely ({startup.plan.off_reason}): must be "
+            "'sparse'"
+        )
+        raise TidalConfigError("tidal.mode", "lossless", allowed)
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages > 1:
+        raise ValueError(
+            f"pipeline_parallel_size = {stages}: drafts are made on the last stage, "
+            "which holds a part of the model; allowed 1, or tidal.mode = sparse"
+        )
+    others = startup.plan.layers(Role.OTHER)
+    if others:
+        allowed = (
+            f"layers {format_layers(others)} of this model have windows or states, "
+            "which a draft would change: must be 'sparse'"
+        )
+        raise TidalConfigError("tidal.mode", "lossless", allowed)
 
 
 def _check_speculation(vllm_config: Any, startup: Startup) -> None:

@@ -67,6 +67,11 @@ def has_settings(vllm_config: Any) -> bool:
     return isinstance(additional, Mapping) and "tidal" in additional
 
 
+def drafts_itself(vllm_config: Any) -> bool:
+    """Whether the target is its own draft model: lossless mode."""
+    return resolve(vllm_config).config.mode == "lossless"
+
+
 def resolve(vllm_config: Any) -> Startup:
     """Read the configuration and decide the role of each layer.
 

@@ -36,6 +36,22 @@ def kv_read_share(plan: LayerPlan, config: TidalConfig, seq_len: int) -> float:
     return total / (plan.num_full_layers * seq_len)
 
 
+def draft_selection_indices(plan: LayerPlan, layers: Sequence[int]) -> dict[int, int]:
+    """Which selection each layer writes, or reads when it drafts, by layer.
+
+    Each SELECT layer has one of its own. When a layer drafts it reads that of the last
+    SELECT layer up to it, or of the first one of all.
+
+    Args:
+        layers: Of the model, ascending.
+    """
+    found, latest = {}, -1
+    for layer in layers:
+        latest += plan.roles[layer] is Role.SELECT
+        found[layer] = max(latest, 0)
+    return found
+
+
 def selection_indices(
     plan: LayerPlan, layers: Sequence[int], reselect_interval: int
 ) -> dict[int, int]:
