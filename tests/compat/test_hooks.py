@@ -20,6 +20,7 @@ import torch
 from vllm import _custom_ops, envs
 from vllm.config import SchedulerConfig, VllmConfig
 from vllm.distributed import parallel_state
+from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.launchers import launcher
 from vllm.entrypoints.launchers.api_server import entry
 from vllm.entrypoints.launchers.utils import server_utils
@@ -32,6 +33,7 @@ from vllm.v1.engine import core as engine_core
 from vllm.v1.engine import utils as engine_utils
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import AsyncMPClient
+from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.worker import cpu_worker as stock_cpu_worker
 from vllm.v1.worker import gpu_worker
 from vllm.v1.worker.gpu import model_runner as model_runner_v2
@@ -39,12 +41,13 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.utils import AttentionGroup
 
 from tests.support.signatures import parameters
+from tidal_vllm.cpu import drafts, shutdown
 from tidal_vllm.cpu import log_filters as cpu_log_filters
-from tidal_vllm.cpu import shutdown
 from tidal_vllm.cpu.worker import update_short_conv
 from tidal_vllm.engine import log_filters
 from tidal_vllm.engine.backend import TidalBackend
 from tidal_vllm.engine.metrics import CountingWorker, DecodeCounters
+from tidal_vllm.engine.self_draft import SelfDraft
 from tidal_vllm.names import ASYNC_SCHEDULER
 from tidal_vllm.plugin import register
 
@@ -75,6 +78,35 @@ class TestPlugin:
         assert wrapped.checks_tidal
         register()
         assert type(current_platform).check_and_update_config == wrapped
+
+
+class TestLossless:
+    """engine/lossless.py"""
+
+    def test_the_config_of_drafts_is_made_by_the_arguments(self):
+        register()
+        wrapped = EngineArgs.create_speculative_config
+        assert wrapped.offers_drafts
+        register()
+        assert EngineArgs.create_speculative_config is wrapped
+        names = ["self", "target_model_config", "target_parallel_config"]
+        assert parameters(wrapped) == names
+        source = inspect.getsource(EngineArgs.create_engine_config)
+        made = source.index("self.create_speculative_config(")
+        # Both are decided by what it gives.
+        assert made < source.index("_set_default_max_num_seqs_and_batched_tokens_args(")
+        assert made < source.index("VllmConfig(")
+
+    def test_the_drafter_is_called_by_name(self):
+        """`SelfDraft` takes what the runner gives to vLLM's own proposer."""
+        assert parameters(SelfDraft.propose) == parameters(DraftModelProposer.propose)
+        for name in ("load_model", "initialize_attn_backend"):
+            mine, theirs = getattr(SelfDraft, name), getattr(DraftModelProposer, name)
+            assert parameters(mine) == parameters(theirs)
+        assert hasattr(DraftModelProposer, "validate_same_kv_cache_group")
+        source = inspect.getsource(GPUModelRunner)
+        assert "self.drafter = DraftModelProposer(" in source
+        assert "self.discard_request_mask.gpu" in source
 
 
 class TestSetUp:
@@ -176,6 +208,18 @@ class TestCpuPlatform:
         folder = Path(find_spec("humming").origin).parent
         sources = (path.read_text() for path in folder.rglob("*.py"))
         assert any("HUMMING_DISABLE_PARALLEL_BUILD" in source for source in sources)
+
+    @pytest.mark.parametrize("path", drafts.kernels())
+    def test_kernels_of_drafts_have_our_parameters(self, path):
+        module, _, name = path.rpartition(".")
+        source = ast.parse(Path(find_spec(module).origin).read_text())
+        (kernel,) = (
+            node
+            for node in source.body
+            if isinstance(node, ast.FunctionDef) and node.name == name
+        )
+        names = [argument.arg for argument in kernel.args.args]
+        assert parameters(drafts.kernels()[path]) == names
 
     def test_kernels_are_overridden_by_name(self):
         assert parameters(register_kernels) == ["overrides"]

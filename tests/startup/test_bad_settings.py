@@ -12,6 +12,7 @@ pytestmark = pytest.mark.compat
 
 PIPELINE = {"pipeline_parallel_size": 2}
 KV_BLOCK_16 = {"block_size": 16}
+LOSSLESS = {"mode": "lossless"}
 
 SETTINGS = {
     "unknown_key": (
@@ -131,9 +132,71 @@ SETTINGS = {
         "tidal.dense_layers = [0]: layers 1-2 would be SPARSE before the first SELECT",
         "must contain them",
     ),
+    "mode_unknown": (
+        {"mode": "lossles"},
+        "tidal.mode = 'lossles': must be one of",
+        "did you mean 'lossless'?",
+    ),
+    "drafts_in_sparse_mode": (
+        {"draft_tokens": 4},
+        "tidal.draft_tokens = 4: drafts come with tidal.mode = 'lossless'",
+        "must be null",
+    ),
+    "no_drafts": (
+        LOSSLESS | {"draft_tokens": 0},
+        "tidal.draft_tokens = 0",
+        "an integer in [1, 128]",
+    ),
+    "drafts_negative": (
+        LOSSLESS | {"draft_tokens": -1},
+        "tidal.draft_tokens = -1",
+        "an integer in [1, 128]",
+    ),
+    "drafts_a_float": (
+        LOSSLESS | {"draft_tokens": 4.0},
+        "tidal.draft_tokens = 4.0",
+        "an integer in [1, 128], or null, not a float",
+    ),
+    "drafts_longer_than_vllm_verifies": (
+        LOSSLESS | {"draft_tokens": 129},
+        "tidal.draft_tokens = 129",
+        "an integer in [1, 128]",
+    ),
+    "lossless_corrected": (
+        LOSSLESS | {"correction_interval": 32},
+        "tidal.correction_interval = 32",
+        "must be null with tidal.mode = 'lossless'",
+    ),
+    "lossless_published": (
+        LOSSLESS | {"publish_polluted": True},
+        "tidal.publish_polluted = True",
+        "must be False with tidal.mode = 'lossless'",
+    ),
+    "lossless_by_another_method": (
+        LOSSLESS | {"preset": "quest"},
+        "tidal.method = 'quest'",
+        "must be 'tidaldecode' with tidal.mode = 'lossless'",
+    ),
+    "lossless_without_sparse_layers": (
+        LOSSLESS | {"select_layers": []},
+        "tidal.mode = 'lossless': no layer could draft sparsely",
+        "must be 'sparse'",
+    ),
 }
 
 SETTINGS_WITH_ARGUMENTS = {
+    "lossless_beside_other_drafts": (
+        LOSSLESS,
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+        "speculative_config = {'method': 'ngram', 'num_speculative_tokens': 2}",
+        "allowed None, or tidal.mode = sparse",
+    ),
+    "lossless_in_stages": (
+        LOSSLESS | {"select_layers": [2, 3]},
+        PIPELINE,
+        "pipeline_parallel_size = 2: drafts are made on the last stage",
+        "allowed 1, or tidal.mode = sparse",
+    ),
     "block_size_divides_not_the_default": (
         {"select_block_size": 24, "token_budget": 2400},
         {},

@@ -50,6 +50,9 @@ def tables() -> Iterator[tuple[str, str]]:
     yield "table: ranks that share no set", each
     plan = all_dense(8, "", "a test wants it")
     yield "table: off", table(plan, "this model")
+    drafts = {"mode": "lossless", "token_budget": 2048}
+    plan = plan_layers(TidalConfig(), 32, PROFILE)
+    yield "table: lossless mode", table(plan, "org/model", **drafts)
     many = {"dense_layers": list(range(0, 126, 3)), "select_layers": [1, 2, 124]}
     many |= {"preset": "lessismore", "min_sparse_len": 100_000}
     plan = plan_layers(TidalConfig(**many), 126, None)

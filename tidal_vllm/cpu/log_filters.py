@@ -24,6 +24,7 @@ OF_THE_CPU_PLATFORM = {
     "vllm.v1.worker.cpu_worker": [
         "libtcmalloc is not found in LD_PRELOAD.",
         "libiomp is not found in LD_PRELOAD.",
+        "Speculative decoding on CPU without Intel OpenMP in LD_PRELOAD",
     ],
 }
 # Python's warnings: of what vLLM calls between tensor-parallel ranks on a CPU.

@@ -11,6 +11,7 @@ from zlib import crc32
 
 import vllm.envs as envs
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
@@ -18,11 +19,18 @@ from tidal_vllm.engine.backend import TidalBackend
 from tidal_vllm.engine.drafts import is_made_again
 from tidal_vllm.engine.state import choose_implementations
 from tidal_vllm.engine.support import ON_CPU, kv_block_size, supported_here
-from tidal_vllm.names import ASYNC_SCHEDULER, NAME, SYNC_SCHEDULER, TOLD
+from tidal_vllm.names import (
+    ASYNC_SCHEDULER,
+    CPU_PLATFORM_PATH,
+    NAME,
+    SYNC_SCHEDULER,
+    TOLD,
+)
 from tidal_vllm.plan.promises import check_promises, needs_scheduler
 from tidal_vllm.plan.resolve import Startup, has_settings, is_selected, resolve
 from tidal_vllm.plan.roles import LayerPlan
 from tidal_vllm.plan.stages import check_pipeline_stage
+from tidal_vllm.validators import TidalConfigError
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -59,6 +67,8 @@ def check_setup(vllm_config: "VllmConfig") -> None:
     refuse_model(model_config)
     TidalBackend.require_supported(_selector_config(vllm_config), model_config.model)
     startup = resolve(vllm_config)
+    if startup.config.mode == "lossless":
+        _check_runner()
     cache_config = vllm_config.cache_config
     if supported_here() is ON_CPU:
         # NOTE: on a GPU the kernels ask the device, and a front end that has started
@@ -72,6 +82,24 @@ def check_setup(vllm_config: "VllmConfig") -> None:
     _set_scheduler(vllm_config, startup)
     if startup.plan.warning:
         _warn_once(startup.plan.warning)
+
+
+def _check_runner() -> None:
+    """Refuse lossless mode where no model runner of this package's is in use.
+
+    Raises:
+        TidalConfigError: On a GPU, on another platform, with the V2 runner.
+    """
+    platform_cls = type(current_platform)
+    path = f"{platform_cls.__module__}.{platform_cls.__name__}"
+    where = ""
+    if path != CPU_PLATFORM_PATH:
+        where = f"on {current_platform.device_name} it is not there yet"
+    elif envs.VLLM_USE_V2_MODEL_RUNNER:
+        where = "with VLLM_USE_V2_MODEL_RUNNER = 1 it is not there yet"
+    if where:
+        allowed = f"{where}, only on machines without a GPU: must be 'sparse'"
+        raise TidalConfigError("tidal.mode", "lossless", allowed)
 
 
 def _warn_once(warning: str) -> None:

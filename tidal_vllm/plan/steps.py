@@ -36,6 +36,15 @@ def kv_read_share(plan: LayerPlan, config: TidalConfig, seq_len: int) -> float:
     return total / (plan.num_full_layers * seq_len)
 
 
+def draft_read_share(plan: LayerPlan, config: TidalConfig, seq_len: int) -> float:
+    """KV bytes that one token of a draft reads, as a share of dense.
+
+    Every layer attends to what was chosen while the last draft was verified. That
+    reads all KV once, and the keys of SELECT layers again.
+    """
+    return SelectionRule.from_config(config).kept_tokens(seq_len) / seq_len
+
+
 def draft_selection_indices(plan: LayerPlan, layers: Sequence[int]) -> dict[int, int]:
     """Which selection each layer writes, or reads when it drafts, by layer.
 

@@ -8,7 +8,7 @@ from tidal_vllm.config import NUM_SETS, TidalConfig
 from tidal_vllm.plan.lengths import format_length, shown_lengths
 from tidal_vllm.plan.roles import LayerPlan, Role, format_layers
 from tidal_vllm.plan.rule import SelectionRule, may_differ_in_group
-from tidal_vllm.plan.steps import kv_read_share
+from tidal_vllm.plan.steps import draft_read_share, kv_read_share
 from tidal_vllm.registry import METHODS
 
 WIDTH = 80
@@ -73,17 +73,31 @@ def _budget_rows(
         ("forced", f"{sink}{recent}, within the budget"),
         ("sparse above", threshold),
         ("KV read", f"{at_least}{_shares(plan, config, max_model_len)}{whose}"),
-        ("selection", _selection_text(config)),
-        ("correction", _correction_text(config)),
+        *_mode_rows(config),
+    ]
+
+
+def _mode_rows(config: TidalConfig) -> list[tuple[str, str]]:
+    if config.mode == "sparse":
+        return [
+            ("selection", _selection_text(config)),
+            ("correction", _correction_text(config)),
+        ]
+    drafts = f"{config.draft_tokens} tokens, sparse in every layer"
+    verified = "dense, all tokens of a draft at once; SELECT layers choose meanwhile"
+    return [("lossless", "answers are the dense model's"), ("drafts", drafts)] + [
+        ("verification", verified)
     ]
 
 
 def _shares(plan: LayerPlan, config: TidalConfig, max_model_len: int) -> str:
+    read = kv_read_share if config.mode == "sparse" else draft_read_share
     shares = [
-        f"{kv_read_share(plan, config, length):.1%} at {format_length(length)}"
+        f"{read(plan, config, length):.1%} at {format_length(length)}"
         for length in shown_lengths(max_model_len)
     ]
-    return ", ".join(shares).replace("% at", "% of dense at", 1)
+    whose = " for a draft's token" if config.mode == "lossless" else ""
+    return ", ".join(shares).replace("% at", f"% of dense{whose} at", 1)
 
 
 def _method_text(config: TidalConfig) -> str:

@@ -1,0 +1,193 @@
+"""Lossless mode gives the dense model's answers, whatever is drafted."""
+
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+
+from tests.support.asking import ask, generate, serve, tokens
+from tests.support.engines import runner, scheduler
+from tests.support.models import NARROW, ROLES, build_random_model, random_prompt
+from tests.support.watching import watched
+from tidal_vllm.kernels import reference
+
+BLOCK_BYTES = 6 * 2 * 16 * 2 * 32 * 4  # 16 tokens, 6 layers, 2 KV heads of 32, fp32
+# Short and long prompts, in chunks beside decodes and drafts.
+ARRIVALS = [
+    (step, random_prompt(length, seed=length), max_tokens)
+    for step, length, max_tokens in [
+        (0, 600, 40),
+        (0, 5, 30),
+        (2, 333, 40),
+        (3, 64, 7),
+        (9, 900, 25),
+        (9, 17, 60),
+    ]
+]
+CHUNKS = {"max_num_batched_tokens": 128}
+
+
+def lossless(**settings):
+    return NARROW | {"mode": "lossless"} | settings
+
+
+@pytest.fixture(scope="module")
+def dense(engine, random_llama):
+    return serve(engine(random_llama, **CHUNKS), ARRIVALS, logprobs=3)
+
+
+def drafting_counts(llm, action):
+    """What vLLM counts of drafted and kept tokens while something is done."""
+    found = Counter()
+    stock = scheduler(llm).make_spec_decoding_stats
+
+    def spied(stats, num_draft_tokens, num_accepted_tokens, *more, **named):
+        found["drafted"] += num_draft_tokens
+        found["kept"] += num_accepted_tokens
+        return stock(stats, num_draft_tokens, num_accepted_tokens, *more, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler(llm), "make_spec_decoding_stats", spied)
+        return action(), found
+
+
+def assert_alike(found, wanted):
+    """The same tokens, by probabilities that differ by rounding only."""
+    assert tokens(found) == tokens(wanted)
+    for answer, other in zip(found, wanted, strict=True):
+        for step, expected in zip(answer.logprobs, other.logprobs, strict=True):
+            for token in step.keys() & expected.keys():
+                assert step[token] == pytest.approx(expected[token], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"draft_tokens": 1},
+        {"draft_tokens": 3, "scope": "kv_head"},
+        {"draft_tokens": 16, "select_block_size": 4},
+    ],
+    ids=str,
+)
+def test_answers_are_dense(engine, random_llama, dense, settings):
+    llm = engine(random_llama, tidal=lossless(**settings), **CHUNKS)
+    found, drafts = drafting_counts(llm, lambda: serve(llm, ARRIVALS, logprobs=3))
+    assert_alike(found, dense)
+    assert drafts["drafted"] > 20
+    assert 0 < drafts["kept"] < drafts["drafted"]
+
+
+def test_a_budget_over_the_context_drafts_what_the_model_says(engine, random_llama):
+    """All that is drafted is kept, but for what is past the end of an answer."""
+    llm = engine(random_llama, tidal=lossless(token_budget=1024, draft_tokens=4))
+    prompt = random_prompt(300, seed=1)
+    _, drafts = drafting_counts(llm, lambda: generate(llm, [prompt], 41))
+    assert drafts == {"drafted": 32, "kept": 32}
+
+
+def test_preemption(engine, random_llama):
+    few = {"kv_cache_memory_bytes": 64 * BLOCK_BYTES, "max_model_len": 512}
+    prompts = [random_prompt(n, seed=n) for n in (250, 255, 260)]
+    wanted = generate(engine(random_llama), prompts, 120)
+    llm = engine(random_llama, tidal=lossless(), **few)
+    with watched(llm) as seen:
+        assert tokens(generate(llm, prompts, 120)) == tokens(wanted)
+    assert seen.num_preemptions > 0
+
+
+def test_next_turn_finds_all_of_the_last_in_the_prefix_cache(engine, random_llama):
+    prompt, more = random_prompt(200, seed=3), random_prompt(30, seed=4)
+    answers = []
+    for llm in (engine(random_llama), engine(random_llama, tidal=lossless())):
+        (first,) = generate(llm, [prompt], 70)
+        (second,) = generate(llm, [prompt + first.token_ids + more], 20)
+        answers.append((first.token_ids, second.token_ids))
+        assert second.num_cached_tokens >= 256
+    assert answers[0] == answers[1]
+
+
+def test_scheduler_is_vllms_own(engine, random_llama):
+    llm = engine(random_llama, tidal=lossless())
+    assert type(scheduler(llm)).__module__.startswith("vllm.")
+
+
+def test_verification_reads_a_layers_kv_once(engine, random_llama, monkeypatch):
+    """One pass over the context for a whole draft, and one over it to choose."""
+    llm = engine(random_llama, tidal=lossless(draft_tokens=7), **CHUNKS)
+    prompt = random_prompt(500, seed=5)
+    generate(llm, [prompt], 2)
+    calls = Counter()
+    for name in ("dense_extend", "dense_decode", "score_blocks", "sparse_decode"):
+        stock = getattr(reference, name)
+
+        def spied(query_or_args, *args, name=name, stock=stock, **kwargs):
+            query = getattr(query_or_args, "query", query_or_args)
+            calls[name, query.shape[0]] += 1
+            return stock(query_or_args, *args, **kwargs)
+
+        monkeypatch.setattr(reference, name, spied)
+        ops = core_ops(llm)
+        if hasattr(ops, name):
+            monkeypatch.setattr(ops, name, spied)
+    engine_core = llm.llm_engine
+    engine_core.add_request("one", {"prompt_token_ids": prompt}, params(40))
+    for _ in range(3):  # the rest of the prompt, then two drafts
+        engine_core.step()
+    calls.clear()
+    engine_core.step()
+    engine_core.abort_request(["one"])
+    engine_core.step()
+    assert calls == {
+        ("dense_extend", 8): 6,
+        ("score_blocks", 1): 2,
+        ("sparse_decode", 1): 6 * 7,
+    }
+
+
+def params(max_tokens):
+    from tests.support.asking import sampling_params
+
+    return sampling_params(max_tokens)
+
+
+def core_ops(llm):
+    layers = runner(llm).vllm_config.compilation_config.static_forward_context
+    return next(iter(layers.values())).impl.state.kernels.ops
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("budget", [64, 16], ids=["drafts", "bad drafts"])
+def test_samples_have_the_models_distribution(engine, tmp_path_factory, budget):
+    """The second and third token, of 16, against their probabilities."""
+    folder = tmp_path_factory.mktemp("small-vocabulary")
+    model = build_random_model(
+        folder, "llama", vocab_size=16, num_hidden_layers=4, initializer_range=0.05
+    )
+    prompt = [token % 16 for token in random_prompt(120, seed=0)]
+    dense = engine(model)
+    settings = {"token_budget": budget, "select_block_size": 4, "sink_tokens": 0}
+    settings |= {"recent_fraction": 0.0, "mode": "lossless", "draft_tokens": 3}
+    llm = engine(
+        model, tidal=ROLES | {"select_layers": [1]} | settings, max_num_seqs=64
+    )
+    count = 3000
+    answers = ask(llm, [prompt] * count, 3, temperature=1.0, seed=None)
+    found = [output.outputs[0].token_ids for output in answers]
+    paths = [
+        prompt + [*path]
+        for n in (0, 1)
+        for path in itertools.product(range(16), repeat=n)
+    ]
+    steps = generate(dense, paths, 1, logprobs=16)
+    probs = torch.tensor(
+        [[answer.logprobs[0][i] for i in range(16)] for answer in steps]
+    ).exp()
+    second = probs[0] @ probs[1:]
+    seen = torch.bincount(torch.tensor([path[1] for path in found]), minlength=16)
+    assert chi_square(seen, second * count) < 50  # 15 degrees: p = 1e-5
+    assert chi_square(seen, torch.full((16,), count / 16)) > 100
+
+
+def chi_square(seen, expected):
+    return float(((seen - expected) ** 2 / expected).sum())
