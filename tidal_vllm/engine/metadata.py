@@ -87,6 +87,7 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         self.is_primary = not of_draft and next(iter(selective or impls)) in self.roles
         self.counters = DecodeCounters()
         self.num_steps = 0
+        self.chooses = True  # for drafts, which `SelfDraft` decides on
         self.state: SparseState | None = None
         self.selection_index: dict[str, int] = {}
         if selective_here:
@@ -199,7 +200,8 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         dense = self.dense_builder.build(common_prefix_len, common, fast_build)
         batch = self._metadata(common, num_decodes, num_rows, sparse, dense)
         if drafts is not None:
-            choose_for_drafts(self.state, batch, common, is_prefill)
+            if self.chooses:
+                choose_for_drafts(self.state, batch, common, is_prefill)
             self.latest = batch
             return batch
         if not (sparse or captured) or self.state is None:

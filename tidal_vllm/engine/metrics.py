@@ -21,6 +21,11 @@ class DecodeCounters:
     sparse_context_tokens: int = 0
     """Tokens a SPARSE layer attended to, summed over decoded tokens. The partial
     last block counts with what it holds."""
+    draft_tokens: int = 0
+    """Tokens that the model drafted for itself, over all sequences: lossless mode."""
+    undrafted_steps: int = 0
+    """Steps of lossless mode after which nothing was drafted: it would not have paid,
+    or every sequence was amid its prompt."""
 
     def count_step(
         self, rule: SelectionRule, seq_lens: list[int], sparse: bool

@@ -12,11 +12,15 @@ from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from tidal_vllm.engine.batch import TidalMetadata
 from tidal_vllm.engine.parts import parts_of
 from tidal_vllm.engine.state import SparseState
+from tidal_vllm.plan.draft_length import Acceptance, StepCosts, best_draft_length
+from tidal_vllm.plan.resolve import resolve
 from tidal_vllm.plan.roles import Role
+from tidal_vllm.registry import METHODS
 
 
 def choose_for_drafts(
@@ -53,9 +57,16 @@ class SelfDraft(DraftModelProposer):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner) -> None:
         super().__init__(vllm_config, device, runner)
         self.runner = runner
+        startup = resolve(vllm_config)
+        self.rule, plan = startup.rule, startup.plan
+        self.acceptance = Acceptance.unknown(startup.config.draft_tokens)
+        keys_of = METHODS[startup.config.method].scoring_reads
+        share = plan.count(Role.SELECT) / plan.num_full_layers
+        self.select_share = share * keys_of(self.rule.select_block_size)
 
     def load_model(self, target_model: nn.Module) -> None:
         self.model = target_model
+        self.weight_bytes = sum(p.nbytes for p in target_model.parameters())
 
     def initialize_attn_backend(self, kv_cache_config, kernel_block_sizes=None) -> None:
         ((group,),) = self.runner.attn_groups  # other models are refused
@@ -66,6 +77,38 @@ class SelfDraft(DraftModelProposer):
 
     def dummy_run(self, *args, **kwargs) -> None:
         """Nothing of a draft is profiled or captured."""
+
+    def prepare_inputs_padded(
+        self,
+        common_attn_metadata: CommonAttentionMetadata,
+        spec_decode_metadata: SpecDecodeMetadata,
+        valid_sampled_tokens_count: torch.Tensor,
+    ) -> tuple[CommonAttentionMetadata, torch.Tensor, torch.Tensor]:
+        """vLLM's, and what became of the drafts is counted."""
+        found = super().prepare_inputs_padded(
+            common_attn_metadata, spec_decode_metadata, valid_sampled_tokens_count
+        )
+        counts = spec_decode_metadata.num_draft_tokens, found[2].tolist()
+        for drafted, rejected in zip(*counts, strict=True):
+            if drafted >= rejected:  # it is more where a request is discarded
+                self.acceptance.count(drafted, drafted - rejected)
+        return found
+
+    def draft_length(self, seq_lens: list[int]) -> int:
+        """Tokens to draft for sequences of these lengths: what reads least per token.
+
+        Ranks see the same lengths and drafts, so they come to the same number.
+        """
+        spec = self.builder.kv_cache_spec
+        layers = len(self.builder.roles)
+        costs = StepCosts.of_batch(
+            self.weight_bytes,
+            layers * spec.page_size_bytes / spec.block_size,
+            seq_lens,
+            [self.rule.kept_tokens(n) for n in seq_lens],
+            self.select_share,
+        )
+        return best_draft_length(self.acceptance.survival, costs)
 
     @torch.inference_mode()
     def propose(
@@ -90,8 +133,9 @@ class SelfDraft(DraftModelProposer):
                 were not kept.
 
         Returns:
-            `[num_reqs, num_speculative_tokens]`. What stands there for a request amid
-            its prompt means nothing.
+            `[num_reqs, length]`, at most `num_speculative_tokens`, and none where
+            drafts do not pay. What stands there for a request amid its prompt means
+            nothing.
         """
         common, num_reqs = common_attn_metadata, next_token_ids.shape[0]
         block_table = common.block_table_tensor[:num_reqs]
@@ -99,8 +143,14 @@ class SelfDraft(DraftModelProposer):
         if num_rejected_tokens_gpu is not None:
             lens -= num_rejected_tokens_gpu
         amid_prompt = self.runner.discard_request_mask.gpu[:num_reqs]
+        sequences = lens[~amid_prompt].tolist()
+        length = self.draft_length(sequences) if sequences else 0
+        chosen, self.builder.chooses = self.builder.chooses, not sequences or length > 0
+        length = min(length, num_speculative_tokens) if chosen else 0
+        self.builder.counters.draft_tokens += length * len(sequences)
+        self.builder.counters.undrafted_steps += not length
         tokens, found = next_token_ids, []
-        for _ in range(num_speculative_tokens):
+        for _ in range(length):
             lens += 1
             metadata = self.builder.build_for_self_draft(
                 lens.masked_fill(amid_prompt, -1), block_table
