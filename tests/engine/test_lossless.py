@@ -9,7 +9,7 @@ import torch
 from tests.support.asking import ask, generate, serve, tokens
 from tests.support.engines import runner, scheduler
 from tests.support.models import NARROW, ROLES, build_random_model, random_prompt
-from tests.support.watching import watched
+from tests.support.watching import counters, watched
 from tidal_vllm.engine import self_draft
 from tidal_vllm.kernels import reference
 
@@ -200,3 +200,20 @@ def test_samples_have_the_models_distribution(engine, tmp_path_factory, budget):
 
 def chi_square(seen, expected):
     return float(((seen - expected) ** 2 / expected).sum())
+
+
+def test_nothing_is_drafted_where_it_does_not_pay(engine, random_llama, dense, request):
+    """As if the weights were most of what is read; then as if there were none."""
+    request.getfixturevalue("monkeypatch").undo()
+    llm = engine(random_llama, tidal=lossless(), **CHUNKS)
+    found = []
+    for weight_bytes in (1e15, 0):
+        before = counters(llm)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runner(llm).drafter, "weight_bytes", weight_bytes)
+            assert_alike(serve(llm, ARRIVALS, logprobs=3), dense)
+        found.append(counters(llm) - before)
+    assert found[0]["draft_tokens"] == 0
+    assert found[0]["undrafted_steps"] >= found[0]["dense_steps"] > 40
+    assert found[1]["draft_tokens"] > 40
+    assert 0 < found[1]["undrafted_steps"] < 40
