@@ -177,10 +177,7 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
                 layer, query, key, value, kv_cache, batch.dense, output
             )
             if batch.choosing and batch.roles[layer.layer_name] is Role.SELECT:
-                rows = query[batch.choosing_tokens]
-                for part in batch.choosing:
-                    args = self._args(layer, batch, part, rows, kv_cache, rows)
-                    self.state.method.select(layer.layer_name, args, part.seq_lens)
+                self._choose(layer, batch, query, kv_cache)
             return output
         if batch.prefills is not None:
             rest = batch.prefill_tokens
@@ -211,6 +208,21 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
             query = _to_fp8(query, layer)
         self.dense.forward(layer, query, key, value, kv_cache, metadata, output)
 
+    def _choose(
+        self,
+        layer: AttentionLayer,
+        batch: TidalMetadata,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+    ) -> None:
+        """Choose what the next drafts attend to, after a dense pass."""
+        state = self.state
+        assert state is not None  # a layer of this role has one
+        rows = query[batch.choosing_tokens]
+        for part in batch.choosing:
+            args = self._args(layer, batch, state, part, rows, kv_cache, rows)
+            state.method.select(layer.layer_name, args, part.seq_lens)
+
     def _decode(
         self,
         layer: AttentionLayer,
@@ -224,7 +236,7 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
         """Let a SELECT layer choose; then attend to the chosen blocks."""
         state = self.state
         assert state is not None  # the batch is sparse, and this layer's role too
-        args = self._args(layer, batch, part, query, kv_cache, output)
+        args = self._args(layer, batch, state, part, query, kv_cache, output)
         attending_lens = part.seq_lens
         if role is Role.SELECT:
             state.method.select(layer.layer_name, args, part.select_lens)
@@ -236,6 +248,7 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
         self,
         layer: AttentionLayer,
         batch: TidalMetadata,
+        state: SparseState,
         part: DecodePart,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
@@ -248,7 +261,7 @@ class TidalImpl(AttentionImpl[TidalMetadata]):
             block_table=part.block_table,
             output=output[part.rows],
             scale=self.scale,
-            workspace=self.state.workspace,
+            workspace=state.workspace,
             select_block_size=batch.rule.select_block_size,
             topk_blocks=topk_blocks,
             topk_lens=topk_lens,

@@ -21,7 +21,9 @@ class DraftChoice:
     """Tokens by which a sequence grows between two calls at most."""
 
     @classmethod
-    def allocate(cls, draft_tokens: int, num_seqs: int, device: torch.device):
+    def allocate(
+        cls, draft_tokens: int, num_seqs: int, device: torch.device
+    ) -> "DraftChoice":
         newest = torch.full((num_seqs,), -1, dtype=torch.int32, device=device)
         return cls(newest, draft_tokens + 1)
 

@@ -28,14 +28,16 @@ def offer_drafts() -> None:
     if hasattr(stock, "offers_drafts"):
         return
 
-    def create_speculative_config(self, target_model_config, target_parallel_config):
+    def create_speculative_config(
+        self: Any, target_model_config: Any, target_parallel_config: Any
+    ) -> "SpeculativeConfig | None":
         targets = target_model_config, target_parallel_config
         draft_tokens = _draft_tokens(self)
         if draft_tokens is None:
             return stock(self, *targets)
         return self_draft(draft_tokens, *targets)
 
-    create_speculative_config.offers_drafts = True
+    setattr(create_speculative_config, "offers_drafts", True)  # noqa: B010
     module.EngineArgs.create_speculative_config = create_speculative_config
 
 

@@ -42,6 +42,7 @@ from tidal_vllm.engine.state import (
     SparseState,
     choose_implementations,
     max_num_decode_tokens,
+    require_one_state,
 )
 from tidal_vllm.engine.warm_up import warm_up
 from tidal_vllm.names import NAME
@@ -82,7 +83,7 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         self.roles = {name: roles[name] for name in layer_names}
         selective = [n for n, r in roles.items() if r in (Role.SELECT, Role.SPARSE)]
         selective_here = [name for name in selective if name in self.roles]
-        _require_one_state({name: impls[name] for name in selective})
+        require_one_state({name: impls[name] for name in selective})
         # Of the group with the first SELECT layer, or with the first layer of all.
         self.is_primary = not of_draft and next(iter(selective or impls)) in self.roles
         self.counters = DecodeCounters()
@@ -199,7 +200,7 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
             )
         dense = self.dense_builder.build(common_prefix_len, common, fast_build)
         batch = self._metadata(common, num_decodes, num_rows, sparse, dense)
-        if drafts is not None:
+        if self.state is not None and drafts is not None:
             if self.chooses:
                 choose_for_drafts(self.state, batch, common, is_prefill)
             self.latest = batch
@@ -254,6 +255,7 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         self, seq_lens: torch.Tensor, block_table: torch.Tensor
     ) -> TidalMetadata:
         """The metadata of a draft by the target itself: see `self_draft`."""
+        assert self.state is not None  # a mode for models with sparse layers
         return draft_metadata(self.state, self.latest, seq_lens, block_table)
 
     def update_draft_decode_metadata(self, metadata: TidalMetadata) -> None:
@@ -382,22 +384,6 @@ def _lens_of_decodes(
     if is_prefill is not None:
         real &= ~is_prefill[:num_decodes]
     return row_lens(counts[real].tolist(), lens[real].tolist())
-
-
-def _require_one_state(impls: dict[str, Any]) -> None:
-    """SPARSE layers need the selection of SELECT layers: one for all of a worker."""
-    names = list(impls)
-    for name in names:
-        if impls[name].state is not impls[names[0]].state:
-            shapes = [
-                f"{i.num_heads} query and {i.num_kv_heads} KV heads of {i.head_size}"
-                for i in (impls[names[0]], impls[name])
-            ]
-            raise ValueError(
-                f"{names[0]} has {shapes[0]}, {name} {shapes[1]}: sparse decoding "
-                "needs full-attention layers of one shape; allowed for other models "
-                "tidal.select_layers = []"
-            )
 
 
 def _tidal_impls(vllm_config: VllmConfig) -> dict[str, Any]:

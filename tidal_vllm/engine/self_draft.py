@@ -6,11 +6,14 @@ step attend to that choice and to what is newer, in every layer (`SelfDraft`). T
 that they write is written again when they are verified.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
@@ -48,18 +51,22 @@ def choose_for_drafts(
         parts_of(state, rows),
         last.where(prefills, first),
     )
+    assert state.drafts is not None  # in lossless mode
     state.drafts.begin(rows.seq_lens, batch.rule.select_block_size)
 
 
 class SelfDraft(DraftModelProposer):
     """vLLM's proposer of a draft model, with the target for a model."""
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, runner) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, device: torch.device, runner: Any
+    ) -> None:
         super().__init__(vllm_config, device, runner)
         self.runner = runner
         startup = resolve(vllm_config)
         self.rule, plan = startup.rule, startup.plan
-        self.acceptance = Acceptance.unknown(startup.config.draft_tokens)
+        draft_tokens = self.speculative_config.num_speculative_tokens
+        self.acceptance = Acceptance.unknown(draft_tokens)
         keys_of = METHODS[startup.config.method].scoring_reads
         share = plan.count(Role.SELECT) / plan.num_full_layers
         self.select_share = share * keys_of(self.rule.select_block_size)
@@ -68,14 +75,16 @@ class SelfDraft(DraftModelProposer):
         self.model = target_model
         self.weight_bytes = sum(p.nbytes for p in target_model.parameters())
 
-    def initialize_attn_backend(self, kv_cache_config, kernel_block_sizes=None) -> None:
+    def initialize_attn_backend(
+        self, kv_cache_config: Any, kernel_block_sizes: Any = None
+    ) -> None:
         ((group,),) = self.runner.attn_groups  # other models are refused
         self.kv_cache_gid, self.builder = 0, group.get_metadata_builder()
 
-    def validate_same_kv_cache_group(self, kv_cache_config) -> None:
+    def validate_same_kv_cache_group(self, kv_cache_config: Any) -> None:
         """There is one group, the target's."""
 
-    def dummy_run(self, *args, **kwargs) -> None:
+    def dummy_run(self, *args: Any, **kwargs: Any) -> None:
         """Nothing of a draft is profiled or captured."""
 
     def prepare_inputs_padded(
@@ -120,10 +129,10 @@ class SelfDraft(DraftModelProposer):
         next_token_ids: torch.Tensor,
         token_indices_to_sample: torch.Tensor | None,
         common_attn_metadata: CommonAttentionMetadata,
-        sampling_metadata,
-        mm_embed_inputs=None,
+        sampling_metadata: SamplingMetadata,
+        mm_embed_inputs: Any = None,
         num_rejected_tokens_gpu: torch.Tensor | None = None,
-        slot_mappings=None,
+        slot_mappings: Any = None,
     ) -> torch.Tensor:
         """Decode greedily from each request's newest token.
 
@@ -188,6 +197,7 @@ def draft_metadata(
     Args:
         seq_lens: `[num_reqs]` int32, the draft token included; -1 leaves one out.
     """
+    assert state.drafts is not None  # in lossless mode
     state.drafts.advance(seq_lens, like.rule.select_block_size, state.selection)
     batch = TidalMetadata.of_rows(seq_lens, block_table, like)
     batch.roles = dict.fromkeys(like.roles, Role.SPARSE)

@@ -1,6 +1,7 @@
 """What the SELECT and SPARSE layers of an engine share, and what runs the layers."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -85,7 +86,7 @@ class SparseState:
         interval = config.reselect_interval
         indices = selection_indices(startup.plan, range(*stage), interval)
         drafts = None
-        if config.mode == "lossless":
+        if config.draft_tokens is not None:
             indices = draft_selection_indices(startup.plan, range(*stage))
             drafts = DraftChoice.allocate(config.draft_tokens, max_rows, device)
         selection = Selection.allocate(
@@ -121,6 +122,22 @@ class SparseState:
             return f"selection {selection}"
         rows = f"{self.max_part_rows} query tokens at a time"
         return f"selection {selection}, workspace {workspace} for {rows}"
+
+
+def require_one_state(impls: dict[str, Any]) -> None:
+    """SPARSE layers need the selection of SELECT layers: one for all of a worker."""
+    names = list(impls)
+    for name in names:
+        if impls[name].state is not impls[names[0]].state:
+            shapes = [
+                f"{i.num_heads} query and {i.num_kv_heads} KV heads of {i.head_size}"
+                for i in (impls[names[0]], impls[name])
+            ]
+            raise ValueError(
+                f"{names[0]} has {shapes[0]}, {name} {shapes[1]}: sparse decoding "
+                "needs full-attention layers of one shape; allowed for other models "
+                "tidal.select_layers = []"
+            )
 
 
 def max_num_decode_tokens(vllm_config: VllmConfig) -> int:
