@@ -73,9 +73,11 @@ def assert_alike(found, wanted):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"draft_tokens": 1},
+        pytest.param({"draft_tokens": 1}, marks=pytest.mark.extended),
         {"draft_tokens": 3, "scope": "kv_head"},
-        {"draft_tokens": 16, "select_block_size": 4},
+        pytest.param(
+            {"draft_tokens": 16, "select_block_size": 4}, marks=pytest.mark.extended
+        ),
     ],
     ids=str,
 )
@@ -95,6 +97,7 @@ def test_a_budget_over_the_context_drafts_what_the_model_says(engine, random_lla
     assert drafts == {"drafted": 32, "kept": 32}
 
 
+@pytest.mark.extended
 def test_preemption(engine, random_llama):
     few = {"kv_cache_memory_bytes": 64 * BLOCK_BYTES, "max_model_len": 512}
     prompts = [random_prompt(n, seed=n) for n in (250, 255, 260)]
@@ -154,10 +157,10 @@ def test_verification_reads_a_layers_kv_once(engine, random_llama, monkeypatch):
     }
 
 
-def params(max_tokens):
+def params(max_tokens, **more):
     from tests.support.asking import sampling_params
 
-    return sampling_params(max_tokens)
+    return sampling_params(max_tokens, **more)
 
 
 def core_ops(llm):
@@ -202,6 +205,7 @@ def chi_square(seen, expected):
     return float(((seen - expected) ** 2 / expected).sum())
 
 
+@pytest.mark.extended
 def test_nothing_is_drafted_where_it_does_not_pay(engine, random_llama, dense, request):
     """As if the weights were most of what is read; then as if there were none."""
     request.getfixturevalue("monkeypatch").undo()
@@ -217,3 +221,34 @@ def test_nothing_is_drafted_where_it_does_not_pay(engine, random_llama, dense, r
     assert found[0]["undrafted_steps"] >= found[0]["dense_steps"] > 40
     assert found[1]["draft_tokens"] > 40
     assert 0 < found[1]["undrafted_steps"] < 40
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"presence_penalty": 1.5, "frequency_penalty": 0.7},
+        {"repetition_penalty": 1.3},
+        {"min_tokens": 12, "stop_token_ids": [*range(0, 512, 3)]},
+        {"allowed_token_ids": [*range(0, 512, 7)]},
+        {"logprobs": 2, "prompt_logprobs": 1},
+        {"temperature": 0.0, "seed": 7, "top_k": 5, "top_p": 0.9},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_greedy_requests_of_every_kind(engine, random_llama, given):
+    """Beside a request that samples, so that a batch has both."""
+    prompts = [random_prompt(n, seed=n) for n in (300, 40, 170)]
+    answers = []
+    for settings in (None, lossless(draft_tokens=4)):
+        llm = engine(random_llama, tidal=settings)
+        asked = [params(30, **given)] * 2 + [params(30, temperature=1.0, seed=1)]
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        found = llm.generate(inputs, asked, use_tqdm=False)
+        answers.append(
+            [
+                [(one.token_ids, one.finish_reason) for one in output.outputs]
+                for output in found[:2]
+            ]
+        )
+    assert answers[0] == answers[1]

@@ -56,6 +56,13 @@ def test_what_a_batch_reads():
     assert cost.verify == cost.dense + 200 * TOKEN
 
 
+def test_acceptance_is_a_mean_at_first():
+    seen = Acceptance.unknown(2)
+    for kept in (1, 0, 1, 2):
+        seen.count(2, kept)
+    assert seen.rates == pytest.approx([(4 * 0.8 + 3) / 8, (4 * 0.8 + 1) / 7])
+
+
 def test_acceptance_follows_what_is_kept():
     seen = Acceptance.unknown(4)
     assert seen.survival == pytest.approx([0.8, 0.64, 0.512, 0.4096])

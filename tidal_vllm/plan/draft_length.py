@@ -64,25 +64,32 @@ def best_draft_length(survival: Sequence[float], costs: StepCosts) -> int:
 
 @dataclass
 class Acceptance:
-    """How often a draft's tokens are kept, by their place, over the last few hundred.
+    """How often a draft's tokens are kept, by their place.
+
+    A rate is the mean of a first guess, which counts as `GUESSES` drafts, and of what
+    was seen, of which the last 1 / `WEIGHT` drafts count most.
 
     Attributes:
         rates: The chance of each token to be kept if those before it are.
+        seen: Drafts that each rate comes of.
     """
 
     rates: list[float]
+    seen: list[int]
     FIRST_GUESS = 0.8
-    WEIGHT = 0.02  # of the newest draft
+    GUESSES = 4
+    WEIGHT = 0.02
 
     @classmethod
     def unknown(cls, draft_tokens: int) -> Acceptance:
-        return cls([cls.FIRST_GUESS] * draft_tokens)
+        return cls([cls.FIRST_GUESS] * draft_tokens, [0] * draft_tokens)
 
     def count(self, drafted: int, kept: int) -> None:
         """A draft of so many tokens was verified."""
         for place in range(min(kept + 1, drafted)):
-            seen = float(place < kept)
-            self.rates[place] += self.WEIGHT * (seen - self.rates[place])
+            self.seen[place] += 1
+            weight = max(self.WEIGHT, 1 / (self.GUESSES + self.seen[place]))
+            self.rates[place] += weight * ((place < kept) - self.rates[place])
 
     @property
     def survival(self) -> list[float]:
