@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# The gain that drafts have to promise. A step does more than it reads, and more so with
+# few tokens, so what promises less may lose.
+ENOUGH = 1.1
+
 
 @dataclass(frozen=True)
 class StepCosts:
@@ -56,10 +60,10 @@ def gain(survival: Sequence[float], costs: StepCosts, draft_tokens: int) -> floa
 
 
 def best_draft_length(survival: Sequence[float], costs: StepCosts) -> int:
-    """The length of the largest gain; 0 where no draft gains anything."""
+    """The length of the largest gain; 0 where no draft gains enough."""
     lengths = range(1, len(survival) + 1)
     best = max(lengths, key=lambda n: gain(survival, costs, n))
-    return best if gain(survival, costs, best) > 1 else 0
+    return best if gain(survival, costs, best) >= ENOUGH else 0
 
 
 @dataclass
