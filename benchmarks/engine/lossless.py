@@ -26,12 +26,12 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 
 from benchmarks import records  # noqa: E402
+from benchmarks.engine.lossless_report import MODES, PAGE, tables  # noqa: E402
 from benchmarks.machine import describe_run  # noqa: E402
-from benchmarks.model.page import markdown  # noqa: E402
+from benchmarks.model.page import written  # noqa: E402
 
 NAME = "lossless"
 SHARES, DRAFTS = (0.05, 0.1, 0.2), (2, 4, 8, 16)
-MODES = ("dense", "sparse", "lossless")
 
 
 def main() -> int:
@@ -49,9 +49,13 @@ def main() -> int:
     add("--model-dir", type=Path, default=Path(".cache/bench-lossless"))
     add("--out", type=Path, help="append JSON lines here")
     add("--report", type=Path, metavar="FILE", help="print the tables of a file")
+    add("--write-page", action="store_true", help=f"with --report: {PAGE.name}")
     args = parser.parse_args()
     if args.report:
-        print("\n\n".join(tables(records.read(args.report)).values()))
+        made = tables(records.read(args.report))
+        print("\n\n".join(made.values()))
+        if args.write_page:
+            PAGE.write_text(written(PAGE.read_text(), made))
         return 0
     if args.measure is None or (args.measure == "acceptance" and not args.model):
         parser.error("acceptance with --model, speed, or --report is needed")
@@ -247,38 +251,6 @@ def _token_bytes(model: Any) -> int:
     config = AutoConfig.from_pretrained(str(model))
     size = config.num_key_value_heads * config.head_dim
     return 2 * 4 * size * config.num_hidden_layers
-
-
-def tables(found: Sequence[dict]) -> dict[str, str]:
-    """Markdown: what is kept of drafts, and how fast answers come."""
-    kept = [
-        [
-            f"{r['context'] // 1024}K, {r['share']:.0%}",
-            f"{r['draft_tokens']}",
-            f"{r['mean_kept']:.2f}",
-            ", ".join(f"{share:.2f}" for share in r["kept_by_place"]),
-            f"{r['answered']}, {r['different'] or 'none'}",
-        ]
-        for r in found
-        if r["measure"] == "acceptance"
-    ]
-    fast = [
-        [
-            r["model"],
-            f"{r['context'] // 1024}K",
-            f"{r['token_budget']}",
-            *(f"{r[f'{mode}_ms']:.0f}" for mode in MODES),
-            f"{r['speedup']:.2f}x",
-            "yes" if not r["different"] else "NO",
-            "yes" if r["sparse_as_dense"] else "no",
-        ]
-        for r in found
-        if r["measure"] == "speed"
-    ]
-    first = ("context, budget", "draft", "kept", "kept by place", "tokens, different")
-    second = ("model", "context", "budget", *MODES, "dense / lossless")
-    second += ("lossless as dense", "sparse as dense")
-    return {"acceptance": markdown(first, kept), "speed": markdown(second, fast)}
 
 
 if __name__ == "__main__":

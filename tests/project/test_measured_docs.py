@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.engine import lossless_report
 from benchmarks.gpu import report
 from benchmarks.quality import (
     captured_report,
@@ -56,6 +57,15 @@ def test_qualitys_tables_are_what_was_measured():
     marked = r"<!-- table: (\S+) -->\n(.*?)\n<!-- end of table -->"
     shown = dict(re.findall(marked, page("quality"), re.DOTALL))
     assert shown == quality_page.tables(records("quality"))
+
+
+def test_losslesss_tables_are_what_was_measured():
+    marked = r"<!-- table: (\S+) -->\n(.*?)\n<!-- end of table -->"
+    shown = dict(re.findall(marked, page("lossless"), re.DOTALL))
+    found = records("lossless")
+    assert shown == lossless_report.tables(found)
+    assert found
+    assert not any(record["different"] for record in found)
 
 
 def test_corrections_default_rests_on_measurements():
