@@ -34,7 +34,6 @@ SELECT_ATTENDS = ("everything", "chosen")
 RANK_CHOICES = ("agreed", "own")
 KERNELS = ("auto", "cuda", "triton", "reference")
 MODES = ("sparse", "lossless")
-
 DEFAULT_DRAFT_TOKENS = 8
 MAX_DRAFT_TOKENS = 128  # `MAX_SPEC_LEN` of vLLM's rejection sampler
 
@@ -60,8 +59,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 } | {name: {"method": name} | entry.preset for name, entry in METHODS.items()}
 
 
-# Drafts are verified densely, so nothing is left to correct or to keep from others,
-# and what is drafted next rests on a choice made while they are.
+# Drafts are verified densely: nothing is left to correct or to keep from others.
 LOSSLESS_NEEDS: dict[str, Any] = {
     "method": "tidaldecode",
     "select_attends": "chosen",
@@ -174,8 +172,9 @@ class TidalConfig:
             if getattr(self, name) is _FROM_PRESET:
                 self._set(name, value)
         check_choice("tidal.method", self.method, METHODS)
-        if attends is _FROM_PRESET and METHODS[self.method].every_layer:
-            self._set("select_attends", "chosen")  # of another method's preset
+        needs = METHODS[self.method].every_layer or self.mode == "lossless"
+        if attends is _FROM_PRESET and needs:
+            self._set("select_attends", "chosen")  # of another's preset
         check_choice("tidal.scope", self.scope, SCOPES)
         self._check_select_attends()
         self._check_rank_choice()

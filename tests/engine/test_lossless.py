@@ -11,7 +11,9 @@ from tests.support.engines import runner, scheduler
 from tests.support.models import NARROW, ROLES, build_random_model, random_prompt
 from tests.support.watching import counters, watched
 from tidal_vllm.engine import self_draft
+from tidal_vllm.engine.reconfigure import reconfigure
 from tidal_vllm.kernels import reference
+from tidal_vllm.validators import TidalConfigError
 
 BLOCK_BYTES = 6 * 2 * 16 * 2 * 32 * 4  # 16 tokens, 6 layers, 2 KV heads of 32, fp32
 # Short and long prompts, in chunks beside decodes and drafts.
@@ -117,6 +119,27 @@ def test_next_turn_finds_all_of_the_last_in_the_prefix_cache(engine, random_llam
         answers.append((first.token_ids, second.token_ids))
         assert second.num_cached_tokens >= 256
     assert answers[0] == answers[1]
+
+
+@pytest.mark.extended
+def test_up_to_the_longest_sequence(engine, random_llama):
+    """A request that ends there is drafted for as far as it goes, and so is another."""
+    prompts, counts = [random_prompt(n, seed=n) for n in (470, 30)], [42, 80]
+    small = {"max_model_len": 512}
+    wanted = generate(engine(random_llama, **small), prompts, counts)
+    llm = engine(random_llama, tidal=lossless(draft_tokens=6), **small)
+    with watched(llm) as seen:
+        assert tokens(generate(llm, prompts, counts)) == tokens(wanted)
+    ends = [first + count for step in seen.steps for first, count in step.values()]
+    assert max(ends) == 511
+    assert all(max(step) > 1 for step in seen.tokens[1:-3])
+
+
+def test_a_running_engine_keeps_its_mode(engine, random_llama):
+    for settings, other in ((ROLES, lossless()), (lossless(), ROLES)):
+        llm = engine(random_llama, tidal=settings)
+        with pytest.raises(TidalConfigError, match=r"tidal.mode = .* keeps its mode"):
+            reconfigure(runner(llm), other)
 
 
 def test_scheduler_is_vllms_own(engine, random_llama):

@@ -62,16 +62,31 @@ def test_acceptance_is_a_mean_at_first():
     seen = Acceptance.unknown(2)
     for kept in (1, 0, 1, 2):
         seen.count(2, kept)
-    assert seen.rates == pytest.approx([(4 * 0.8 + 3) / 8, (4 * 0.8 + 1) / 7])
+    assert seen.rates == pytest.approx([(4 * 0.9 + 3) / 8, (4 * 0.9 + 1) / 7])
 
 
 def test_acceptance_follows_what_is_kept():
     seen = Acceptance.unknown(4)
-    assert seen.survival == pytest.approx([0.8, 0.64, 0.512, 0.4096])
+    assert seen.survival == pytest.approx([0.9, 0.81, 0.729, 0.6561])
     for _ in range(400):
         seen.count(3, 1)
-    assert seen.rates == pytest.approx([1, 0, 0.8, 0.8], abs=1e-3)
+    assert seen.rates == pytest.approx([1, 0, 0.9, 0.9], abs=1e-3)
     assert seen.survival == pytest.approx([1, 0, 0, 0], abs=1e-3)
     for _ in range(400):
         seen.count(4, 4)
     assert seen.survival == pytest.approx([1] * 4, abs=2e-3)
+
+
+def test_a_failure_is_forgotten_while_nothing_is_drafted():
+    """A draft is tried again some hundred steps later, and one failure ends it."""
+    seen, cost = Acceptance.unknown(8), costs(*[32768] * 16)
+    assert best_draft_length(seen.survival, cost) > 0
+    for _ in range(100):
+        seen.count(1, 0)
+    steps = 0
+    while not best_draft_length(seen.survival, cost):
+        seen.rest()
+        steps += 1
+    assert 100 < steps < 1000
+    seen.count(best_draft_length(seen.survival, cost), 0)
+    assert not best_draft_length(seen.survival, cost)

@@ -191,6 +191,12 @@ SETTINGS_WITH_ARGUMENTS = {
         "speculative_config = {'method': 'ngram', 'num_speculative_tokens': 2}",
         "allowed None, or tidal.mode = sparse",
     ),
+    "lossless_with_adapters": (
+        LOSSLESS,
+        {"enable_lora": True},
+        "tidal.mode = 'lossless': does not know enable_lora",
+        "must be 'sparse'",
+    ),
     "lossless_in_stages": (
         LOSSLESS | {"select_layers": [2, 3]},
         PIPELINE,

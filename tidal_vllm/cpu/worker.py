@@ -35,6 +35,12 @@ class TidalCpuModelRunner(CPUModelRunner):
         if drafts_itself(vllm_config):
             self.drafter = SelfDraft(vllm_config, device, self)
 
+    def _input_fits_in_drafter(self, common_attn_metadata):
+        if isinstance(getattr(self, "drafter", None), SelfDraft):
+            # It drafts as much as fits; else all requests would go without.
+            return common_attn_metadata is not None
+        return super()._input_fits_in_drafter(common_attn_metadata)
+
     def _sample(self, *args, **kwargs):
         generators = self.input_batch.generators
         discarded = self.discard_request_mask.np[: self.input_batch.num_reqs]

@@ -40,6 +40,8 @@ class DraftChoice:
         needed = (seq_lens - 1) // select_block_size
         for _ in range(-(-self.most // select_block_size)):
             grows = (seq_lens > 0) & (self.newest[rows] < needed)
+            if not grows.any():
+                return
             block = self.newest[rows] + grows.int()
             selection.append(grows, block)
             self.newest[rows] = block

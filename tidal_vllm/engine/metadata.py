@@ -105,7 +105,8 @@ class TidalMetadataBuilder(AttentionMetadataBuilder[TidalMetadata]):
         if self.plan.sparse or of_draft:  # one threshold serves all groups
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.query_rows: QueryRows | None = None
-        if self.state is not None and self.max_decode_query_len > 1:
+        drafts = self.state is not None and self.state.drafts is not None
+        if self.state is not None and self.max_decode_query_len > 1 and not drafts:
             self.query_rows = QueryRows.allocate(
                 max_num_decode_tokens(vllm_config), max_blocks_per_seq, device
             )

@@ -38,7 +38,9 @@ def reconfigure(model_runner: Any, settings: dict[str, Any]) -> Callable[[], Non
     config = copy.copy(model_runner.vllm_config)
     config.additional_config = {"tidal": settings}
     impls = _full_attention(config)
-    _check_method(resolve(config), impls[0])
+    startup = resolve(config)
+    _check_mode(startup, impls[0])
+    _check_method(startup, impls[0])
     groups = [
         group
         for groups in model_runner.attn_groups
@@ -73,6 +75,16 @@ def reconfigure(model_runner: Any, settings: dict[str, Any]) -> Callable[[], Non
         undo()
         raise
     return undo
+
+
+def _check_mode(startup: Startup, first: TidalImpl) -> None:
+    """Refuse to begin to draft, or to end it: vLLM was started for it, or was not."""
+    drafts = first.state is not None and first.state.drafts is not None
+    if drafts or startup.config.mode == "lossless":
+        allowed = (
+            "an engine that runs keeps its mode, and its settings in lossless mode"
+        )
+        raise TidalConfigError("tidal.mode", startup.config.mode, allowed)
 
 
 def _check_method(startup: Startup, first: TidalImpl) -> None:

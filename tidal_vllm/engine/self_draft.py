@@ -154,8 +154,13 @@ class SelfDraft(DraftModelProposer):
         amid_prompt = self.runner.discard_request_mask.gpu[:num_reqs]
         sequences = lens[~amid_prompt].tolist()
         length = self.draft_length(sequences) if sequences else 0
+        if sequences and not length:
+            self.acceptance.rest()
         chosen, self.builder.chooses = self.builder.chooses, not sequences or length > 0
         length = min(length, num_speculative_tokens) if chosen else 0
+        if sequences:
+            room = self.vllm_config.model_config.max_model_len - max(sequences)
+            length = min(length, room)
         self.builder.counters.draft_tokens += length * len(sequences)
         self.builder.counters.undrafted_steps += not length
         tokens, found = next_token_ids, []

@@ -98,7 +98,9 @@ def _check_runner() -> None:
     elif envs.VLLM_USE_V2_MODEL_RUNNER:
         where = "with VLLM_USE_V2_MODEL_RUNNER = 1 it is not there yet"
     if where:
-        allowed = f"{where}, only on machines without a GPU: must be 'sparse'"
+        allowed = (
+            f"{where}, only with the CPU default of this package: must be 'sparse'"
+        )
         raise TidalConfigError("tidal.mode", "lossless", allowed)
 
 

@@ -69,6 +69,8 @@ class SparseState:
         """
         config, rule = startup.config, startup.rule
         max_rows = max_num_decode_tokens(vllm_config)
+        if config.mode == "lossless":  # a row of each request drafts
+            max_rows = vllm_config.scheduler_config.max_num_seqs
         max_blocks = rule.num_blocks(vllm_config.model_config.max_model_len)
         sets = num_sets(config.scope, num_heads, num_kv_heads)
 

@@ -71,7 +71,9 @@ class Acceptance:
     """How often a draft's tokens are kept, by their place.
 
     A rate is the mean of a first guess, which counts as `GUESSES` drafts, and of what
-    was seen, of which the last 1 / `WEIGHT` drafts count most.
+    was seen, of which the last 1 / `WEIGHT` drafts count most. The guess is what was
+    measured: SmolLM2-135M at 4K keeps 1.74 of 2 tokens with a budget of 10 %
+    (benchmarks/results/lossless.jsonl).
 
     Attributes:
         rates: The chance of each token to be kept if those before it are.
@@ -80,9 +82,10 @@ class Acceptance:
 
     rates: list[float]
     seen: list[int]
-    FIRST_GUESS = 0.8
+    FIRST_GUESS = 0.9
     GUESSES = 4
     WEIGHT = 0.02
+    FORGETTING = 0.002
 
     @classmethod
     def unknown(cls, draft_tokens: int) -> Acceptance:
@@ -94,6 +97,15 @@ class Acceptance:
             self.seen[place] += 1
             weight = max(self.WEIGHT, 1 / (self.GUESSES + self.seen[place]))
             self.rates[place] += weight * ((place < kept) - self.rates[place])
+
+    def rest(self) -> None:
+        """Nothing was drafted in a step; what was seen is slowly forgotten.
+
+        So another text gets its chance, after some hundred steps.
+        """
+        for place, rate in enumerate(self.rates):
+            self.rates[place] += self.FORGETTING * (self.FIRST_GUESS - rate)
+            self.seen[place] = min(self.seen[place], self.GUESSES)
 
     @property
     def survival(self) -> list[float]:

@@ -69,6 +69,27 @@ def _check_lossless(vllm_config: Any, startup: Startup) -> None:
             f"pipeline_parallel_size = {stages}: drafts are made on the last stage, "
             "which holds a part of the model; allowed 1, or tidal.mode = sparse"
         )
+    speculation = vllm_config.speculative_config
+    if speculation is None or speculation.method != "draft_model":
+        given = None if speculation is None else speculation.method
+        raise ValueError(
+            f"speculative_config.method = {given}: with tidal.mode = lossless the "
+            "config of drafts is made of --attention-backend tidal, and of no other "
+            "way to choose it; allowed that, or tidal.mode = sparse"
+        )
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    spread = parallel.data_parallel_size > 1 or parallel.enable_expert_parallel
+    refused = {
+        "enable_lora": vllm_config.lora_config is not None,
+        "enable_prompt_embeds": model.enable_prompt_embeds,
+        "data or expert parallel experts": model.is_moe and spread,
+        "M-RoPE": model.uses_mrope,
+        "a window that never slides": startup.never_slides is not None,
+    }
+    for what, given in refused.items():
+        if given:
+            allowed = f"does not know {what}: must be 'sparse'"
+            raise TidalConfigError("tidal.mode", "lossless", allowed)
     others = startup.plan.layers(Role.OTHER)
     if others:
         allowed = (
