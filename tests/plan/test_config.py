@@ -213,6 +213,8 @@ def test_defaults(additional_config):
         "correction_interval": None,
         "publish_polluted": False,
         "kernels": "auto",
+        "mode": "sparse",
+        "draft_tokens": None,
     }
     assert config == TidalConfig()
     hash(config)
