@@ -72,6 +72,7 @@ def assert_alike(found, wanted):
                 assert step[token] == pytest.approx(expected[token], abs=1e-3)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize(
     "settings",
     [

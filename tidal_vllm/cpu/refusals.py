@@ -40,9 +40,9 @@ def _refuse_speculation_without_triton(vllm_config: "VllmConfig") -> None:
     from vllm.triton_utils import HAS_TRITON
 
     speculation = vllm_config.speculative_config
-    if vllm_config.model_config is not None and drafts_itself(vllm_config):
-        return  # in PyTorch: `tidal_vllm.cpu.drafts`
-    if speculation is not None and not HAS_TRITON:
+    if speculation is None or HAS_TRITON:
+        return
+    if not drafts_itself(vllm_config):  # that is in PyTorch: `tidal_vllm.cpu.drafts`
         raise ValueError(
             f"speculative_config.method = {speculation.method}: speculative decoding "
             "needs Triton, which is off without an accelerator; allowed: no "

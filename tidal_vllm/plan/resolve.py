@@ -68,8 +68,15 @@ def has_settings(vllm_config: Any) -> bool:
 
 
 def drafts_itself(vllm_config: Any) -> bool:
-    """Whether the target is its own draft model: lossless mode."""
-    return resolve(vllm_config).config.mode == "lossless"
+    """Whether the target is its own draft model: lossless mode.
+
+    NOTE: vLLM completes the config of another draft model, too, whose layers are not
+    those that the settings name. The mode stands in the settings alone.
+    """
+    if not is_selected(vllm_config):
+        return False
+    settings = TidalConfig.from_additional_config(vllm_config.additional_config)
+    return settings.mode == "lossless"
 
 
 def resolve(vllm_config: Any) -> Startup:
