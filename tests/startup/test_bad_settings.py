@@ -197,6 +197,12 @@ SETTINGS_WITH_ARGUMENTS = {
         "tidal.mode = 'lossless': does not know enable_lora",
         "must be 'sparse'",
     ),
+    "lossless_with_prompt_embeddings": (
+        LOSSLESS,
+        {"enable_prompt_embeds": True},
+        "tidal.mode = 'lossless': does not know enable_prompt_embeds",
+        "must be 'sparse'",
+    ),
     "lossless_in_stages": (
         LOSSLESS | {"select_layers": [2, 3]},
         PIPELINE,

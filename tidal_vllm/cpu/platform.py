@@ -4,7 +4,7 @@ vLLM's CUDA wheel has no CPU kernels, but its scheduler, paged KV cache, model
 code and HTTP server are Python: this platform runs them on PyTorch.
 
 Changes vLLM at run time: `torch.accelerator.empty_cache` and `empty_host_cache`,
-`get_attn_backend_cls` of vLLM's own CPU platform, two Triton kernels, the environment
+`get_attn_backend_cls` of vLLM's own CPU platform, eight Triton kernels, the environment
 where it says nothing, and fields of the config.
 """
 

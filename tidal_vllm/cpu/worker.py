@@ -1,8 +1,8 @@
 """The worker of the CPU default: vLLM's CPU worker without its compiled ops.
 
-Changes vLLM at run time: `CPUModelRunner` in vLLM's CPU worker,
-`ShortConv.forward_cuda`, two ops of `torch.ops._C` where they are missing, and
-`torch.set_num_threads` is put back.
+Changes vLLM at run time: `CPUModelRunner` in vLLM's CPU worker, the runner's `drafter`
+in lossless mode, `ShortConv.forward_cuda`, two ops of `torch.ops._C` where they are
+missing, and `torch.set_num_threads` is put back.
 """
 
 from contextlib import AbstractContextManager, nullcontext

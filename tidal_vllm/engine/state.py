@@ -68,9 +68,10 @@ class SparseState:
             num_heads, num_kv_heads: Of this rank.
         """
         config, rule = startup.config, startup.rule
-        max_rows = max_num_decode_tokens(vllm_config)
-        if config.mode == "lossless":  # a row of each request drafts
+        max_rows, drafts = max_num_decode_tokens(vllm_config), None
+        if config.draft_tokens is not None:  # a row of each request drafts
             max_rows = vllm_config.scheduler_config.max_num_seqs
+            drafts = DraftChoice.allocate(config.draft_tokens, max_rows, device)
         max_blocks = rule.num_blocks(vllm_config.model_config.max_model_len)
         sets = num_sets(config.scope, num_heads, num_kv_heads)
 
@@ -86,11 +87,10 @@ class SparseState:
             vllm_config.parallel_config
         )
         interval = config.reselect_interval
-        indices = selection_indices(startup.plan, range(*stage), interval)
-        drafts = None
-        if config.draft_tokens is not None:
+        if drafts is None:
+            indices = selection_indices(startup.plan, range(*stage), interval)
+        else:
             indices = draft_selection_indices(startup.plan, range(*stage))
-            drafts = DraftChoice.allocate(config.draft_tokens, max_rows, device)
         selection = Selection.allocate(
             len({*indices.values()}),
             max_rows,
